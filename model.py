@@ -1,0 +1,261 @@
+"""A small Llama: the GPT that is pretrained, trained by RL, and distilled, with sampling and log-probabilities.
+
+The block is Llama's: RMSNorm before attention and before a SwiGLU, rotary positions, no biases; the embedding is tied
+to the output. So the weights can move to and from other tools.
+
+    x = x + attention(rmsnorm(x))
+    x = x + (silu(x' Wg) * (x' Wu)) Wd,  x' = rmsnorm(x)
+
+Shapes: B batch, T tokens, V vocabulary, H heads, D head size, C = H * D width.
+
+Two things matter to RL. `generate` samples from exactly softmax(logits / temperature), nothing cut off (no top-k, no
+top-p), and returns the stop token that it sampled; `token_logprobs` is the logarithm of exactly that distribution. If
+the two disagreed, the importance ratio of an untouched policy would not be 1.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a GPT. Raises ValueError if the heads do not divide the width into even sizes."""
+    vocab_size: int
+    block_size: int = 128  # longest sequence, in tokens
+    n_layer: int = 4
+    n_head: int = 2
+    n_embd: int = 128
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
+            raise ValueError(f"n_embd {self.n_embd} must be n_head {self.n_head} times an even head size")
+
+    @property
+    def n_hidden(self) -> int:
+        """Width inside the SwiGLU: 8/3 of n_embd, as in Llama, up to a multiple of 32."""
+        return -(-8 * self.n_embd // 3 // 32) * 32
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, for the rows of a batch that are still being sampled.
+
+    Rows are aligned on the right: a prompt shorter than the longest starts with `pad[row]` columns that nobody attends
+    to, so that all rows write their next token into the same column.
+    """
+
+    def __init__(self, pad: Tensor, max_len: int):
+        self.pad = pad          # (B,) columns on the left that hold no token
+        self.max_len = max_len  # columns to make room for
+        self.length = 0         # columns written
+        self.kv = {}            # layer -> (2, B, H, max_len, D), of whatever type the model computes in
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (B, H, T, D) behind the columns so far -> all keys and values, (B, H, length + T, D)."""
+        B, H, T, D = k.shape
+        if layer not in self.kv:
+            self.kv[layer] = k.new_empty(2, B, H, self.max_len, D)
+        kv, end = self.kv[layer], self.length + T
+        kv[0, :, :, self.length:end], kv[1, :, :, self.length:end] = k, v
+        return kv[0, :, :, :end], kv[1, :, :, :end]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows (indices, which may repeat), in this order."""
+        self.pad = self.pad[rows]
+        for layer, old in self.kv.items():
+            self.kv[layer] = old.new_empty(2, len(rows), *old.shape[2:])
+            self.kv[layer][..., :self.length, :] = old[:, rows, :, :self.length]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (RoFormer, 2104.09864), halves paired as in Llama: x (B, H, T, D), cos and sin of
+    the angles, broadcastable to (B, 1, T, D/2)."""
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        c = config
+        self.n_head = c.n_head
+        self.norm1, self.norm2 = nn.RMSNorm(c.n_embd, eps=1e-5), nn.RMSNorm(c.n_embd, eps=1e-5)
+        self.q, self.k, self.v, self.o = (nn.Linear(c.n_embd, c.n_embd, bias=False) for _ in range(4))
+        self.gate, self.up = (nn.Linear(c.n_embd, c.n_hidden, bias=False) for _ in range(2))
+        self.down = nn.Linear(c.n_hidden, c.n_embd, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+        """x (B, T, C) -> (B, T, C); mask is added to the attention scores (B, H, T, T')."""
+        h = self.norm1(x)
+        q, k, v = (w(h).unflatten(-1, (self.n_head, -1)).transpose(1, 2) for w in (self.q, self.k, self.v))  # (B, H, T, D)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        y = attend(q, k, v, mask)
+        x = x + self.o(y.transpose(1, 2).flatten(2))  # (B, T, C)
+        h = self.norm2(x)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """softmax(q k' / sqrt(D) + mask) v: (B, H, T, D), (B, H, T', D) twice -> (B, H, T, D).
+
+    On a CPU two matrix products are quicker at these lengths than the fused kernel, whose backward pass takes half of
+    a training step's time there.
+    """
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    scores = (q * q.size(-1) ** -0.5) @ k.transpose(2, 3) + mask.to(q.dtype)  # (B, H, T, T')
+    return scores.softmax(dim=-1) @ v
+
+
+class GPT(nn.Module):
+    """The language model. `GPT(config)(idx)` maps token ids (B, T) to logits (B, T, V).
+
+    Weights start as in GPT-2: normal, deviation 0.02, those that write to the residual stream divided by
+    sqrt(2 * n_layer). Raises ValueError for a sequence longer than block_size.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd, eps=1e-5)
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:
+                residual = name.endswith(("o.weight", "down.weight"))
+                nn.init.normal_(weight, std=0.02 / (2 * config.n_layer) ** 0.5 if residual else 0.02)
+        head_size = config.n_embd // config.n_head
+        frequency = 10_000.0 ** (-torch.arange(0, head_size, 2) / head_size)  # (D/2,)
+        angle = torch.outer(torch.arange(config.block_size), frequency)  # (block_size, D/2)
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+
+    def n_params(self) -> int:
+        """How many numbers are learnt; the embedding, which is the output too, counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """idx (B, T) -> logits (B, T, V). With a cache, idx follows what the cache holds."""
+        start = cache.length if cache else 0
+        T, end = idx.size(1), start + idx.size(1)
+        if end > self.config.block_size:
+            raise ValueError(f"{end} tokens are more than block_size {self.config.block_size}")
+        x = self.embedding(idx)  # (B, T, C)
+        column = torch.arange(end, device=idx.device)
+        mask = torch.where(column <= column[start:, None], 0.0, float("-inf"))  # (T, end)
+        if cache is None:
+            cos, sin = self.cos[:T], self.sin[:T]  # (T, D/2)
+        else:
+            position = (column[start:] - cache.pad[:, None]).clamp(min=0)  # (B, T)
+            cos, sin = self.cos[position][:, None], self.sin[position][:, None]  # (B, 1, T, D/2)
+            # subtle: a padding column still attends to itself, or its softmax would be over nothing and give NaN.
+            hidden = (column < cache.pad[:, None])[:, None] & (column != column[start:, None])  # (B, T, end)
+            mask = mask.masked_fill(hidden, float("-inf"))[:, None]  # (B, 1, T, end)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, cos, sin, mask, cache, layer)
+        if cache is not None:
+            cache.length = end
+        return F.linear(self.norm(x), self.embedding.weight)
+
+
+@torch.no_grad()
+def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 1.0, eos_id: int,
+             generator: torch.Generator | None = None, samples: int = 1,
+             return_logprobs: bool = False) -> list[list[int]] | tuple[list[list[int]], list[list[float]]]:
+    """Sample `samples` completions of each prompt -> list of token-id lists, those of one prompt side by side.
+
+    A completion ends with eos_id, which it includes, or after max_new_tokens. The distribution is exactly
+    softmax(logits / temperature); temperature 0 takes the likeliest token. `generator` (on the model's device) makes
+    the draw repeatable. With return_logprobs, also the log-probability of each sampled token, in lists of the same
+    lengths. Each prompt is read once, however many samples it gets, and a row that has ended leaves the batch soon
+    after. Raises ValueError for an empty prompt, or one too long for max_new_tokens to fit block_size.
+    """
+    if not prompts:
+        return ([], []) if return_logprobs else []
+    device, longest = model.embedding.weight.device, max(map(len, prompts))
+    if not min(map(len, prompts)) or longest + max_new_tokens > model.config.block_size:
+        raise ValueError(f"prompts of 1 to {longest} tokens and {max_new_tokens} new ones must fit block_size "
+                         f"{model.config.block_size}")
+    pad = torch.tensor([longest - len(p) for p in prompts], device=device)
+    idx = torch.tensor([[eos_id] * (longest - len(p)) + p for p in prompts], device=device)  # (P, longest)
+    cache = KVCache(pad, longest + max_new_tokens)
+    logits = model(idx, cache)[:, -1].repeat_interleave(samples, dim=0)  # (N, V)
+    N = len(prompts) * samples
+    cache.select(torch.arange(N, device=device) // samples)
+    out = torch.full((N, max_new_tokens), eos_id, device=device)  # what was sampled, EOS ever after
+    logp = torch.zeros(N, max_new_tokens, device=device)
+    rows = torch.arange(N, device=device)                         # row of `out` that each row of the batch writes
+    done = torch.zeros(N, dtype=torch.bool, device=device)        # over the rows of the batch
+    for t in range(max_new_tokens):
+        logits = logits.float() / (temperature or 1.0)
+        probs = logits.softmax(dim=-1)  # (B, V)
+        token = torch.multinomial(probs, 1, generator=generator)[:, 0] if temperature else logits.argmax(dim=-1)  # (B,)
+        logp[rows, t] = probs.gather(1, token[:, None])[:, 0].log()
+        out[rows, t] = token.masked_fill(done, eos_id)
+        done |= token == eos_id
+        n_done = int(done.sum())
+        if n_done == len(done) or t == max_new_tokens - 1:
+            break
+        if n_done > len(done) // 4:  # copying the cache costs about as much as it saves, so not for a few rows
+            keep = (~done).nonzero()[:, 0]
+            rows, token, done = rows[keep], token[keep], done[keep]
+            cache.select(keep)
+        logits = model(token[:, None], cache)[:, -1]
+    lengths = (out != eos_id).sum(dim=1).add(1).clamp(max=max_new_tokens)  # (N,) up to and with the first EOS
+    completions, logp = ([row[:n] for row, n in zip(x.tolist(), lengths.tolist())] for x in (out, logp))
+    return (completions, logp) if return_logprobs else completions
+
+
+def token_logprobs(model: GPT, idx: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """log p(idx[:, t+1] | idx[:, :t+1]) under softmax(logits / temperature), what `generate` samples from.
+
+    idx (B, T) -> (B, T-1), float32.
+    """
+    return gather_logprobs(model(idx[:, :-1]), idx[:, 1:], temperature)[0]
+
+
+def gather_logprobs(logits: Tensor, target: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """logits (B, T, V), target (B, T) -> (log-probability of the target, entropy of the distribution), both (B, T)
+    and float32, in nats; no gradient flows through the entropy."""
+    logp = (logits.float() / temperature).log_softmax(dim=-1)  # (B, T, V)
+    entropy = -(logp.detach().exp() * logp.detach()).sum(dim=-1)
+    return logp.gather(-1, target[..., None])[..., 0], entropy
+
+
+class Optimizer:
+    """Muon for the blocks' matrices, AdamW for the embedding and the norms; one learning rate each.
+
+    Muon (torch.optim.Muon; K. Jordan, 2024) replaces a matrix's momentum by the nearest orthogonal matrix, so that all
+    directions are learnt at one pace; on this model's arithmetic it is worth several times the tokens.
+    """
+
+    def __init__(self, model: GPT, muon_lr: float, adam_lr: float, weight_decay: float = 0.0):
+        matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+        others = [p for p in model.parameters() if all(p is not m for m in matrices)]
+        self.parts = [torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay),
+                      torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0)]
+        self.base_lrs = [muon_lr, adam_lr]
+        self.parameters = matrices + others
+
+    def step(self, scale: float = 1.0, clip: float = 1.0) -> float:
+        """One update with learning rates times `scale`, gradients clipped to norm `clip` and then cleared -> their
+        norm before clipping."""
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip)
+        for part, lr in zip(self.parts, self.base_lrs):
+            part.param_groups[0]["lr"] = lr * scale
+            part.step()
+            part.zero_grad(set_to_none=True)
+        return norm.item()
+
+    def state_dict(self) -> list[dict]:
+        """What a checkpoint keeps."""
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, state: list[dict]) -> None:
+        """Go on from a checkpoint."""
+        for part, part_state in zip(self.parts, state):
+            part.load_state_dict(part_state)

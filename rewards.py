@@ -1,0 +1,89 @@
+"""The two rule-based rewards of DeepSeek-R1-Zero (2501.12948, section 2.2.2), and the parser behind them.
+
+    accuracy  1 if the one <answer> after the one closed, non-empty <think> holds what problem.check() accepts, else 0
+    format    1 if the completion is exactly <think>...</think><answer>...</answer>, else 0
+
+No neural reward model: a policy under optimisation finds its holes. Rules have holes too, so this file is strict: a tag
+that appears twice, an answer inside the thought, an empty thought, anything before or behind the two blocks is not
+well formed. The text is never executed, and the parser looks at each character a bounded number of times.
+
+Where we differ from the paper
+1. The paper weighs both rewards equally; here the caller weighs them (train.py's format_weight, 0.1 by default).
+2. White space may stand between and around the two blocks, as in the paper's own template.
+
+    >>> import data.arithmetic
+    >>> problem = data.arithmetic.parse("8*7-19")
+    >>> completion = "<think>8*7=56, 56-19=37</think> <answer> 37 </answer>"
+    >>> accuracy_reward(completion, problem), format_reward(completion)
+    (1.0, 1.0)
+    >>> accuracy_reward("37", problem), format_reward("<think></think><answer>37</answer>")
+    (0.0, 0.0)
+"""
+import re
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+MAX_CHARS = 100_000  # a longer completion gets no reward; nothing that the model can sample comes near
+REFLECTIVE = re.compile(r"\b(wait|mistake|however|but|retry|error|verify|wrong|evaluate|check)\b", re.IGNORECASE)
+
+
+def split_completion(completion: str) -> list[str] | None:
+    """The five texts around the four tags, or None unless each tag occurs exactly once, in order.
+
+    >>> split_completion("<think>a</think><answer>b</answer>")
+    ['', 'a', '', 'b', '']
+    >>> split_completion("<think>a<answer>b</answer></think>") is None
+    True
+    """
+    if len(completion) > MAX_CHARS or any(completion.count(tag) != 1 for tag in TAGS):
+        return None
+    parts, rest = [], completion
+    for tag in TAGS:
+        before, found, rest = rest.partition(tag)
+        if not found:
+            return None  # the tag was there, but before the one that it must follow
+        parts.append(before)
+    return [*parts, rest]
+
+
+def format_reward(completion: str) -> float:
+    """1.0 if the completion is one non-empty thought, one non-empty answer, and nothing else but white space.
+
+    >>> format_reward("<think>a</think><answer>b</answer> so b")
+    0.0
+    """
+    parts = split_completion(completion)
+    if parts is None:
+        return 0.0
+    before, thought, between, answer, after = (part.strip() for part in parts)
+    return float(bool(thought and answer) and not (before or between or after))
+
+
+def extract_answer(completion: str) -> str | None:
+    """The text of the one answer behind the one closed thought that is not empty, stripped of white space, or None.
+
+    >>> extract_answer("<think>2+3=5</think> so <answer> 5 </answer>")
+    '5'
+    """
+    parts = split_completion(completion)
+    return parts[3].strip() if parts is not None and parts[1].strip() else None
+
+
+def accuracy_reward(completion: str, problem) -> float:
+    """1.0 if problem.check() accepts the answer; text around the two blocks costs the format reward alone.
+
+    >>> import data.arithmetic
+    >>> [accuracy_reward(f"<think>{thought}</think> <answer>5</answer>.", data.arithmetic.parse("2+3"))
+    ...  for thought in ("2+3=5", "")]
+    [1.0, 0.0]
+    """
+    answer = extract_answer(completion)
+    return float(answer is not None and problem.check(answer))
+
+
+def reflects(completion: str) -> bool:
+    """Does the text hold one of the ten reflective words that DeepSeek-R1 counts (appendix C.2)? It earns nothing.
+
+    >>> reflects("8*7=54, wait, 8*7=56"), reflects("8*7=56, a waiter")
+    (True, False)
+    """
+    return REFLECTIVE.search(completion) is not None
