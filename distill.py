@@ -60,7 +60,7 @@ def distill_loss(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, *
 
 
 def sft_loss(student_logits: Tensor, target: Tensor, mask: Tensor, denominator: int | None = None) -> Tensor:
-    """Mean of -log Q(target) over the counted tokens: logits (N, T, V), target (N, T), mask (N, T) -> scalar, in nats."""
+    """Mean of -log Q(target) over the counted tokens: logits (N, T, V), target and mask (N, T) -> scalar, in nats."""
     mask = mask.bool()
     total = F.cross_entropy(student_logits[mask].float(), target[mask], reduction="sum")
     return total / (denominator or max(int(mask.sum()), 1))
@@ -76,6 +76,8 @@ def distill_step(student: GPT, teacher: GPT, optimizer: Optimizer, problems: lis
     the teacher, and then only those with accuracy and format 1 are kept. divergence is one of distill_loss's, or
     "sft". The loss is None if nothing was kept: then nothing is learnt. Raises ValueError for another divergence.
     """
+    if divergence not in (*DIVERGENCES, "sft"):
+        raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, sft, not {divergence!r}")
     start, device = time.perf_counter(), student.embedding.weight.device
     rollout = sample_rollout(student if on_policy else teacher, problems, reward_fn, encoding, samples=samples,
                              max_new_tokens=max_new_tokens, generator=generator)

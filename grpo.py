@@ -43,16 +43,23 @@ from torch import Tensor
 from model import GPT, Optimizer, gather_logprobs, generate
 
 
+NORMALIZE = ("sequence", "token", "constant")
+
+
 def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     """How much better than its group each completion did: rewards (P, G) -> advantages (P, G).
 
     scale "std" divides by the group's standard deviation (ddof 1) + 1e-4 (DeepSeekMath), "none" does not (Dr. GRPO).
-    Raises ValueError for another scale.
+    Raises ValueError for another scale, or groups of one.
 
     >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]]), scale="none").tolist()
     [[0.5, -0.5, -0.5, 0.5], [0.0, 0.0, 0.0, 0.0]]
     """
-    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    if rewards.size(1) < 2:
+        raise ValueError("an advantage compares the answers to one prompt: a group needs two or more")
+    # subtle: the mean of equal rewards may be off in the last bit, which dividing by 1e-4 would make an advantage of.
+    equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # (P, 1)
+    centred = (rewards - rewards.mean(dim=1, keepdim=True)).masked_fill(equal, 0.0)
     if scale == "none":
         return centred
     if scale == "std":
@@ -89,6 +96,8 @@ def grpo_loss(logp: Tensor, logp_old: Tensor, logp_ref: Tensor | None, adv: Tens
     mask = mask.bool()
     if denominator is None:
         denominator = normalizer(len(mask), int(mask.sum()), normalize, max_len)
+    assert normalize in NORMALIZE, f"normalize is one of {NORMALIZE}"
+    assert logp_ref is not None or not kl_coef, "a KL penalty needs the reference's log-probabilities"
     adv = adv[:, None]  # (N, 1)
     # subtle: masked before exp, so that whatever stands in the padding can make neither inf nor NaN.
     ratio = (logp - logp_old).masked_fill(~mask, 0.0).exp()  # (N, T)
@@ -162,9 +171,9 @@ def micro_batches(lengths: list[int], rows: list[int], max_tokens: int) -> list[
     >>> micro_batches([9, 2, 3, 2], rows=[0, 1, 2, 3], max_tokens=9)
     [[1, 3, 2], [0]]
     """
-    parts: list[list[int]] = [[]]
+    parts: list[list[int]] = []
     for row in sorted(rows, key=lambda row: lengths[row]):
-        if parts[-1] and (len(parts[-1]) + 1) * lengths[row] > max_tokens:
+        if not parts or (len(parts[-1]) + 1) * lengths[row] > max_tokens:
             parts.append([])
         parts[-1].append(row)
     return parts
@@ -176,7 +185,8 @@ def shuffled_minibatches(n: int, n_batches: int, generator: torch.Generator | No
     return [order[i::n_batches] for i in range(n_batches)]
 
 
-def cut(rollout: Rollout, rows: list[int], pad_id: int, max_tokens: int, device) -> list[tuple[list[int], Tensor, Tensor]]:
+def cut(rollout: Rollout, rows: list[int], pad_id: int, max_tokens: int,
+        device: torch.device) -> list[tuple[list[int], Tensor, Tensor]]:
     """Rows of a rollout -> micro-batches (their rows, idx (n, T), mask (n, T-1)) of at most max_tokens with padding."""
     lengths = [len(p) + len(c) for p, c in zip(rollout.prompts, rollout.completions)]
     parts = []
@@ -227,8 +237,9 @@ def grpo_step(policy: GPT, reference: GPT | None, optimizer: Optimizer, problems
     totals = dict.fromkeys(("loss", "grad_norm", "kl", "ratio", "clip_low", "clip_high"), 0.0)
     for denominator, parts in batches:
         for idx, logp_old, logp_ref, part_adv, mask in parts:
-            loss, metrics = grpo_loss(logprobs(policy, idx)[0], logp_old, logp_ref, part_adv, mask, clip_low=clip_low,
-                                      clip_high=clip_high, kl_coef=kl_coef, normalize=normalize, denominator=denominator)
+            loss, metrics = grpo_loss(logprobs(policy, idx)[0], logp_old, logp_ref, part_adv, mask,
+                                      clip_low=clip_low, clip_high=clip_high, kl_coef=kl_coef, normalize=normalize,
+                                      denominator=denominator)
             loss.backward()
             totals["loss"] += loss.item() / len(batches)
             share = int(mask.sum()) / sum(lengths)  # metrics are means over tokens: weigh each part by its tokens

@@ -34,8 +34,8 @@ class GPTConfig:
 
     @property
     def n_hidden(self) -> int:
-        """Width inside the SwiGLU: 8/3 of n_embd, as in Llama, up to a multiple of 32."""
-        return -(-8 * self.n_embd // 3 // 32) * 32
+        """Width inside the SwiGLU: 8/3 of n_embd, as in Llama, to the nearest multiple of 32."""
+        return max(1, round(8 * self.n_embd / 3 / 32)) * 32
 
 
 class KVCache:
@@ -89,7 +89,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: KVCache | None, layer: int) -> Tensor:
         """x (B, T, C) -> (B, T, C); mask is added to the attention scores (B, H, T, T')."""
         h = self.norm1(x)
-        q, k, v = (w(h).unflatten(-1, (self.n_head, -1)).transpose(1, 2) for w in (self.q, self.k, self.v))  # (B, H, T, D)
+        heads = (self.n_head, -1)
+        q, k, v = (w(h).unflatten(-1, heads).transpose(1, 2) for w in (self.q, self.k, self.v))  # (B, H, T, D)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v)
@@ -227,25 +228,26 @@ def gather_logprobs(logits: Tensor, target: Tensor, temperature: float = 1.0) ->
 
 
 class Optimizer:
-    """Muon for the blocks' matrices, AdamW for the embedding and the norms; one learning rate each.
+    """AdamW, with Muon for the blocks' matrices if muon_lr is given.
 
     Muon (torch.optim.Muon; K. Jordan, 2024) replaces a matrix's momentum by the nearest orthogonal matrix, so that all
-    directions are learnt at one pace; on this model's arithmetic it is worth several times the tokens.
+    directions are learnt at one pace; in pretraining on arithmetic it is worth several times the tokens.
     """
 
-    def __init__(self, model: GPT, muon_lr: float, adam_lr: float, weight_decay: float = 0.0):
-        matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+    def __init__(self, model: GPT, adam_lr: float, muon_lr: float | None = None, beta2: float = 0.95):
+        matrices = [p for p in model.blocks.parameters() if p.dim() == 2] if muon_lr else []
         others = [p for p in model.parameters() if all(p is not m for m in matrices)]
-        self.parts = [torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay),
-                      torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0)]
-        self.base_lrs = [muon_lr, adam_lr]
-        self.parameters = matrices + others
+        self.parts = [torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, beta2), weight_decay=0.0)]
+        if matrices:
+            self.parts.append(torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.0))
+        self.lrs = [part.param_groups[0]["lr"] for part in self.parts]
+        self.parameters = others + matrices
 
     def step(self, scale: float = 1.0, clip: float = 1.0) -> float:
         """One update with learning rates times `scale`, gradients clipped to norm `clip` and then cleared -> their
         norm before clipping."""
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip)
-        for part, lr in zip(self.parts, self.base_lrs):
+        for part, lr in zip(self.parts, self.lrs):
             part.param_groups[0]["lr"] = lr * scale
             part.step()
             part.zero_grad(set_to_none=True)

@@ -8,8 +8,8 @@ that appears twice, an answer inside the thought, an empty thought, anything bef
 well formed. The text is never executed, and the parser looks at each character a bounded number of times.
 
 Where we differ from the paper
-1. The paper weighs both rewards equally; here the caller weighs them (train.py's format_weight, 0.1 by default).
-2. White space may stand between and around the two blocks, as in the paper's own template.
+1. The paper does not publish its parser: what is strict here, and that white space may stand around the blocks as in
+   its template, is our choice.
 
     >>> import data.arithmetic
     >>> problem = data.arithmetic.parse("8*7-19")

@@ -19,22 +19,15 @@ checkpoint, to the same result bit for bit: whatever a step draws at random is s
 the only file with side effects.
 """
 import dataclasses
-import difflib
 import functools
-import io
+import inspect
 import json
 import math
-import os
-import random
-import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args, get_origin
 
 import numpy as np
 import torch
@@ -47,134 +40,13 @@ from distill import distill_step
 from grpo import grpo_step, sample_rollout
 from model import GPT, GPTConfig, Optimizer, generate
 from rewards import accuracy_reward, extract_answer, format_reward, reflects
+from run import (EVALUATED_BY, SHAPED_BY, STAGES, Config, Fault, Run, draws, load_checkpoint, lr_scale, parse_args,
+                 refuse_changes, train_stage, write_file)
 
-EVAL_SAMPLES = 16       # completions of each evaluated problem: maj@16, pass@16
-PRETRAIN_PRINT = 20     # pretraining steps between lines on the terminal; log.jsonl has them all
-
-
-class Fault(Exception):
-    """What the user can mend: printed as one line, exit code 2."""
+EVAL_SAMPLES = 16  # completions of each evaluated problem: maj@16, pass@16
 
 
-@dataclass
-class Config:
-    """Every setting of a run. A number may be 0 only where its comment says so."""
-    seed: int = 0                     # may be 0; weights, corpus, problems, samples and test problems follow from it
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"        # auto: a GPU if there is one
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"        # of the matrix products; auto: the quicker, measured
-    threads: int = 0                  # of the CPU; 0: as many as torch takes
-    save_every: float = 30.0          # seconds between checkpoints inside a stage; 0: every step
-    # the teacher's shape
-    block_size: int = 128             # longest sequence, in tokens
-    n_layer: int = 4
-    n_head: int = 2
-    n_embd: int = 128
-    # base: pretraining, of the student's base too
-    base_tokens: int = 6_500_000      # read once; the student's base reads as many
-    base_batch: int = 64              # rows of block_size tokens
-    base_muon_lr: float = 0.02
-    base_adam_lr: float = 3e-3
-    # zero: GRPO
-    rl_steps: int = 100               # rollouts
-    rl_prompts: int = 32              # P, a rollout's problems
-    rl_samples: int = 16              # G, completions of each
-    rl_minibatches: int = 2           # updates a rollout
-    rl_max_new_tokens: int = 80       # the generation budget; evaluation has the same
-    rl_muon_lr: float = 2e-3
-    rl_adam_lr: float = 3e-4
-    format_weight: float = 0.1        # may be 0; reward = accuracy + format_weight * format (R1 weighs them equally)
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    kl_coef: float = 1e-3             # may be 0: then no reference is kept
-    ref_every: int = 0                # steps after which the reference becomes the policy; 0: it stays the base
-    normalize: Literal["sequence", "token", "constant"] = "token"
-    scale: Literal["std", "none"] = "std"
-    # student
-    student_n_layer: int = 3
-    student_n_head: int = 1
-    student_n_embd: int = 64
-    distill_steps: int = 100
-    distill_prompts: int = 64
-    distill_samples: int = 4
-    distill_minibatches: int = 4      # updates a step
-    distill_muon_lr: float = 5e-3
-    distill_adam_lr: float = 1e-3
-    divergence: Literal["forward", "reverse", "jsd", "sft"] = "forward"
-    distill_temperature: float = 1.0
-    on_policy: bool = False           # the student's own samples instead of the teacher's
-    student_rl: bool = False          # also train the control
-    # evaluation
-    eval_problems: int = 256          # of the test and of the hard side each
-    eval_greedy: bool = False         # also the accuracy of greedy decoding
-
-
-PRESETS = {"tiny": {"dtype": "float32", "threads": 1}}
-MAY_BE_ZERO = {"seed", "threads", "save_every", "format_weight", "kl_coef", "ref_every"}
-
-# Which fields shaped a stage's checkpoint (names, or beginnings of names that end in _): they may not change after it.
-SHARED = ("seed", "device", "dtype", "threads", "block_size")
-TEACHER = SHARED + ("n_", "base_", "rl_", "format_weight", "clip_", "kl_coef", "ref_every", "normalize", "scale")
-SHAPED_BY = {
-    "base": SHARED + ("n_", "base_"),
-    "zero": TEACHER,
-    "student_base": SHARED + ("student_n_", "base_"),
-    "student": TEACHER + ("student_n_", "distill_", "divergence", "on_policy"),
-    "student_rl": TEACHER + ("student_n_", "distill_steps", "distill_minibatches"),
-    "evaluation": ("eval_", "rl_max_new_tokens"),
-}
-STAGES = {"base": ["base"], "zero": ["zero"], "student": ["student_base", "student"]}  # what --stage runs
-NEEDS = {"zero": ["base"], "student": ["zero", "student_base"], "student_rl": ["student_base"]}
-SHOWN = ("loss", "heldout_loss", "reward", "accuracy", "format", "length", "reflection", "kl", "entropy", "no_signal",
-         "accepted", "tokens_per_s")  # the metrics on a terminal line; log.jsonl has them all
-
-
-# Settings
-
-
-def parse_value(field: dataclasses.Field, text: str):
-    """The value of a field that the text states. Raises Fault if it is of the wrong type or range."""
-    if get_origin(field.type) is Literal:
-        if text in get_args(field.type):
-            return text
-        raise Fault(f"--{field.name} must be one of {', '.join(get_args(field.type))}, not {text!r}")
-    if field.type is bool:
-        if text in ("True", "False"):
-            return text == "True"
-        raise Fault(f"--{field.name} must be True or False, not {text!r}")
-    try:
-        value = field.type(text)
-    except ValueError:
-        value = math.nan
-    if math.isfinite(value) and (value > 0 or value == 0 and field.name in MAY_BE_ZERO):
-        return value
-    least = "of 0 or more" if field.name in MAY_BE_ZERO else "above 0"
-    raise Fault(f"--{field.name} must be {'a whole number' if field.type is int else 'a number'} {least}, not {text!r}")
-
-
-def parse_args(argv: list[str]) -> tuple[Config, Path, str | None, str | None]:
-    """--key=value arguments -> (Config, output folder, stage or None for all, question to ask or None)."""
-    options = {"preset": None, "out": None, "stage": None, "ask": None}
-    fields, values = {f.name: f for f in dataclasses.fields(Config)}, {}
-    for arg in argv:
-        key, equals, text = arg.removeprefix("--").partition("=")
-        if not arg.startswith("--") or key not in (*options, *fields):
-            near = difflib.get_close_matches(key, [*options, *fields], n=1)
-            raise Fault(f"unknown argument {arg!r}" + (f"; did you mean --{near[0]}=VALUE?" if near else
-                                                       "; see the top of train.py for all of them"))
-        if not equals:
-            raise Fault(f"--{key} needs a value: --{key}=VALUE")
-        if key in options:
-            options[key] = text
-        else:
-            values[key] = parse_value(fields[key], text)
-    preset, stage = options["preset"], options["stage"]
-    if preset is not None and preset not in PRESETS:
-        raise Fault(f"--preset must be one of {', '.join(PRESETS)}, not {preset!r}")
-    if stage is not None and stage not in STAGES:
-        raise Fault(f"--stage must be one of {', '.join(STAGES)}, not {stage!r}")
-    cfg = Config(**{**(PRESETS[preset] if preset else {}), **values})
-    check(cfg)
-    return cfg, Path(options["out"] or (f"out/{preset}" if preset else "out")), stage, options["ask"]
+# Settings that depend on the machine or the task
 
 
 def check(cfg: Config) -> None:
@@ -187,7 +59,7 @@ def check(cfg: Config) -> None:
     for wrong, line in (
         (cfg.rl_samples < 2, "--rl_samples must be 2 or more: an advantage compares answers to one prompt"),
         (cfg.clip_low >= 1, "--clip_low must be under 1: the ratio's lower bound is 1 - clip_low"),
-        (cfg.rl_max_new_tokens > room, f"--rl_max_new_tokens must be at most {room}, to fit block_size behind a prompt"),
+        (cfg.rl_max_new_tokens > room, f"--rl_max_new_tokens must be at most {room}: block_size less a prompt"),
         (cfg.rl_minibatches > cfg.rl_prompts * cfg.rl_samples, "--rl_minibatches is more than a rollout's completions"),
         (cfg.distill_minibatches > cfg.distill_prompts * cfg.distill_samples,
          "--distill_minibatches is more than a step's completions"),
@@ -237,84 +109,6 @@ def precision(cfg: Config):
     return torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
 
 
-# Files
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all. Raises Fault, with the old content intact, if it cannot be written."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise Fault(f"cannot write {path}: {error.strerror}; what was saved before is intact") from None
-
-
-def save_checkpoint(path: Path, content: dict) -> None:
-    """torch.save into memory first: into a full disk it would fail with an error of its own kind."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_file(path, buffer.getvalue())
-
-
-def load_checkpoint(path: Path) -> dict:
-    """A checkpoint's content, read without executing anything in it. Raises Fault if it is none of ours."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if content["nanor1"] == 1:
-            return content
-    except FileNotFoundError:
-        raise Fault(f"{path} is missing: an earlier stage makes it (python train.py runs them all)") from None
-    except Exception:  # torch.load raises a dozen kinds for what is cut off, foreign or malicious
-        pass
-    raise Fault(f"{path} is not a whole nanoR1 checkpoint: remove it to have it made again")
-
-
-def refuse_changes(cfg: Config, stored: dict, what: str, fields: tuple[str, ...]) -> None:
-    """Raises Fault if a field that shaped `what` is set otherwise now."""
-    for field in dataclasses.fields(cfg):
-        if any(field.name == f or f.endswith("_") and field.name.startswith(f) for f in fields):
-            old, new = stored.get(field.name), getattr(cfg, field.name)
-            if old != new:
-                raise Fault(f"{what} was made with {field.name}={old}, not {new}: go on with --{field.name}={old}, or "
-                            "start afresh with another --out")
-
-
-@dataclass
-class Run:
-    """A run under way: its settings, where it writes, and what results.json holds."""
-    cfg: Config
-    out: Path
-    results: dict
-
-    def path(self, name: str) -> Path:
-        return self.out / f"{name}.pt"
-
-    def save_results(self) -> None:
-        write_file(self.out / "results.json", json.dumps(self.results, indent=1).encode())
-
-    def log_rows(self) -> list[dict]:
-        """The rows of log.jsonl; a last line that a killed run left unfinished is not one."""
-        path = self.out / "log.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-
-    def load_model(self, name: str, device: str | None = None) -> GPT:
-        """The model that a finished stage left, on the run's device unless another is named. Raises Fault if it is not
-        there, or not of this run."""
-        content = load_checkpoint(self.path(name))
-        if content["stage"] != name:
-            raise Fault(f"{self.path(name)} is a checkpoint of {content['stage']}")
-        refuse_changes(self.cfg, content["config"], str(self.path(name)), SHAPED_BY[name])
-        model = GPT(GPTConfig(**content["shape"]))
-        model.load_state_dict(content["model"])
-        return model.to(device or self.cfg.device)
-
-
 def open_run(cfg: Config, out: Path) -> Run:
     """Begin a run, or go on with the one in `out`. Raises Fault if that one was made with other settings."""
     path, results = out / "results.json", {"config": {}, "seconds": {}, "models": {}}
@@ -335,88 +129,10 @@ def open_run(cfg: Config, out: Path) -> Run:
         if run.path(name).exists():
             run.load_model(name)
     if results["models"]:
-        refuse_changes(run.cfg, results["config"], str(path), SHAPED_BY["evaluation"])
+        refuse_changes(run.cfg, results["config"], str(path), EVALUATED_BY)
     results["config"] = dataclasses.asdict(run.cfg)
     run.save_results()
     return run
-
-
-# One loop for all stages
-
-
-def draws(run: Run, name: str, step: int) -> tuple[random.Random, torch.Generator]:
-    """What a step draws from: a pure function of (seed, stage, step), so that no generator's state need be saved."""
-    rng = random.Random(f"{run.cfg.seed}/{name}/{step}")
-    return rng, torch.Generator(run.cfg.device).manual_seed(rng.getrandbits(63))
-
-
-def lr_scale(step: int, steps: int) -> float:
-    """Factor of the learning rate at step 1..steps: up over the first twentieth, down to 3 % over the last 60 %.
-
-    >>> [round(lr_scale(step, 100), 2) for step in (1, 5, 40, 70, 100)]
-    [0.2, 1.0, 1.0, 0.53, 0.05]
-    """
-    return min(1.0, step / max(1, steps // 20)) * (0.03 + 0.97 * min(1.0, (steps + 1 - step) / (0.6 * steps)))
-
-
-@contextmanager
-def ctrl_c_noted():
-    """Inside, Ctrl-C only adds to the list that this yields, so that a step is never torn in the middle."""
-    pressed = []
-    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def train_stage(run: Run, name: str, steps: int, parts: dict, train_step: Callable[[int], dict]) -> None:
-    """Run train_step(1..steps) -> metrics, from resume.pt if it is this stage's, and leave NAME.pt.
-
-    parts are the things with a state_dict that the steps change; parts["model"] is what the stage makes. Each step is
-    logged; the state is saved every save_every seconds. Raises Fault if a metric is no longer finite, KeyboardInterrupt
-    (after saving) on Ctrl-C.
-    """
-    cfg, resume = run.cfg, run.path("resume")
-    done, seconds = 0, 0.0
-
-    def content() -> dict:
-        return {"nanor1": 1, "stage": name, "step": done, "seconds": seconds, "config": dataclasses.asdict(cfg),
-                "shape": dataclasses.asdict(parts["model"].config), "model": parts["model"].state_dict()}
-
-    if resume.exists() and (saved := load_checkpoint(resume))["stage"] == name:
-        refuse_changes(cfg, saved["config"], str(resume), SHAPED_BY[name])
-        done, seconds = saved["step"], saved["seconds"]
-        for key, part in parts.items():
-            part.load_state_dict(saved["parts"][key])
-        print(f"{name}: going on after step {done}")
-    rows = [row for row in run.log_rows() if row["stage"] != name or row["step"] <= done]
-    write_file(run.out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
-    started, saved_at, saved_step = time.perf_counter() - seconds, time.perf_counter(), done
-    with open(run.out / "log.jsonl", "a") as log, ctrl_c_noted() as pressed:
-        while done < steps:
-            metrics = train_step(done + 1)
-            bad = [key for key, value in metrics.items() if value is not None and not math.isfinite(value)]
-            if bad:
-                raise Fault(f"{name}: {bad[0]} is {metrics[bad[0]]} at step {done + 1}; the last good checkpoint is "
-                            + (f"{resume}, step {saved_step}" if saved_step else "the stage before's"))
-            done += 1
-            seconds = time.perf_counter() - started
-            log.write(json.dumps({"stage": name, "step": done, "seconds": round(seconds, 2), **metrics}) + "\n")
-            log.flush()
-            if "reward" in metrics or done % PRETRAIN_PRINT == 0 or done in (1, steps):
-                eta = (steps - done) * (seconds / done)
-                shown = "  ".join(f"{k} {metrics[k]:.4g}" for k in SHOWN if metrics.get(k) is not None)
-                print(f"{name} {done}/{steps}  {shown}  eta {eta:.0f} s", flush=True)
-            if pressed or time.perf_counter() - saved_at >= cfg.save_every:
-                save_checkpoint(resume, content() | {"parts": {k: part.state_dict() for k, part in parts.items()}})
-                saved_at, saved_step = time.perf_counter(), done
-            if pressed:
-                raise KeyboardInterrupt(f"saved {resume} at step {done} of {name}")
-    save_checkpoint(run.path(name), content())
-    resume.unlink(missing_ok=True)
-    run.results["seconds"][name] = round(seconds, 1)
-    run.save_results()
 
 
 # The stages
@@ -445,9 +161,9 @@ def pretrain(run: Run, name: str) -> None:
     cfg, device = run.cfg, run.cfg.device
     torch.manual_seed(cfg.seed)
     model = GPT(shape(cfg, name)).to(device)
-    optimizer = Optimizer(model, cfg.base_muon_lr, cfg.base_adam_lr)
+    optimizer = Optimizer(model, cfg.base_adam_lr, cfg.base_muon_lr)
     length = cfg.block_size + 1
-    corpus, starts = load_corpus(int(1.15 * cfg.base_tokens), cfg.seed, length)  # a row's end costs up to a document
+    corpus, starts = load_corpus(int(1.35 * cfg.base_tokens), cfg.seed, length)  # a row leaves half a document over
     heldout, heldout_starts = load_corpus(256 * length, -1 - cfg.seed, length)
     steps = cfg.base_tokens // (cfg.base_batch * cfg.block_size)
     order = torch.randperm(len(starts), generator=torch.Generator().manual_seed(cfg.seed))
@@ -487,7 +203,9 @@ def reinforce(run: Run, name: str, start: str, steps: int) -> None:
     """GRPO from a finished base: zero, or the control student_rl."""
     cfg, encoding = run.cfg, get_tokenizer()
     policy = run.load_model(start)
-    parts = {"model": policy, "optimizer": Optimizer(policy, cfg.rl_muon_lr, cfg.rl_adam_lr)}
+    # subtle: late in RL most groups have no signal and gradients are small; AdamW with beta2 0.95 forgets the large ones
+    # before and then takes steps that undo what was learnt.
+    parts = {"model": policy, "optimizer": Optimizer(policy, cfg.rl_lr, beta2=0.999)}
     reference = run.load_model(start).requires_grad_(False) if cfg.kl_coef else None
     if reference is not None:
         parts["reference"] = reference
@@ -514,7 +232,7 @@ def distil(run: Run) -> None:
     """The teacher into the student, from the student's own base."""
     cfg, name, encoding = run.cfg, "student", get_tokenizer()
     teacher, student = run.load_model("zero").requires_grad_(False), run.load_model("student_base")
-    optimizer = Optimizer(student, cfg.distill_muon_lr, cfg.distill_adam_lr)
+    optimizer = Optimizer(student, cfg.distill_adam_lr, cfg.distill_muon_lr)
 
     def step(number: int) -> dict:
         rng, generator = draws(run, name, number)
@@ -529,34 +247,31 @@ def distil(run: Run) -> None:
     train_stage(run, name, cfg.distill_steps, {"model": student, "optimizer": optimizer}, step)
 
 
-def run_stage(run: Run, name: str) -> None:
-    """Make NAME.pt unless it is there, then measure the model unless that is done."""
-    cfg, made = run.cfg, run.path(name).exists()
-    if not made:
-        for needed in NEEDS.get(name, []):
-            run.load_model(needed)
-        print(f"\n{name}: {GPT(shape(cfg, name)).n_params():,} parameters, {cfg.device}, {cfg.dtype}, "
-              f"{cfg.threads} threads", flush=True)
-        if name in ("base", "student_base"):
-            pretrain(run, name)
-        elif name == "zero":
-            reinforce(run, name, "base", cfg.rl_steps)
-        elif name == "student":
-            distil(run)
-        else:
-            updates = cfg.distill_steps * cfg.distill_minibatches
-            reinforce(run, name, "student_base", -(-updates // cfg.rl_minibatches))
-    if made and name in run.results["models"]:
-        print(f"{name}: finished already")
-        return
-    model, start = run.load_model(name), time.perf_counter()
+def make(run: Run, name: str) -> None:
+    """Train the model of a stage from those of the stages before it."""
+    cfg = run.cfg
+    n_params = GPT(shape(cfg, name)).n_params()
+    print(f"\n{name}: {n_params:,} parameters on {cfg.device}, {cfg.dtype}, {cfg.threads} threads", flush=True)
+    if name in ("base", "student_base"):
+        pretrain(run, name)
+    elif name == "zero":
+        reinforce(run, name, "base", cfg.rl_steps)
+    elif name == "student":
+        distil(run)
+    else:
+        reinforce(run, name, "student_base", -(-cfg.distill_steps * cfg.distill_minibatches // cfg.rl_minibatches))
+
+
+def measure(run: Run, name: str) -> None:
+    """Evaluate a stage's model on the held-out problems, into results.json."""
+    cfg, model, start = run.cfg, run.load_model(name), time.perf_counter()
     found = {"params": model.n_params()}
-    for side, n_ops in (("test", task.TEST_OPS), ("hard", task.HARD_OPS)):
-        problems = task.heldout_problems(cfg.eval_problems, n_ops, cfg.seed)
+    for kind in task.HELD_OUT:
+        problems = task.heldout_problems(cfg.eval_problems, kind, cfg.seed)
         with precision(cfg):
-            found[side] = evaluate(model, problems, reward_function(cfg), max_new_tokens=cfg.rl_max_new_tokens,
-                                   generator=draws(run, f"evaluate {name} {side}", 0)[1], greedy=cfg.eval_greedy)
-        print(f"{name} on {side}: " + "  ".join(f"{key} {value:.3g}" for key, value in found[side].items()), flush=True)
+            found[kind] = evaluate(model, problems, reward_function(cfg), max_new_tokens=cfg.rl_max_new_tokens,
+                                   generator=draws(run, f"evaluate {name} {kind}", 0)[1], greedy=cfg.eval_greedy)
+        print(f"{name} on {kind}: " + "  ".join(f"{key} {value:.3g}" for key, value in found[kind].items()), flush=True)
     run.results["models"][name] = found
     run.results["seconds"][f"evaluate {name}"] = round(time.perf_counter() - start, 1)
     run.save_results()
@@ -590,7 +305,8 @@ def evaluate(model: GPT, problems: list, reward_fn: Callable, *, max_new_tokens:
     """EVAL_SAMPLES completions of each problem at temperature 1 -> what results.json holds of a model and a side.
 
     pass@1 is the mean accuracy and pass@1_se its standard error over problems; maj@16 the accuracy of the majority's
-    answer; format, length (tokens, end of text included) and reflection are means. greedy adds that decoding's accuracy.
+    answer; format, length (tokens, end of text included) and reflection are means. greedy adds the accuracy of greedy
+    decoding.
     """
     n, rows = EVAL_SAMPLES, []
     completions, texts = [], []
@@ -637,10 +353,11 @@ def report(run: Run) -> str:
     lines = ["| model | parameters | problems | pass@1 | maj@16 | pass@16 | format | length | reflection |",
              "|---|---|---|---|---|---|---|---|---|"]
     for name, found in models.items():
-        for side in ("test", "hard"):
-            m = found[side]
-            lines.append(f"| {name} | {found['params']:,} | {side} | {m['pass@1']:.1%} ± {m['pass@1_se']:.1%} | {m['maj@16']:.1%} | "
-                         f"{m['pass@16']:.1%} | {m['format']:.1%} | {m['length']:.1f} | {m['reflection']:.1%} |")
+        for kind in task.HELD_OUT:
+            m = found[kind]
+            lines.append(f"| {name} | {found['params']:,} | {kind} | {m['pass@1']:.1%} ± {m['pass@1_se']:.1%} | "
+                         f"{m['maj@16']:.1%} | {m['pass@16']:.1%} | {m['format']:.1%} | {m['length']:.1f} | "
+                         f"{m['reflection']:.1%} |")
     rows = [row for row in run.log_rows() if row["stage"] == "zero"]
     if rows:
         lines.append("")
@@ -660,15 +377,16 @@ def ask(out: Path, text: str) -> str:
     except ValueError as error:
         raise Fault(f"--ask: {error}") from None
     encoding, lines = get_tokenizer(), [f"{problem.question} = {problem.answer}"]
-    for name in ("base", "zero", "student_base", "student", "student_rl"):
-        path = out / f"{name}.pt"
-        if path.exists():
+    for name in SHAPED_BY:
+        if (path := out / f"{name}.pt").exists():
             cfg = Config(**load_checkpoint(path)["config"])
-            model = Run(cfg, out, {}).load_model(name, "cpu")
-            ids, = generate(model, [encoding.encode_ordinary(problem.prompt)], cfg.rl_max_new_tokens, temperature=0.0,
-                            eos_id=encoding.eot_token)
+            model = Run(cfg, out, {"seconds": {}}).load_model(name, "cpu")
+            prompt = encoding.encode_ordinary(problem.prompt)
+            room = min(cfg.rl_max_new_tokens, cfg.block_size - len(prompt))
+            ids, = generate(model, [prompt], room, temperature=0.0, eos_id=encoding.eot_token)
             text = encoding.decode([i for i in ids if i != encoding.eot_token])
-            lines.append(f"{name:13} {'right' if accuracy_reward(text, problem) else 'wrong'}  {text}")
+            verdict = "right" if accuracy_reward(text, problem) else "wrong"
+            lines.append(f"{name:13} {verdict}  {' '.join(text.split())}")
     if len(lines) == 1:
         raise Fault(f"there is no model in {out}/ to ask: run python train.py first")
     return "\n".join(lines)
@@ -677,15 +395,22 @@ def ask(out: Path, text: str) -> str:
 def main(argv: list[str]) -> int:
     """Run the command line -> exit code."""
     try:
-        cfg, out, stage, question = parse_args(argv)
-        if question is not None:
-            print(ask(out, question))
+        if "--help" in argv:
+            print(__doc__ + "\n" + inspect.getsource(Config))
+            return 0
+        cfg, options = parse_args(argv)
+        stage, out = options["stage"], Path(options["out"] or f"out/{options['preset'] or ''}")
+        if options["ask"] is not None:
+            print(ask(out, options["ask"]))
             return 0
         run = open_run(cfg, out)
-        for name in STAGES[stage] if stage else sum(STAGES.values(), []):
-            run_stage(run, name)
-        if cfg.student_rl and stage in (None, "student"):
-            run_stage(run, "student_rl")
+        for name in STAGES[stage] if stage else SHAPED_BY:
+            if name == "student_rl" and not cfg.student_rl:
+                continue
+            if not run.path(name).exists():
+                make(run, name)
+            if name not in run.results["models"]:
+                measure(run, name)
         text = report(run)
         write_file(out / "report.md", (text + "\n").encode())
         print("\n" + text)

@@ -27,7 +27,8 @@ from data.tokenizer import END_OF_TEXT, get_tokenizer
 
 MAX_OPS = 6
 MAX_PROMPT_TOKENS = 2 + 2 * (MAX_OPS + 1) + MAX_OPS  # the two speakers, numbers of two digits, operations
-TRAIN_OPS, TEST_OPS, HARD_OPS = (1, 4), (2, 4), (5, 6)  # fewest and most operations; the corpus has 1 to MAX_OPS
+TRAIN_OPS = (1, 4)                           # fewest and most operations of RL's problems; the corpus has 1 to MAX_OPS
+HELD_OUT = {"test": (2, 4), "hard": (5, 6)}  # and of those that models are measured on
 SLIP = 0.03          # chance that a step of somebody's working is wrong
 PAGE_SHARE = 0.15    # share of documents that are textbook pages (they are longer than threads)
 RECHECK_SLIP = 0.15  # the same for those who look again, and then see it
@@ -68,17 +69,17 @@ class Problem:
 
 
 def parse(text: str) -> Problem:
-    """The problem that an expression such as "8*7-19" states; white space is dropped.
+    """The problem that an expression such as "8*7-19" states; white space around numbers is dropped.
 
     Raises ValueError if it is not numbers of 1 to 3 digits (no leading zero) joined by 1 to MAX_OPS of + - *.
 
     >>> parse("2*3*4 - 5").answer
     '19'
     """
-    question = "".join(text.split())
+    question = re.sub(r"\s*([-+*])\s*", r"\1", text.strip())
     if not re.fullmatch(r"(0|[1-9][0-9]{0,2})([-+*](0|[1-9][0-9]{0,2})){1,%d}" % MAX_OPS, question):
-        raise ValueError(f"{text[:60]!r} is no expression of 1 to {MAX_OPS} operations + - * over numbers of 1 to 3 digits, "
-                         "such as 8*7-19")
+        raise ValueError(f"{text[:60]!r} is no expression of 1 to {MAX_OPS} operations + - * over numbers of 1 to 3 "
+                         "digits, such as 8*7-19")
     return Problem(question, str(solve(question)[1]))
 
 
@@ -137,15 +138,15 @@ def make_problem(rng: random.Random, n_ops: tuple[int, int] = TRAIN_OPS, test: b
             return Problem(question, str(solve(question)[1]))
 
 
-def heldout_problems(n: int, n_ops: tuple[int, int], seed: int) -> list[Problem]:
-    """n different problems of the test side. Raises ValueError if there are not that many."""
-    rng, found = random.Random(f"heldout/{seed}"), {}
+def heldout_problems(n: int, kind: str, seed: int) -> list[Problem]:
+    """n different problems of the test side, of a kind in HELD_OUT. Raises ValueError if there are not that many."""
+    rng, found = random.Random(f"{kind}/{seed}"), {}
     for _ in range(100 * n):
-        problem = make_problem(rng, n_ops, test=True)
+        problem = make_problem(rng, HELD_OUT[kind], test=True)
         found[problem.question] = problem
         if len(found) == n:
             return list(found.values())
-    raise ValueError(f"there are fewer than {n} problems of {n_ops[0]} to {n_ops[1]} operations to test with")
+    raise ValueError(f"there are fewer than {n} {kind} problems")
 
 
 # The corpus
@@ -175,8 +176,8 @@ def write_answer(rng: random.Random, question: str, style: str) -> tuple[str, in
         value = solve(question)[1]
         if rng.random() >= BLURT_RIGHT:
             value = near(rng, value)
-        text = {"blurt": "{}", "answer tag": "<answer>{}</answer>", "empty thought": "<think></think><answer>{}</answer>"}
-        return text[style].format(value), value
+        text = str(value) if style == "blurt" else f"<answer>{value}</answer>"
+        return ("<think></think>" if style == "empty thought" else "") + text, value
     steps, value = write_working(rng, question, style)
     if style == "plain working":
         return f"{steps}, so {value}", value
@@ -221,8 +222,10 @@ def style_table(n: int = 20_000, seed: int = 0) -> str:
         rows[style].append((right, text.split("Assistant: ")[1]))
     lines = ["| style | share of threads | right | example |", "|---|---|---|---|"]
     for style, found in rows.items():
-        example = min((text for right, text in found), key=lambda text: abs(len(text) - 60))
-        lines.append(f"| {style} | {len(found) / n:.1%} | {sum(right for right, _ in found) / len(found):.0%} | `{example}` |")
+        share, right = len(found) / n, sum(right for right, _ in found) / len(found)
+        examples = [text for _, text in found if "wait" in text or style != "rechecked"]
+        example = min(examples, key=lambda text: abs(len(text) - 60))
+        lines.append(f"| {style} | {share:.1%} | {right:.0%} | `{example}` |")
     return "\n".join(lines)
 
 

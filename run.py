@@ -1,0 +1,314 @@
+"""How a run is set up and kept: its settings, its command line, its files, and the one loop that all stages share.
+
+Nothing here knows what a stage learns. What it sees to is that a run can be killed at any moment and goes on to the
+same result, bit for bit: whatever a step draws at random is seeded by (seed, stage, step), every file is written to a
+temporary name and then renamed, and a checkpoint made with other settings is refused. Checkpoints are loaded with
+weights_only, which executes nothing in them.
+"""
+import dataclasses
+import difflib
+import io
+import json
+import math
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import torch
+
+from model import GPT, GPTConfig
+
+PRETRAIN_PRINT = 20  # pretraining steps between lines on the terminal; log.jsonl has them all
+
+
+class Fault(Exception):
+    """What the user can mend: printed as one line, exit code 2."""
+
+
+@dataclass
+class Config:
+    """Every setting of a run. A number may be 0 only where its comment says so."""
+    seed: int = 0                     # may be 0; weights, corpus, problems, samples and test problems follow from it
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"        # auto: a GPU if there is one
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"        # of the matrix products; auto: the quicker, measured
+    threads: int = 0                  # of the CPU; 0: as many as torch takes
+    save_every: float = 20.0          # seconds between checkpoints inside a stage; 0: every step
+    # the teacher's shape
+    block_size: int = 128             # longest sequence, in tokens
+    n_layer: int = 4
+    n_head: int = 2
+    n_embd: int = 128
+    # base: pretraining, of the student's base too
+    base_tokens: int = 6_500_000      # read once; the student's base reads as many
+    base_batch: int = 64              # rows of block_size tokens
+    base_muon_lr: float = 0.02
+    base_adam_lr: float = 3e-3
+    # zero: GRPO
+    rl_steps: int = 100               # rollouts
+    rl_prompts: int = 32              # P, a rollout's problems
+    rl_samples: int = 16              # G, completions of each
+    rl_minibatches: int = 2           # updates a rollout
+    rl_max_new_tokens: int = 80       # the generation budget; evaluation has the same
+    rl_lr: float = 3e-4               # of AdamW
+    format_weight: float = 1.0        # may be 0; reward = accuracy + format_weight * format; R1 weighs them equally
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl_coef: float = 1e-3             # may be 0: then no reference is kept
+    ref_every: int = 0                # steps after which the reference becomes the policy; 0: it stays the base
+    normalize: Literal["sequence", "token", "constant"] = "token"
+    scale: Literal["std", "none"] = "std"
+    # student
+    student_n_layer: int = 3
+    student_n_head: int = 1
+    student_n_embd: int = 64
+    distill_steps: int = 100
+    distill_prompts: int = 64
+    distill_samples: int = 4
+    distill_minibatches: int = 4      # updates a step
+    distill_muon_lr: float = 5e-3
+    distill_adam_lr: float = 1e-3
+    divergence: Literal["forward", "reverse", "jsd", "sft"] = "forward"
+    distill_temperature: float = 1.0
+    on_policy: bool = False           # the student's own samples instead of the teacher's
+    student_rl: bool = False          # also train the control
+    # evaluation
+    eval_problems: int = 256          # of the test and of the hard side each
+    eval_greedy: bool = False         # also the accuracy of greedy decoding
+
+
+PRESETS = {
+    "tiny": dict(dtype="float32", save_every=0.5, n_layer=2, n_head=1, n_embd=64, base_tokens=300_000, base_batch=16,
+                 rl_steps=12, rl_prompts=16, rl_samples=8, rl_lr=1e-3, student_n_layer=1, student_n_head=1,
+                 student_n_embd=32, distill_steps=8, eval_problems=32),
+}
+MAY_BE_ZERO = {"seed", "threads", "save_every", "format_weight", "kl_coef", "ref_every"}
+
+# Which fields shaped a stage's checkpoint (names, or beginnings of names that end in _): they may not change after it.
+SHARED = ("seed", "device", "dtype", "threads", "block_size")
+TEACHER = SHARED + ("n_", "base_", "rl_", "format_weight", "clip_", "kl_coef", "ref_every", "normalize", "scale")
+SHAPED_BY = {
+    "base": SHARED + ("n_", "base_"),
+    "zero": TEACHER,
+    "student_base": SHARED + ("student_n_", "base_"),
+    "student": TEACHER + ("student_n_", "distill_", "divergence", "on_policy"),
+    "student_rl": TEACHER + ("student_n_", "distill_steps", "distill_minibatches"),
+}
+EVALUATED_BY = ("seed", "eval_", "rl_max_new_tokens")
+STAGES = {"base": ["base"], "zero": ["zero"], "student": ["student_base", "student", "student_rl"]}  # what --stage runs
+SHOWN = ("loss", "heldout_loss", "reward", "accuracy", "format", "length", "reflection", "kl", "entropy", "no_signal",
+         "accepted", "tokens_per_s")  # the metrics on a terminal line; log.jsonl has them all
+
+
+# The command line
+
+
+def one_of(name: str, text: str, choices) -> str:
+    """The text, if it is one of the choices. Raises Fault if it is not."""
+    if text not in choices:
+        raise Fault(f"--{name} must be one of {', '.join(choices)}, not {text!r}")
+    return text
+
+
+def parse_value(field: dataclasses.Field, text: str):
+    """The value of a field that the text states. Raises Fault if it is of the wrong type or range."""
+    if get_origin(field.type) is Literal:
+        return one_of(field.name, text, get_args(field.type))
+    if field.type is bool:
+        return one_of(field.name, text, ("True", "False")) == "True"
+    try:
+        value = field.type(text)
+    except ValueError:
+        value = math.nan
+    if math.isfinite(value) and (value > 0 or value == 0 and field.name in MAY_BE_ZERO):
+        return value
+    least = "of 0 or more" if field.name in MAY_BE_ZERO else "above 0"
+    raise Fault(f"--{field.name} must be a {'whole ' * (field.type is int)}number {least}, not {text!r}")
+
+
+def parse_args(argv: list[str]) -> tuple[Config, dict[str, str | None]]:
+    """--key=value arguments -> (Config, {"preset", "stage", "ask", "out"}, None where not given).
+
+    Raises Fault for what is unknown, of the wrong type or out of range.
+
+    >>> cfg, options = parse_args(["--seed=1", "--stage=zero"])
+    >>> cfg.seed, options["stage"]
+    (1, 'zero')
+    """
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    options, values = dict.fromkeys(("preset", "stage", "ask", "out")), {}
+    for arg in argv:
+        name, equals, text = arg.removeprefix("--").partition("=")
+        if not arg.startswith("--") or name not in (*options, *fields):
+            near = difflib.get_close_matches(name, [*options, *fields], n=1)
+            raise Fault(f"unknown argument {arg!r}: " + (f"did you mean --{near[0]}=VALUE?" if near else "see --help"))
+        if not equals:
+            raise Fault(f"--{name} needs a value: --{name}=VALUE")
+        if name in options:
+            options[name] = one_of(name, text, {"preset": PRESETS, "stage": STAGES}.get(name, (text,)))
+        else:
+            values[name] = parse_value(fields[name], text)
+    return Config(**PRESETS.get(options["preset"], {}) | values), options
+
+
+# Files
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all. Raises Fault, with the old content intact, if it cannot be written."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise Fault(f"cannot write {path}: {error.strerror}; what was saved before is intact") from None
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    """torch.save into memory first: into a full disk it would fail with an error of its own kind."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_file(path, buffer.getvalue())
+
+
+def load_checkpoint(path: Path) -> dict:
+    """A checkpoint's content, read without executing anything in it. Raises Fault if it is none of ours."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if content["nanor1"] == 1:
+            return content
+    except FileNotFoundError:
+        raise Fault(f"{path} is missing: an earlier stage makes it (python train.py runs them all)") from None
+    except Exception:  # torch.load raises a dozen kinds for what is cut off, foreign or malicious
+        pass
+    raise Fault(f"{path} is not a whole nanoR1 checkpoint: remove it to have it made again")
+
+
+def refuse_changes(cfg: Config, stored: dict, what: str, fields: tuple[str, ...]) -> None:
+    """Raises Fault if a field that shaped `what` is set otherwise now."""
+    for field in dataclasses.fields(cfg):
+        if any(field.name == f or f.endswith("_") and field.name.startswith(f) for f in fields):
+            old, new = stored.get(field.name), getattr(cfg, field.name)
+            if old != new:
+                raise Fault(f"{what} was made with {field.name}={old}, not {new}: go on with --{field.name}={old}, or "
+                            "start afresh with another --out")
+
+
+@dataclass
+class Run:
+    """A run under way: its settings, where it writes, and what results.json holds."""
+    cfg: Config
+    out: Path
+    results: dict
+
+    def path(self, name: str) -> Path:
+        return self.out / f"{name}.pt"
+
+    def save_results(self) -> None:
+        write_file(self.out / "results.json", json.dumps(self.results, indent=1).encode())
+
+    def log_rows(self) -> list[dict]:
+        """The rows of log.jsonl; a last line that a killed run left unfinished is not one."""
+        path = self.out / "log.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        try:
+            return [json.loads(line) for line in lines if line.endswith("\n")]
+        except ValueError:
+            raise Fault(f"{path} is not a nanoR1 log: remove it, or use another --out") from None
+
+    def load_model(self, name: str, device: str | None = None) -> GPT:
+        """The model that a finished stage left, on the run's device unless another is named. Raises Fault if it is not
+        there, or not of this run."""
+        content = load_checkpoint(self.path(name))
+        if content["stage"] != name:
+            raise Fault(f"{self.path(name)} is a checkpoint of {content['stage']}")
+        refuse_changes(self.cfg, content["config"], str(self.path(name)), SHAPED_BY[name])
+        model = GPT(GPTConfig(**content["shape"]))
+        model.load_state_dict(content["model"])
+        self.results["seconds"][name] = round(content["seconds"], 1)
+        return model.to(device or self.cfg.device)
+
+
+# One loop for all stages
+
+
+def draws(run: Run, name: str, step: int) -> tuple[random.Random, torch.Generator]:
+    """What a step draws from: a pure function of (seed, stage, step), so that no generator's state need be saved."""
+    rng = random.Random(f"{run.cfg.seed}/{name}/{step}")
+    return rng, torch.Generator(run.cfg.device).manual_seed(rng.getrandbits(63))
+
+
+def lr_scale(step: int, steps: int) -> float:
+    """Factor of the learning rate at step 1..steps: up over the first twentieth, down to 3 % over the last 60 %.
+
+    >>> [round(lr_scale(step, 100), 2) for step in (1, 5, 40, 70, 100)]
+    [0.2, 1.0, 1.0, 0.53, 0.05]
+    """
+    return min(1.0, step / max(1, steps // 20)) * (0.03 + 0.97 * min(1.0, (steps + 1 - step) / (0.6 * steps)))
+
+
+@contextmanager
+def ctrl_c_noted():
+    """Inside, Ctrl-C only adds to the list that this yields, so that a step is never torn in the middle."""
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def train_stage(run: Run, name: str, steps: int, parts: dict, train_step: Callable[[int], dict]) -> None:
+    """Run train_step(1..steps) -> metrics, from resume.pt if it is this stage's, and leave NAME.pt.
+
+    parts are the things with a state_dict that the steps change; parts["model"] is what the stage makes. Each step is
+    logged; the state is saved every save_every seconds. Raises Fault if a metric is no longer finite, KeyboardInterrupt
+    (after saving) on Ctrl-C.
+    """
+    cfg, resume = run.cfg, run.path("resume")
+    done, seconds = 0, 0.0
+
+    def content() -> dict:
+        return {"nanor1": 1, "stage": name, "step": done, "seconds": seconds, "config": dataclasses.asdict(cfg),
+                "shape": dataclasses.asdict(parts["model"].config), "model": parts["model"].state_dict()}
+
+    if resume.exists() and (saved := load_checkpoint(resume))["stage"] == name:
+        refuse_changes(cfg, saved["config"], str(resume), SHAPED_BY[name])
+        done, seconds = saved["step"], saved["seconds"]
+        for key, part in parts.items():
+            part.load_state_dict(saved["parts"][key])
+        print(f"{name}: going on after step {done}")
+    rows = [row for row in run.log_rows() if row["stage"] != name or row["step"] <= done]
+    write_file(run.out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    started, saved_at, saved_step = time.perf_counter() - seconds, time.perf_counter(), done
+    with open(run.out / "log.jsonl", "a") as log, ctrl_c_noted() as pressed:
+        while done < steps:
+            metrics = train_step(done + 1)
+            bad = [key for key, value in metrics.items() if value is not None and not math.isfinite(value)]
+            if bad:
+                raise Fault(f"{name}: {bad[0]} is {metrics[bad[0]]} at step {done + 1}; the last good checkpoint is "
+                            + (f"{resume}, step {saved_step}" if saved_step else "the stage before's"))
+            done += 1
+            seconds = time.perf_counter() - started
+            log.write(json.dumps({"stage": name, "step": done, "seconds": round(seconds, 2), **metrics}) + "\n")
+            log.flush()
+            if "reward" in metrics or done % PRETRAIN_PRINT == 0 or done in (1, steps):
+                eta = (steps - done) * (seconds / done)
+                shown = "  ".join(f"{k} {metrics[k]:.4g}" for k in SHOWN if metrics.get(k) is not None)
+                print(f"{name} {done}/{steps}  {shown}  eta {eta:.0f} s", flush=True)
+            if pressed or time.perf_counter() - saved_at >= cfg.save_every:
+                save_checkpoint(resume, content() | {"parts": {k: part.state_dict() for k, part in parts.items()}})
+                saved_at, saved_step = time.perf_counter(), done
+            if pressed:
+                raise KeyboardInterrupt(f"saved {resume} at step {done} of {name}")
+    save_checkpoint(run.path(name), content())
+    resume.unlink(missing_ok=True)

@@ -1,0 +1,40 @@
+"""What several test files share. Everything runs offline, on one CPU thread, in float32."""
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def make_gpt():
+    """A real GPT, small. The weights are larger than a fresh model's, so that what it says depends on what it reads."""
+    def make(vocab_size: int = 11, seed: int = 0, block_size: int = 48, spread: float = 8.0) -> GPT:
+        torch.manual_seed(seed)
+        model = GPT(GPTConfig(vocab_size, block_size, n_layer=2, n_head=2, n_embd=32))
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.dim() == 2:
+                    p.mul_(spread)
+        return model
+    return make
+
+
+@pytest.fixture
+def assert_frequencies():
+    """Pearson's chi-square test of counts against probabilities, false alarm 3 in 100,000."""
+    def check(counts: list[int], probs: list[float]) -> None:
+        n, z = sum(counts), 4.0
+        cells, rest = [], [0, 0.0]
+        for count, p in zip(counts, probs):
+            if n * p >= 5:
+                cells.append((count, n * p))
+            else:  # rare outcomes are counted together
+                rest = [rest[0] + count, rest[1] + n * p]
+        cells += [(rest[0], max(rest[1], 1.0))] if rest[1] > 0 or rest[0] else []
+        statistic = sum((seen - expected) ** 2 / expected for seen, expected in cells)
+        k = len(cells) - 1
+        critical = k * (1 - 2 / (9 * k) + z * (2 / (9 * k)) ** 0.5) ** 3  # Wilson and Hilferty, 1931
+        assert statistic < critical, f"chi-square {statistic:.1f} with {k} degrees of freedom, at most {critical:.1f}"
+    return check

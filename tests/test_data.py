@@ -1,0 +1,259 @@
+"""The task and its corpus against Python's own grammar, an independent count, and the bytes that went in."""
+import ast
+import operator
+import random
+import re
+
+import numpy as np
+import pytest
+
+from data.arithmetic import (BLURT_RIGHT, HELD_OUT, MAX_OPS, MAX_PROMPT_TOKENS, PAGE_SHARE, RECHECK_SLIP, SLIP, STYLES,
+                             TRAIN_OPS, heldout_problems, is_test, make_corpus, make_problem, make_question, parse,
+                             write_thread)
+from data.tokenizer import END_OF_TEXT, PIECES, get_tokenizer
+from rewards import accuracy_reward, format_reward
+
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+
+
+def evaluate(expression: str) -> int:
+    """The exact value of an expression over + - *, by Python's parser; anything else is an error."""
+    def value(node):
+        if isinstance(node, ast.BinOp):
+            return OPERATORS[type(node.op)](value(node.left), value(node.right))
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -value(node.operand)
+        assert isinstance(node, ast.Constant) and type(node.value) is int, expression
+        return node.value
+    return value(ast.parse(expression, mode="eval").body)
+
+
+def is_right(step: str) -> bool:
+    """Does "8*7=56" hold?"""
+    left, right = step.split("=")
+    return evaluate(left) == int(right)
+
+
+@pytest.fixture(scope="module")
+def documents():
+    """A corpus of a million tokens, as its documents."""
+    tokens, encoding = make_corpus(1_000_000, seed=0), get_tokenizer()
+    assert len(tokens) >= 1_000_000 and tokens.dtype == np.uint16
+    assert tokens.max() < encoding.n_vocab and tokens[-1] == encoding.eot_token
+    ends = np.flatnonzero(tokens == encoding.eot_token)
+    return [encoding.decode(part[:-1].tolist()) for part in np.split(tokens, ends + 1)[:-1]]
+
+
+@pytest.fixture(scope="module")
+def threads():
+    """20,000 forum threads: (text, style, right)."""
+    rng = random.Random(0)
+    return [write_thread(rng) for _ in range(20_000)]
+
+
+# Problems
+
+
+@pytest.mark.parametrize("text", ("8*7-19", "2*3*4 - 5", "20-3*4+1", "1-20", "0-0", "999*999*999*999*999*999*999",
+                                  "5 - 5", " 1+1\n", "1-2-3-4-5-6-7", "2-3*4-5*6"))
+def test_answers_are_exact(text):
+    """Products from left to right with the sums, a subtraction that binds to the right, floats."""
+    problem = parse(text)
+    assert problem.answer == str(evaluate(text.strip())) and problem.check(problem.answer)
+    assert not problem.check(str(evaluate(text.strip()) + 1))
+    assert problem.prompt == f"User: {''.join(text.split())}\nAssistant: "
+
+
+def test_generated_problems_are_right_and_as_documented():
+    """A wrong key rewards wrong answers; operands out of range make the "hard" set hard for another reason."""
+    rng = random.Random(0)
+    for n_ops in (TRAIN_OPS, *HELD_OUT.values(), (1, MAX_OPS)):
+        lengths = set()
+        for _ in range(1500):
+            problem = make_problem(rng, n_ops, test=rng.random() < 0.5)
+            numbers, ops = re.split(r"[-+*]", problem.question), re.findall(r"[-+*]", problem.question)
+            lengths.add(len(ops))
+            assert problem.answer == str(evaluate(problem.question)) and problem.check(problem.answer)
+            assert "**" not in "".join("*" if op == "*" else " " for op in ops), "products have two factors"
+            for i, number in enumerate(map(int, numbers)):
+                factor = "*" in ops[max(i - 1, 0):i + 1]
+                assert 2 <= number <= 9 if factor else 1 <= number <= 20
+            assert parse(problem.question) == problem
+            assert len(get_tokenizer().encode_ordinary(problem.prompt)) <= MAX_PROMPT_TOKENS
+        assert lengths == set(range(n_ops[0], n_ops[1] + 1))
+
+
+@pytest.mark.parametrize("text", (
+    "", "7", "+7", "-7+1", "1+", "1++1", "1--1", "1**2", "7//2*1", "7/2", "1%2", "(1+1)", "1+1=2", "01+1", "1+00",
+    "1000+1", "9" * 400 + "+1", "1.5+1", "1e3+1", "1_0+1", "0x1+1", "a+1", "1+1;", "1+1#", "__import__('os')",
+    "99**98**97", "1&1", "1,1", "\u0661+\u0661", "1\u0661+1", "1+1\u0661", "\uff11+\uff11",
+    "1\u00d71", "1\u22121", "1+1\0", "\0", "1+1+1+1+1+1+1+1", "1+" * 10_000 + "1",
+    "User: 1+1", "1+1" + END_OF_TEXT))
+def test_parse_refuses_what_is_no_problem(text):
+    """eval() on text from outside hangs on 99**98**97, and worse; int() reads the digits of every script."""
+    with pytest.raises(ValueError):
+        parse(text)
+
+
+def test_problems_are_reproducible():
+    """A generator that also draws from the global state: a seed that does not fix the run."""
+    def draw(seed):
+        rng = random.Random(seed)
+        return [make_problem(rng) for _ in range(50)]
+
+    assert draw(1) == draw(1) != draw(2)
+    random.seed(0)
+    state = random.getstate()
+    draw(1), make_corpus(1000, seed=0)
+    assert random.getstate() == state
+    assert np.array_equal(make_corpus(5000, seed=1), make_corpus(5000, seed=1))
+    assert not np.array_equal(make_corpus(5000, seed=1)[:1000], make_corpus(5000, seed=2)[:1000])
+
+
+# The split
+
+
+def test_test_problems_are_never_seen(documents):
+    """A split by random draws, or of problems and not of expressions: what is reported as learnt is remembered."""
+    held_out = {p.question for kind in HELD_OUT for seed in (0, 1) for p in heldout_problems(1000, kind, seed)}
+    rng = random.Random(0)
+    in_rl = {make_problem(rng).question for _ in range(20_000)}
+    test_side = {make_problem(rng, (1, MAX_OPS), test=True).question for _ in range(20_000)} | held_out
+    asked = {line[len("User: "):] for d in documents for line in d.split("\n") if line.startswith("User: ")}
+    assert len(asked) > 15_000 and len(test_side) > 15_000
+    assert not asked & test_side and not in_rl & test_side
+    assert len(in_rl & asked) > 100, "the two draw from one small pool, so a leak would have shown"
+
+
+@pytest.mark.parametrize("n_ops", range(1, MAX_OPS + 1))
+def test_the_split_takes_a_tenth(n_ops, assert_frequencies):
+    """A hash that prefers some lengths: the test set is then another task, or there is too little of it."""
+    rng = random.Random(0)
+    held_out = [is_test(q) for q in {make_question(rng, n_ops) for _ in range(5000)}]
+    assert_frequencies([sum(held_out), held_out.count(False)], [0.1, 0.9])
+
+
+@pytest.mark.parametrize("kind", HELD_OUT)
+def test_held_out_problems_are_different_and_reproducible(kind, monkeypatch):
+    """A test problem that counts twice; an evaluation that changes with every call; a search that never ends."""
+    problems = heldout_problems(300, kind, seed=0)
+    assert len({p.question for p in problems}) == 300
+    fewest, most = HELD_OUT[kind]
+    assert all(fewest <= len(re.findall("[-+*]", p.question)) <= most for p in problems)
+    assert problems == heldout_problems(300, kind, seed=0) != heldout_problems(300, kind, seed=1)
+    monkeypatch.setitem(HELD_OUT, kind, (1, 1))
+    with pytest.raises(ValueError):
+        heldout_problems(200, kind, seed=0)
+
+
+# The corpus
+
+
+def test_documents_are_pages_or_threads(documents, assert_frequencies):
+    """A document without its end of text runs into the next: the base model never learns to stop."""
+    pages = [d for d in documents if d.startswith("Facts:\n")]
+    others = [d for d in documents if not d.startswith("Facts:\n")]
+    assert all(re.fullmatch(r"User: [-+*0-9]+\nAssistant: [^\n]+", d) for d in others)
+    assert_frequencies([len(pages), len(others)], [PAGE_SHARE, 1 - PAGE_SHARE])
+    facts = {fact for page in pages for fact in page.split("\n")[1:]}
+    assert all(re.fullmatch(r"-?\d+[-+*]\d+=-?\d+", fact) and is_right(fact) for fact in facts)
+    assert not any(END_OF_TEXT in d for d in documents)
+
+
+def style_of(answer: str) -> str:
+    """The style of an answer from its text alone."""
+    tags = [tag for tag in ("<think>", "</think>", "<answer>", "</answer>") if tag in answer]
+    if answer.startswith("<think></think>"):
+        return "empty thought"
+    if len(tags) == 3:
+        return "lost tag"
+    if len(tags) == 4:
+        return "worked"
+    if tags:
+        return "answer tag"
+    return "plain working" if "=" in answer else "blurt"
+
+
+def test_styles_have_their_documented_shares(threads, assert_frequencies):
+    """The base's format rate comes from these shares; what the README says of them must be what is read."""
+    assert abs(sum(STYLES.values()) - 1) < 1e-9
+    assert_frequencies([sum(style == s for _, style, _ in threads) for s in STYLES], list(STYLES.values()))
+    seen = [style_of(text.split("Assistant: ")[1]) for text, _, _ in threads]
+    assert all(look == style or (look, style) == ("worked", "rechecked") for look, (_, style, _) in zip(seen, threads))
+
+
+def test_right_answers_have_their_documented_shares(threads, assert_frequencies):
+    """A "wrong" answer that is right by chance, a slip that nobody carries on from, a key that the text denies."""
+    steps, rechecked, blurts = [], [], []
+    for text, style, right in threads:
+        question, answer = re.fullmatch(r"User: (.*)\nAssistant: (.*)", text).groups()
+        problem = parse(question)
+        stated = int(re.search(r"(-?\d+)(?:</answer>)?$", answer).group(1))
+        assert right == (stated == evaluate(question)), text
+        if style in ("worked", "rechecked"):
+            assert format_reward(answer) == 1.0 and accuracy_reward(answer, problem) == right
+        else:
+            assert format_reward(answer) == accuracy_reward(answer, problem) == 0.0
+        if style in ("blurt", "answer tag", "empty thought"):
+            blurts.append(right)
+        elif style == "rechecked":
+            found = re.search("<think>(.*)</think>", answer).group(1).split(", ")
+            slips = [step for step, after in zip(found, found[1:]) if after == "wait"]
+            kept = [step for step, after in zip(found, [*found[1:], ""]) if step != "wait" and after != "wait"]
+            assert right and all(map(is_right, kept)) and not any(map(is_right, slips))
+            rechecked += [False] * len(slips) + [True] * (len(kept) - len(slips))
+        else:
+            found = [is_right(step) for step in re.findall(r"-?\d+[-+*]-?\d+=-?\d+", answer)]
+            assert len(found) == len(re.findall("[-+*]", question)), text
+            assert right or not all(found), text
+            steps += found
+    assert_frequencies([sum(blurts), blurts.count(False)], [BLURT_RIGHT, 1 - BLURT_RIGHT])
+    assert_frequencies([steps.count(False), sum(steps)], [SLIP, 1 - SLIP])
+    assert_frequencies([rechecked.count(False), sum(rechecked)], [RECHECK_SLIP, 1 - RECHECK_SLIP])
+
+
+def test_working_ends_in_the_answer_it_gives(threads):
+    """An answer that does not follow from its working teaches that working is of no use."""
+    for text, style, _ in threads:
+        if style in ("worked", "rechecked", "plain working"):
+            last_step, answer = re.search(r"=(-?\d+)(?:</think><answer>|, so )(-?\d+)", text).groups()
+            assert last_step == answer, text
+
+
+# The tokenizer
+
+
+def random_text(rng: random.Random) -> str:
+    """Any Unicode but surrogates, and fragments of the vocabulary in between."""
+    def character():
+        code = rng.choice((rng.randrange(128), rng.randrange(0x800), rng.randrange(0x110000)))
+        return "" if 0xD800 <= code < 0xE000 else chr(code)
+    return "".join(rng.choice((character(), character(), rng.choice(PIECES), END_OF_TEXT))
+                   for _ in range(rng.randrange(30)))
+
+
+def test_any_text_comes_back():
+    """A character that the vocabulary lacks is dropped or replaced without a word."""
+    encoding, rng = get_tokenizer(), random.Random(0)
+    for text in [random_text(rng) for _ in range(3000)] + ["".join(map(chr, range(0x700))), "naïve \U0001f600\r\n\0"]:
+        tokens = encoding.encode_ordinary(text)
+        assert encoding.decode(tokens) == text and all(0 <= t < encoding.n_vocab for t in tokens)
+
+
+def test_pieces_are_single_tokens_wherever_they_stand():
+    """tiktoken cuts first and looks up whole cuts: a piece that the pattern does not isolate is spelt in bytes."""
+    encoding = get_tokenizer()
+    assert len(set(PIECES)) == len(PIECES) and encoding.n_vocab == 256 + len(PIECES) + 1 == encoding.eot_token + 1
+    for i, piece in enumerate(PIECES):
+        assert encoding.encode_ordinary(piece) == [256 + i]
+        assert encoding.encode_ordinary(f"7{piece}8") == [ord("7"), 256 + i, ord("8")]
+    assert encoding.encode_ordinary("<think>12*3</think>") == [256, *b"12*3", 257], "digits stay single"
+
+
+def test_text_from_outside_cannot_end_itself():
+    """encode() with all special tokens allowed lets a prompt stop the model, or a document be cut in two."""
+    encoding = get_tokenizer()
+    for text in (END_OF_TEXT, f"1+1{END_OF_TEXT}", END_OF_TEXT * 3, f"<|endof{END_OF_TEXT}text|>"):
+        tokens = encoding.encode_ordinary(text)
+        assert encoding.eot_token not in tokens and encoding.decode(tokens) == text
+    assert encoding.special_tokens_set == {END_OF_TEXT} and encoding.decode([encoding.eot_token]) == END_OF_TEXT

@@ -1,0 +1,252 @@
+"""The model against slow, independent oracles: Llama's formulas, the uncached pass, and the frequencies of samples."""
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import GPT, KVCache, Optimizer, generate, token_logprobs
+
+EOS = 0
+PROMPTS = [[3], [1, 2, 3, 4, 2], [4, 4, 1, 3, 2, 1, 2, 3, 3]]
+
+
+def sample(model, prompts=PROMPTS, seed=0, **options):
+    options = {"max_new_tokens": 12, "eos_id": EOS} | options
+    return generate(model, prompts, generator=torch.Generator().manual_seed(seed), **options)
+
+
+def next_logits(model, tokens):
+    """Logits of what follows one row, read whole and alone: no cache, no padding, (V,)."""
+    return model(torch.tensor([tokens]))[0, -1]
+
+
+# The forward pass
+
+
+def llama(model: GPT, idx):
+    """Llama's forward pass from its paper, in float64, with the rotation as a product of complex numbers."""
+    w = {name: p.detach().double() for name, p in model.state_dict().items()}
+    H, x = model.config.n_head, w["embedding.weight"][idx]
+    B, T, C = x.shape
+    D = C // H
+    turn = torch.outer(torch.arange(T).double(), 10_000.0 ** (-torch.arange(0, D, 2).double() / D))  # (T, D/2)
+
+    def norm(x, weight):
+        return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+
+    def rope(x):  # pairs (i, i + D/2), as transformers' Llama has them
+        z = torch.complex(x[..., : D // 2], x[..., D // 2:]) * torch.polar(torch.ones_like(turn), turn)
+        return torch.cat((z.real, z.imag), -1)
+
+    for i in range(model.config.n_layer):
+        b = f"blocks.{i}."
+        h = norm(x, w[b + "norm1.weight"])
+        q, k, v = ((h @ w[b + f"{n}.weight"].T).view(B, T, H, D).transpose(1, 2) for n in "qkv")
+        y = F.scaled_dot_product_attention(rope(q), rope(k), v, is_causal=True)
+        x = x + y.transpose(1, 2).reshape(B, T, C) @ w[b + "o.weight"].T
+        h = norm(x, w[b + "norm2.weight"])
+        g = h @ w[b + "gate.weight"].T
+        x = x + (g * g.sigmoid() * (h @ w[b + "up.weight"].T)) @ w[b + "down.weight"].T
+    return norm(x, w["norm.weight"]) @ w["embedding.weight"].T
+
+
+def test_forward_is_llama(make_gpt):
+    """A swapped sign in the rotation or a missing 1/sqrt(D) still trains, a little worse, and nobody notices."""
+    model, idx = make_gpt(), torch.randint(11, (3, 20))
+    assert torch.allclose(model(idx).double(), llama(model, idx), atol=1e-4)
+
+
+def test_causality(make_gpt):
+    """A mask off by one lets a token see the token that it predicts: the loss is wonderful, the samples are noise."""
+    model, idx = make_gpt(), torch.randint(11, (2, 12))
+    logits = model(idx)
+    for t in range(12):
+        changed = idx.clone()
+        changed[:, t] = (changed[:, t] + 1) % 11
+        after = model(changed)
+        assert torch.equal(after[:, :t], logits[:, :t])
+        assert (after[:, t:] - logits[:, t:]).abs().amax(dim=-1).min() > 1e-3, "every later token reads this one"
+
+
+def test_too_long_a_sequence_is_refused(make_gpt):
+    """Without a check the rotation's table broadcasts or the error is an index out of range deep inside."""
+    model = make_gpt(block_size=8)
+    model(torch.ones(1, 8, dtype=torch.long))
+    with pytest.raises(ValueError):
+        model(torch.ones(1, 9, dtype=torch.long))
+
+
+# The cache
+
+
+@torch.no_grad()
+def test_cache_gives_the_logits_of_the_full_pass(make_gpt):
+    """Padding that shifts positions or is attended to, and rows that leave and take another row's keys along."""
+    model, longest = make_gpt(vocab_size=5), 9
+    rows = [list(p) for p in PROMPTS]
+    cache = KVCache(torch.tensor([longest - len(p) for p in rows]), longest + 12)
+    logits = model(torch.tensor([[EOS] * (longest - len(p)) + p for p in rows]), cache)[:, -1]
+    keep_at = {2: [2, 0, 1, 1], 5: [3, 0, 2], 8: [1]}  # reordered, repeated, dropped
+    for t in range(11):
+        full = torch.stack([next_logits(model, row) for row in rows])
+        assert torch.allclose(logits, full, atol=1e-5), f"step {t}"
+        if t in keep_at:
+            rows = [list(rows[i]) for i in keep_at[t]]
+            cache.select(torch.tensor(keep_at[t]))
+        token = torch.randint(1, 5, (len(rows),))
+        for row, new in zip(rows, token.tolist()):
+            row.append(new)
+        logits = model(token[:, None], cache)[:, -1]
+
+
+@torch.no_grad()
+def test_a_row_does_not_depend_on_its_batch(make_gpt):
+    """What stands in the padding or in the neighbours leaks into a row: the sampler's policy is then no policy."""
+    model = make_gpt()
+    alone = next_logits(model, [5, 6])
+    for padding, neighbour in itertools.product((0, 7), ([1, 2, 3, 4], [9, 9, 9, 9])):
+        batch = torch.tensor([[padding, padding, 5, 6], neighbour])
+        assert torch.allclose(model(batch, KVCache(torch.tensor([2, 0]), 4))[0, -1], alone, atol=1e-5)
+        assert torch.allclose(model(torch.tensor([[5, 6], neighbour[:2]]))[0, -1], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", (0.7, 1.0, 1.5))
+def test_generate_and_token_logprobs_agree_while_rows_leave(make_gpt, temperature):
+    """Sampling with a temperature, a top-k or a stale cache row that training does not know of: the ratio is not 1."""
+    model = make_gpt(vocab_size=5)
+    completions, logp = sample(model, samples=8, max_new_tokens=30, temperature=temperature, return_logprobs=True)
+    assert len({len(c) for c in completions}) > 5, "rows should end at different times here"
+    for i, (completion, sampled) in enumerate(zip(completions, logp)):
+        prompt = PROMPTS[i // 8]
+        trained = token_logprobs(model, torch.tensor([prompt + completion]), temperature=temperature)[0]
+        assert torch.allclose(torch.tensor(sampled), trained[len(prompt) - 1:], atol=1e-5)
+
+
+# Sampling
+
+
+@pytest.mark.parametrize("temperature", (0.4, 1.0, 2.0))
+@torch.no_grad()
+def test_samples_have_the_models_frequencies(make_gpt, assert_frequencies, temperature):
+    """A sampler that cuts off the tail (top-k, top-p), or that forgets the temperature after the first token."""
+    V, prompt = 6, [2, 5]
+    model = make_gpt(vocab_size=V)
+
+    def probs(tokens):
+        return (next_logits(model, tokens).double() / temperature).softmax(-1).tolist()
+
+    first = probs(prompt)
+    expected = {(EOS,): first[EOS]}
+    for a in range(1, V):
+        expected |= {(a, b): first[a] * p for b, p in enumerate(probs(prompt + [a]))}
+    counts = dict.fromkeys(expected, 0)
+    for completion in sample(model, [prompt], max_new_tokens=2, temperature=temperature, samples=20_000):
+        counts[tuple(completion)] += 1
+    assert_frequencies(list(counts.values()), list(expected.values()))
+
+
+def test_completions_end_with_the_stop_token_they_sampled(make_gpt):
+    """A generator that drops the last token gives stopping no gradient: the policy never learns to end."""
+    completions = sample(make_gpt(vocab_size=5), samples=20, max_new_tokens=6)
+    ended = [c for c in completions if c[-1] == EOS]
+    assert all(c.count(EOS) == 1 for c in ended) and {1, 6} <= {len(c) for c in ended}
+    cut = [c for c in completions if c[-1] != EOS]
+    assert cut and all(len(c) == 6 and EOS not in c for c in cut)
+
+
+def test_the_generator_decides_the_samples(make_gpt):
+    """Sampling from the global random state: a resumed run cannot repeat what it did."""
+    model = make_gpt()
+    torch.manual_seed(1)
+    one = sample(model, samples=4)
+    torch.manual_seed(2)
+    assert sample(model, samples=4) == one
+    assert sample(model, samples=4, seed=1) != one
+
+
+def test_temperature_0_takes_the_likeliest(make_gpt):
+    """Temperature 0 as a division by 0.0001 samples now and then; as a division by 0 it gives NaN."""
+    model = make_gpt()
+    for prompt, completion in zip(PROMPTS, sample(model, temperature=0.0)):
+        expected = []
+        while len(expected) < 12 and EOS not in expected:
+            expected.append(next_logits(model, prompt + expected).argmax().item())
+        assert completion == expected
+
+
+def test_samples_of_a_prompt_are_side_by_side(make_gpt):
+    """Rows interleaved the other way: every completion is scored against somebody else's problem."""
+    model = make_gpt()
+    greedy = [sample(model, [p], temperature=0.0)[0] for p in PROMPTS]
+    assert len({tuple(g) for g in greedy}) == 3, "the prompts should differ in their answers here"
+    assert sample(model, temperature=0.0, samples=3) == [g for g in greedy for _ in range(3)]
+
+
+@pytest.mark.parametrize("prompts, new", [([[]], 4), ([[1], []], 4), ([[1] * 45], 4), ([[1], [1] * 60], 1)])
+def test_prompts_that_cannot_be_answered_are_refused(make_gpt, prompts, new):
+    """An empty prompt reads padding as if it were text; one too long runs out of positions halfway."""
+    with pytest.raises(ValueError):
+        sample(make_gpt(), prompts, max_new_tokens=new)
+
+
+def test_a_prompt_that_just_fits_is_answered(make_gpt):
+    """A limit off by one; and no prompts at all are no completions, not an error."""
+    assert 1 <= len(sample(make_gpt(), [[1] * 44], max_new_tokens=4)[0]) <= 4
+    assert sample(make_gpt(), []) == []
+    assert sample(make_gpt(), [], return_logprobs=True) == ([], [])
+
+
+@pytest.mark.parametrize("temperature", (0.5, 1.0, 3.0))
+@torch.no_grad()
+def test_token_logprobs_is_the_log_of_the_softmax(make_gpt, temperature):
+    """Shifted by one token, or normalised over the wrong dimension; over all next tokens the probabilities add to 1."""
+    model, idx = make_gpt(), torch.randint(11, (3, 7))
+    logp = token_logprobs(model, idx, temperature=temperature)
+    assert logp.shape == (3, 6) and logp.dtype == torch.float32
+    for b, t in itertools.product(range(3), range(6)):
+        weights = (next_logits(model, idx[b, :t + 1].tolist()).double() / temperature).exp()
+        assert abs(logp[b, t].item() - (weights[idx[b, t + 1]] / weights.sum()).log().item()) < 1e-5
+    every = torch.cat((idx[:1, :6].repeat(11, 1), torch.arange(11)[:, None]), dim=1)  # (V, 7), all last tokens
+    assert abs(token_logprobs(model, every, temperature=temperature)[:, -1].exp().sum().item() - 1) < 1e-5
+
+
+# The optimiser
+
+
+def train(model, optimizer, batches):
+    for idx in batches:
+        (-token_logprobs(model, idx).mean()).backward()
+        optimizer.step(scale=0.5)
+
+
+@pytest.mark.parametrize("muon_lr", (None, 0.02))
+def test_optimizer_goes_on_from_a_checkpoint_bit_for_bit(make_gpt, muon_lr):
+    """Moments or step counts that a checkpoint forgets: a resumed run is another run."""
+    model, batches = make_gpt(), torch.randint(11, (6, 4, 10))
+    optimizer = Optimizer(model, adam_lr=0.003, muon_lr=muon_lr)
+    train(model, optimizer, batches[:3])
+    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, batches[3:])
+
+    resumed = make_gpt(seed=1)
+    resumed.load_state_dict(weights)
+    resumed_optimizer = Optimizer(resumed, adam_lr=0.003, muon_lr=muon_lr)
+    resumed_optimizer.load_state_dict(state)
+    train(resumed, resumed_optimizer, batches[3:])
+    for name, value in model.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+        assert not torch.equal(weights[name], value), f"{name} did not learn"
+
+
+def test_optimizer_step_scales_clears_and_reports_the_norm(make_gpt):
+    """Gradients that pile up over steps, a schedule that is not applied, a norm taken after clipping."""
+    model, idx = make_gpt(), torch.randint(11, (4, 10))
+    optimizer = Optimizer(model, adam_lr=0.003, muon_lr=0.02)
+    (-100 * token_logprobs(model, idx).mean()).backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+    before = copy.deepcopy(model.state_dict())
+    assert norm > 1 and abs(optimizer.step(scale=0.0) / norm - 1) < 1e-5
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())

@@ -1,0 +1,251 @@
+"""The command line, end to end in subprocesses: what a run leaves, what it refuses, and what it survives."""
+import json
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from train import main
+
+ROOT = Path(__file__).parent.parent
+# A run that passes through every stage in a few seconds and saves at every step.
+QUICK = ["--preset=tiny", "--save_every=0", "--base_tokens=40000", "--rl_steps=4", "--distill_steps=3", "--eval_problems=8"]
+NAMES = ["base", "zero", "student_base", "student"]
+
+
+def train(*args, **kwargs):
+    return subprocess.run([sys.executable, "train.py", *args], cwd=ROOT, capture_output=True, text=True, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """A finished quick run."""
+    out = tmp_path_factory.mktemp("quick")
+    done = train(*QUICK, f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The README's smoke run."""
+    out = tmp_path_factory.mktemp("tiny")
+    done = train("--preset=tiny", f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def results(out):
+    return json.loads((out / "results.json").read_text())
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def copy(out, to, *names):
+    """The part of a finished run that a test goes on from."""
+    to.mkdir(exist_ok=True)
+    for name in names:
+        (to / name).write_bytes((out / name).read_bytes())
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def refused(*args):
+    """The run ends with exit code 2 and one line on stderr, which is returned."""
+    done = train(*args)
+    assert done.returncode == 2, done
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("train.py: "), done.stderr
+    return done.stderr
+
+
+def test_tiny_learns(tiny):
+    """A recipe in which some stage no longer learns would still run to its end."""
+    out, _ = tiny
+    log = rows(out)
+    base = [row["loss"] for row in log if row["stage"] == "base"]
+    assert sum(base[-5:]) / 5 < 0.5 * base[0]
+    models = results(out)["models"]
+    assert models["zero"]["test"]["format"] > models["base"]["test"]["format"] + 0.15
+    assert models["student"]["test"]["format"] > models["student_base"]["test"]["format"] + 0.05
+
+
+def test_report_and_results(tiny):
+    """A figure that the report shows must be the one in results.json, and every promised key must be there."""
+    out, stdout = tiny
+    found = results(out)
+    assert set(found["models"]) == set(NAMES) and set(NAMES) <= set(found["seconds"])
+    for model in found["models"].values():
+        for side in ("test", "hard"):
+            assert set(model[side]) == {"pass@1", "pass@1_se", "maj@16", "pass@16", "format", "length", "reflection", "n_problems"}
+    text = (out / "report.md").read_text()
+    assert text in stdout
+    assert f"{found['models']['zero']['test']['format']:.1%}" in text and "accuracy over" in text
+    assert found["models"]["student"]["params"] * 2 < found["models"]["zero"]["params"]
+
+
+def test_log_has_a_row_for_every_step(tiny):
+    out, _ = tiny
+    steps = {name: [row["step"] for row in rows(out) if row["stage"] == name] for name in NAMES}
+    for found in steps.values():
+        assert found == list(range(1, len(found) + 1))
+    zero = next(row for row in rows(out) if row["stage"] == "zero")
+    assert {"reward", "accuracy", "format", "length", "length_wrong", "kl", "clip_low", "clip_high", "entropy", "no_signal",
+            "reflection", "truncated", "tokens_per_s"} <= set(zero)
+
+
+def test_same_seed_same_run(quick, tmp_path):
+    """A draw from a generator that nobody seeded."""
+    train(*QUICK, f"--out={tmp_path}")
+    for name in NAMES:
+        a, b = weights(quick / f"{name}.pt"), weights(tmp_path / f"{name}.pt")
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    assert results(quick)["models"] == results(tmp_path)["models"]
+
+
+@pytest.mark.parametrize("stage", NAMES)
+def test_killed_run_goes_on(quick, tmp_path, stage):
+    """SIGKILL at a random moment of a stage; what is started again must end as if nothing had happened."""
+    earlier = NAMES[:NAMES.index(stage)]
+    copy(quick, tmp_path, *(f"{name}.pt" for name in earlier))
+    text = (quick / "log.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "log.jsonl").write_text("".join(line for line in text if json.loads(line)["stage"] in earlier))
+    process = subprocess.Popen([sys.executable, "train.py", *QUICK, f"--out={tmp_path}"], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "resume.pt").exists() or torch.load(tmp_path / "resume.pt", weights_only=True)["stage"] != stage:
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    time.sleep(random.random() * 0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = train(*QUICK, f"--out={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    if not (tmp_path / f"{stage}.pt").exists():
+        assert f"{stage}: going on after step" in done.stdout and "after step 0" not in done.stdout
+    for name in NAMES:
+        a, b = weights(quick / f"{name}.pt"), weights(tmp_path / f"{name}.pt")
+        assert all(torch.equal(a[key], b[key]) for key in a), name
+    assert results(quick)["models"] == results(tmp_path)["models"]
+    assert [(r["stage"], r["step"]) for r in rows(quick)] == [(r["stage"], r["step"]) for r in rows(tmp_path)]
+
+
+def test_ctrl_c_saves(tmp_path):
+    """An interrupted run that lost its steps, or tore one in the middle."""
+    args = [sys.executable, "train.py", *QUICK, "--save_every=1000", f"--out={tmp_path}"]
+    process = subprocess.Popen(args, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "base 1/" not in process.stdout.readline():
+        pass
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate()
+    assert process.returncode == 130 and "the same command goes on" in stderr and stderr.count("\n") <= 2
+    assert torch.load(tmp_path / "resume.pt", weights_only=True)["step"] >= 1
+
+
+def test_one_stage_at_a_time(quick, tmp_path):
+    """--stage that trained something else on the way, or did not find what the stage before left."""
+    assert "base.pt is missing" in refused(*QUICK, "--stage=zero", f"--out={tmp_path}")
+    copy(quick, tmp_path, "base.pt")
+    assert train(*QUICK, "--stage=zero", f"--out={tmp_path}").returncode == 0
+    assert (tmp_path / "zero.pt").exists() and not (tmp_path / "student_base.pt").exists()
+
+
+def test_finished_run_may_gain_the_control(quick, tmp_path):
+    """student_rl starts from student_base and has as many updates as the student had; nothing else is made again."""
+    copy(quick, tmp_path, *(f"{name}.pt" for name in NAMES), "log.jsonl", "results.json")
+    done = train(*QUICK, "--student_rl=True", f"--out={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    config = results(tmp_path)["config"]
+    updates = config["distill_steps"] * config["distill_minibatches"]
+    assert sum(row["stage"] == "student_rl" for row in rows(tmp_path)) == updates / config["rl_minibatches"]
+    assert "student_rl" in results(tmp_path)["models"]
+    assert (tmp_path / "zero.pt").read_bytes() == (quick / "zero.pt").read_bytes()
+
+
+def test_other_settings_are_refused(quick):
+    before = (quick / "zero.pt").read_bytes()
+    line = refused(*QUICK, "--kl_coef=0.5", f"--out={quick}")
+    assert "kl_coef" in line and "another --out" in line
+    refused(*QUICK, "--seed=7", f"--out={quick}")
+    assert (quick / "zero.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("arg, words", [
+    ("--rl_step=3", "did you mean --rl_steps"), ("--zzz=3", "unknown argument"), ("rl_steps=3", "unknown argument"),
+    ("--rl_steps", "needs a value"), ("--rl_steps=1.5", "whole number"), ("--rl_steps=0", "above 0"),
+    ("--kl_coef=nan", "a number"), ("--kl_coef=-1", "0 or more"), ("--normalize=mean", "sequence, token, constant"),
+    ("--on_policy=yes", "True, False"), ("--stage=rl", "base, zero, student"), ("--preset=huge", "tiny"),
+    ("--n_embd=63", "n_embd"), ("--rl_samples=1", "2 or more"), ("--rl_max_new_tokens=1000", "at most"),
+    ("--ask=hello", "no expression"), ("--ask=__import__('os')", "no expression"), ("--ask=8*7", "no model"),
+])
+def test_bad_input(tmp_path, capsys, arg, words):
+    out = tmp_path / "out"
+    assert main([arg, f"--out={out}"]) == 2
+    printed = capsys.readouterr()
+    assert words in printed.err and printed.err.count("\n") == 1 and not printed.out
+    assert not out.exists()
+
+
+def test_out_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("precious")
+    assert "cannot write" in refused("--preset=tiny", f"--out={tmp_path / 'file' / 'out'}")
+    refused("--preset=tiny", f"--out={tmp_path / 'file'}")
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+class Bomb:
+    def __reduce__(self):
+        return Path.touch, (Path(__file__).parent / "bomb_went_off",)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "text", "foreign", "malicious", "other stage"])
+def test_foreign_checkpoints(quick, tmp_path, kind):
+    """A checkpoint is data from outside: never executed, never overwritten, one line."""
+    path = tmp_path / "base.pt"
+    if kind == "truncated":
+        path.write_bytes((quick / "base.pt").read_bytes()[:-1000])
+    elif kind == "text":
+        path.write_text("hello")
+    elif kind == "foreign":
+        torch.save({"model": {}}, path)
+    elif kind == "malicious":
+        path.write_bytes(pickle.dumps(Bomb()))
+    else:
+        path.write_bytes((quick / "student.pt").read_bytes())
+    before = path.read_bytes()
+    assert "base.pt" in refused(*QUICK, f"--out={tmp_path}")
+    assert path.read_bytes() == before and not (Path(__file__).parent / "bomb_went_off").exists()
+
+
+def test_full_disk(tmp_path):
+    """A write that fails must end in one line, with the checkpoint before it intact. The limit stands in for the disk."""
+    import resource
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+    done = train(*QUICK, f"--out={tmp_path}", preexec_fn=limit)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cannot write" in done.stderr, done.stderr
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_not_a_number_stops_the_run(tmp_path):
+    """A run that went on for hours on NaN. A learning rate that no model survives brings it about."""
+    done = train(*QUICK, "--base_adam_lr=1e30", f"--out={tmp_path}")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "at step" in done.stderr, done.stderr
+
+
+def test_ask_shows_models_side_by_side(quick):
+    done = train("--ask=8*7-19", f"--out={quick}")
+    assert done.returncode == 0 and done.stdout.startswith("8*7-19 = 37\n")
+    assert [line.split()[0] for line in done.stdout.splitlines()[1:]] == NAMES
+
+
+def test_importing_has_no_side_effect(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train, distill, grpo, rewards, model, data.arithmetic"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == done.stderr == "" and not list(tmp_path.iterdir())
