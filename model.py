@@ -71,7 +71,6 @@ class KVCache:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding (RoFormer, 2104.09864), halves paired as in Llama: x (B, H, T, D), cos and sin of
     the angles, broadcastable to (B, 1, T, D/2)."""
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
@@ -87,8 +86,11 @@ class Block(nn.Module):
         self.down = nn.Linear(c.n_hidden, c.n_embd, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: KVCache | None, layer: int) -> Tensor:
-        """x (B, T, C) -> (B, T, C); mask is added to the attention scores (B, H, T, T')."""
-        h = self.norm1(x)
+        """x (B, T, C) -> (B, T, C); mask is added to the attention scores (B, H, T, T').
+
+        cos, sin and mask come in the type that matrix products are computed in; x, the sum of all blocks, is float32.
+        """
+        h = self.norm1(x).to(mask.dtype)  # cast once, where autocast would do it for each product
         heads = (self.n_head, -1)
         q, k, v = (w(h).unflatten(-1, heads).transpose(1, 2) for w in (self.q, self.k, self.v))  # (B, H, T, D)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -96,7 +98,7 @@ class Block(nn.Module):
             k, v = cache.append(layer, k, v)
         y = attend(q, k, v, mask)
         x = x + self.o(y.transpose(1, 2).flatten(2))  # (B, T, C)
-        h = self.norm2(x)
+        h = self.norm2(x).to(mask.dtype)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
 
@@ -108,7 +110,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    scores = (q * q.size(-1) ** -0.5) @ k.transpose(2, 3) + mask.to(q.dtype)  # (B, H, T, T')
+    scores = (q * q.size(-1) ** -0.5) @ k.transpose(2, 3) + mask  # (B, H, T, T')
     return scores.softmax(dim=-1) @ v
 
 
@@ -156,6 +158,9 @@ class GPT(nn.Module):
             # subtle: a padding column still attends to itself, or its softmax would be over nothing and give NaN.
             hidden = (column < cache.pad[:, None])[:, None] & (column != column[start:, None])  # (B, T, end)
             mask = mask.masked_fill(hidden, float("-inf"))[:, None]  # (B, 1, T, end)
+        device = idx.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        cos, sin, mask = cos.to(dtype), sin.to(dtype), mask.to(dtype)
         for layer, block in enumerate(self.blocks):
             x = block(x, cos, sin, mask, cache, layer)
         if cache is not None:

@@ -44,10 +44,10 @@ class Config:
     n_layer: int = 4
     n_head: int = 2
     n_embd: int = 128
-    # base: pretraining, of the student's base too
-    base_tokens: int = 6_500_000      # read once; the student's base reads as many
-    base_batch: int = 64              # rows of block_size tokens
-    base_muon_lr: float = 0.02
+    # base: pretraining
+    base_tokens: int = 5_000_000      # each read once
+    base_batch: int = 32              # rows of block_size tokens
+    base_muon_lr: float = 0.02        # of the student's base too
     base_adam_lr: float = 3e-3
     # zero: GRPO
     rl_steps: int = 100               # rollouts
@@ -65,14 +65,16 @@ class Config:
     scale: Literal["std", "none"] = "std"
     # student
     student_n_layer: int = 3
-    student_n_head: int = 1
+    student_n_head: int = 2
     student_n_embd: int = 64
-    distill_steps: int = 100
+    student_base_tokens: int = 8_000_000
+    student_base_batch: int = 16      # rows; a smaller model wants more and smaller updates
+    distill_steps: int = 60
     distill_prompts: int = 64
-    distill_samples: int = 4
-    distill_minibatches: int = 4      # updates a step
-    distill_muon_lr: float = 5e-3
-    distill_adam_lr: float = 1e-3
+    distill_samples: int = 8
+    distill_minibatches: int = 8      # updates a step
+    distill_muon_lr: float = 1e-3
+    distill_adam_lr: float = 3e-4
     divergence: Literal["forward", "reverse", "jsd", "sft"] = "forward"
     distill_temperature: float = 1.0
     on_policy: bool = False           # the student's own samples instead of the teacher's
@@ -83,7 +85,7 @@ class Config:
 
 
 PRESETS = {
-    "tiny": dict(dtype="float32", save_every=0.5, n_layer=2, n_head=1, n_embd=64, base_tokens=300_000, base_batch=16,
+    "tiny": dict(dtype="float32", save_every=0.5, n_layer=2, n_head=1, n_embd=64, base_tokens=300_000, base_batch=16, student_base_tokens=300_000,
                  rl_steps=12, rl_prompts=16, rl_samples=8, rl_lr=1e-3, student_n_layer=1, student_n_head=1,
                  student_n_embd=32, distill_steps=8, eval_problems=32),
 }
@@ -95,9 +97,9 @@ TEACHER = SHARED + ("n_", "base_", "rl_", "format_weight", "clip_", "kl_coef", "
 SHAPED_BY = {
     "base": SHARED + ("n_", "base_"),
     "zero": TEACHER,
-    "student_base": SHARED + ("student_n_", "base_"),
-    "student": TEACHER + ("student_n_", "distill_", "divergence", "on_policy"),
-    "student_rl": TEACHER + ("student_n_", "distill_steps", "distill_minibatches"),
+    "student_base": SHARED + ("student_n_", "student_base_", "base_"),
+    "student": TEACHER + ("student_n_", "student_base_", "distill_", "divergence", "on_policy"),
+    "student_rl": TEACHER + ("student_n_", "student_base_", "distill_steps", "distill_minibatches"),
 }
 EVALUATED_BY = ("seed", "eval_", "rl_max_new_tokens")
 STAGES = {"base": ["base"], "zero": ["zero"], "student": ["student_base", "student", "student_rl"]}  # what --stage runs

@@ -65,6 +65,8 @@ def check(cfg: Config) -> None:
          "--distill_minibatches is more than a step's completions"),
         (cfg.on_policy and cfg.divergence == "sft", "--divergence=sft learns the teacher's samples: not --on_policy"),
         (cfg.base_tokens < cfg.base_batch * cfg.block_size, "--base_tokens is less than one batch"),
+        (cfg.student_base_tokens < cfg.student_base_batch * cfg.block_size,
+         "--student_base_tokens is less than one batch"),
         (cfg.device == "cuda" and not torch.cuda.is_available(), "--device=cuda: torch sees no CUDA GPU here"),
         (cfg.device == "mps" and not torch.backends.mps.is_available(), "--device=mps: torch sees no Apple GPU here"),
     ):
@@ -163,25 +165,29 @@ def pretrain(run: Run, name: str) -> None:
     model = GPT(shape(cfg, name)).to(device)
     optimizer = Optimizer(model, cfg.base_adam_lr, cfg.base_muon_lr)
     length = cfg.block_size + 1
-    corpus, starts = load_corpus(int(1.35 * cfg.base_tokens), cfg.seed, length)  # a row leaves half a document over
+    prefix = "base_" if name == "base" else "student_base_"
+    n_tokens, batch = getattr(cfg, prefix + "tokens"), getattr(cfg, prefix + "batch")
+    longest = max(cfg.base_tokens, cfg.student_base_tokens)  # one corpus for both
+    corpus, starts = load_corpus(int(1.35 * longest), cfg.seed, length)  # a row leaves half a document over
     heldout, heldout_starts = load_corpus(256 * length, -1 - cfg.seed, length)
-    steps = cfg.base_tokens // (cfg.base_batch * cfg.block_size)
-    order = torch.randperm(len(starts), generator=torch.Generator().manual_seed(cfg.seed))
+    steps = n_tokens // (batch * cfg.block_size)
+    rows = min(steps * batch, len(starts))  # the corpus's first: what follows them shapes nothing
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(cfg.seed))
 
     def loss_of(corpus: Tensor, starts: Tensor) -> Tensor:
-        rows = corpus[starts[:, None] + torch.arange(length)].long().to(device)  # (B, T+1)
+        idx = corpus[starts[:, None] + torch.arange(length)].long().to(device)  # (B, T+1)
         with precision(cfg):
-            logits = model(rows[:, :-1])
-        return F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
+            logits = model(idx[:, :-1])
+        return F.cross_entropy(logits.float().flatten(0, 1), idx[:, 1:].flatten())
 
     def step(number: int) -> dict:
         start = time.perf_counter()
-        at = (number - 1) * cfg.base_batch
-        loss = loss_of(corpus, starts[order[torch.arange(at, at + cfg.base_batch) % len(order)]])
+        picks = torch.arange((number - 1) * batch, number * batch) % rows
+        loss = loss_of(corpus, starts[order[picks]])
         loss.backward()
         grad_norm = optimizer.step(lr_scale(number, steps))
         metrics = {"loss": loss.item(), "grad_norm": grad_norm}
-        metrics["tokens_per_s"] = cfg.base_batch * cfg.block_size / (time.perf_counter() - start)
+        metrics["tokens_per_s"] = batch * cfg.block_size / (time.perf_counter() - start)
         if number % 100 == 0 or number == steps:
             with torch.no_grad():
                 metrics["heldout_loss"] = loss_of(heldout, heldout_starts).item()

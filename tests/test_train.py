@@ -15,7 +15,7 @@ from train import main
 
 ROOT = Path(__file__).parent.parent
 # A run that passes through every stage in a few seconds and saves at every step.
-QUICK = ["--preset=tiny", "--save_every=0", "--base_tokens=40000", "--rl_steps=4", "--distill_steps=3", "--eval_problems=8"]
+QUICK = ["--preset=tiny", "--save_every=0", "--base_tokens=40000", "--student_base_tokens=40000", "--rl_steps=4", "--distill_steps=3", "--eval_problems=8"]
 NAMES = ["base", "zero", "student_base", "student"]
 
 
