@@ -40,7 +40,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model import GPT, Optimizer, gather_logprobs, generate
+from model import GPT, Optimizer, generate, token_logprobs
 
 
 NORMALIZE = ("sequence", "token", "constant")
@@ -203,7 +203,8 @@ def grpo_step(policy: GPT, reference: GPT | None, optimizer: Optimizer, problems
     """One iteration of Algorithm 1 of DeepSeekMath: `samples` completions of each problem, then an update a minibatch.
 
     The first arguments are as in `sample_rollout`; reference None goes without KL; max_tokens bounds a micro-batch.
-    -> (metrics, the rollout). Raises ValueError for a name that grpo_loss or group_advantages does not know.
+    -> (metrics, the rollout). loss, grad_norm, kl, ratio, clip_* and sampler_gap are of the completions trained on, the
+    other metrics of all. Raises ValueError for a name that grpo_loss or group_advantages does not know.
     """
     start, device = time.perf_counter(), policy.embedding.weight.device
 
@@ -213,39 +214,39 @@ def grpo_step(policy: GPT, reference: GPT | None, optimizer: Optimizer, problems
     rewards = rollout.column("reward").view(-1, samples)  # (P, G)
 
     # 3) advantages: better or worse than the other answers to the same prompt
-    adv = group_advantages(rewards, scale).flatten().to(device)  # (N,)
+    adv = group_advantages(rewards, scale).flatten()  # (N,)
 
-    # 4) pi_old and pi_ref, from the very pass that trains, so that the ratio starts at exactly 1
-    def logprobs(model: GPT, idx: Tensor) -> tuple[Tensor, Tensor]:
-        return gather_logprobs(model(idx[:, :-1]), idx[:, 1:], temperature)
-
+    # 4) pi_old and pi_ref, from the very pass that trains, so that the ratio starts at exactly 1. Without a KL penalty
+    # a completion of advantage 0 has no gradient: it counts in the average and need not be computed.
     lengths = [len(c) for c in rollout.completions]
-    batches, entropy, gap = [], 0.0, 0.0
+    batches, trained, gap = [], 0, 0.0
     with torch.no_grad():
         for rows in shuffled_minibatches(len(lengths), minibatches, generator):
+            live = [i for i in rows if kl_coef or adv[i] != 0]
             parts = []
-            for part, idx, mask in cut(rollout, rows, encoding.eot_token, max_tokens, device):
-                logp_old, part_entropy = logprobs(policy, idx)
-                logp_ref = logprobs(reference, idx)[0] if reference is not None else None
-                entropy += part_entropy[mask].sum().item()
+            for part, idx, mask in cut(rollout, live, encoding.eot_token, max_tokens, device):
+                logp_old = token_logprobs(policy, idx, temperature=temperature)
+                logp_ref = None if reference is None else token_logprobs(reference, idx, temperature=temperature)
                 sampled = torch.tensor([p for i in part for p in rollout.logp[i]], device=device)
                 gap += (logp_old[mask] - sampled).abs().sum().item()
-                parts.append((idx, logp_old, logp_ref, adv[part], mask))
+                parts.append((idx, logp_old, logp_ref, adv[part].to(device), mask))
+            trained += sum(lengths[i] for i in live)
             batches.append((normalizer(len(rows), sum(lengths[i] for i in rows), normalize, max_new_tokens), parts))
 
     # 5) update the policy, a minibatch at a time; the gradients of its micro-batches add up to its own
     totals = dict.fromkeys(("loss", "grad_norm", "kl", "ratio", "clip_low", "clip_high"), 0.0)
     for denominator, parts in batches:
         for idx, logp_old, logp_ref, part_adv, mask in parts:
-            loss, metrics = grpo_loss(logprobs(policy, idx)[0], logp_old, logp_ref, part_adv, mask,
-                                      clip_low=clip_low, clip_high=clip_high, kl_coef=kl_coef, normalize=normalize,
-                                      denominator=denominator)
+            logp = token_logprobs(policy, idx, temperature=temperature)
+            loss, metrics = grpo_loss(logp, logp_old, logp_ref, part_adv, mask, clip_low=clip_low, clip_high=clip_high,
+                                      kl_coef=kl_coef, normalize=normalize, denominator=denominator)
             loss.backward()
             totals["loss"] += loss.item() / len(batches)
-            share = int(mask.sum()) / sum(lengths)  # metrics are means over tokens: weigh each part by its tokens
+            share = int(mask.sum()) / trained  # metrics are means over tokens: weigh each part by its tokens
             for name, value in metrics.items():
                 totals[name] += value.item() * share
-        totals["grad_norm"] += optimizer.step(lr_scale) / len(batches)
+        if parts:
+            totals["grad_norm"] += optimizer.step(lr_scale) / len(batches)
 
     wrong = [n for n, right in zip(lengths, rollout.column("accuracy")) if not right]
     seconds = time.perf_counter() - start
@@ -255,8 +256,8 @@ def grpo_step(policy: GPT, reference: GPT | None, optimizer: Optimizer, problems
         "length_wrong": sum(wrong) / len(wrong) if wrong else None,
         "truncated": sum(rollout.truncated) / len(lengths),
         "no_signal": (rewards == rewards[:, :1]).all(dim=1).float().mean().item(),  # groups whose advantages are all 0
-        "entropy": entropy / sum(lengths),
-        "sampler_gap": gap / sum(lengths),
+        "entropy": -sum(map(sum, rollout.logp)) / sum(lengths),  # its estimate from the samples, nats a token
+        "sampler_gap": gap / max(trained, 1),
         **totals,
         "tokens_per_s": sum(lengths) / seconds,
     }, rollout

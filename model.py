@@ -221,15 +221,8 @@ def token_logprobs(model: GPT, idx: Tensor, *, temperature: float = 1.0) -> Tens
 
     idx (B, T) -> (B, T-1), float32.
     """
-    return gather_logprobs(model(idx[:, :-1]), idx[:, 1:], temperature)[0]
-
-
-def gather_logprobs(logits: Tensor, target: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """logits (B, T, V), target (B, T) -> (log-probability of the target, entropy of the distribution), both (B, T)
-    and float32, in nats; no gradient flows through the entropy."""
-    logp = (logits.float() / temperature).log_softmax(dim=-1)  # (B, T, V)
-    entropy = -(logp.detach().exp() * logp.detach()).sum(dim=-1)
-    return logp.gather(-1, target[..., None])[..., 0], entropy
+    logp = (model(idx[:, :-1]).float() / temperature).log_softmax(dim=-1)  # (B, T-1, V)
+    return logp.gather(-1, idx[:, 1:, None])[..., 0]
 
 
 class Optimizer:

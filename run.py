@@ -45,21 +45,21 @@ class Config:
     n_head: int = 2
     n_embd: int = 128
     # base: pretraining
-    base_tokens: int = 5_000_000      # each read once
+    base_tokens: int = 6_500_000      # each read once
     base_batch: int = 32              # rows of block_size tokens
     base_muon_lr: float = 0.02        # of the student's base too
     base_adam_lr: float = 3e-3
     # zero: GRPO
-    rl_steps: int = 100               # rollouts
-    rl_prompts: int = 32              # P, a rollout's problems
-    rl_samples: int = 16              # G, completions of each
+    rl_steps: int = 200               # rollouts
+    rl_prompts: int = 64              # P, a rollout's problems
+    rl_samples: int = 8               # G, completions of each
     rl_minibatches: int = 2           # updates a rollout
     rl_max_new_tokens: int = 80       # the generation budget; evaluation has the same
     rl_lr: float = 3e-4               # of AdamW
     format_weight: float = 1.0        # may be 0; reward = accuracy + format_weight * format; R1 weighs them equally
     clip_low: float = 0.2
     clip_high: float = 0.2
-    kl_coef: float = 1e-3             # may be 0: then no reference is kept
+    kl_coef: float = 0.0              # may be 0: then the KL is only logged
     ref_every: int = 0                # steps after which the reference becomes the policy; 0: it stays the base
     normalize: Literal["sequence", "token", "constant"] = "token"
     scale: Literal["std", "none"] = "std"
@@ -67,9 +67,9 @@ class Config:
     student_n_layer: int = 3
     student_n_head: int = 2
     student_n_embd: int = 64
-    student_base_tokens: int = 8_000_000
-    student_base_batch: int = 16      # rows; a smaller model wants more and smaller updates
-    distill_steps: int = 60
+    student_base_tokens: int = 5_000_000
+    student_base_batch: int = 32
+    distill_steps: int = 80
     distill_prompts: int = 64
     distill_samples: int = 8
     distill_minibatches: int = 8      # updates a step
@@ -85,9 +85,10 @@ class Config:
 
 
 PRESETS = {
-    "tiny": dict(dtype="float32", save_every=0.5, n_layer=2, n_head=1, n_embd=64, base_tokens=300_000, base_batch=16, student_base_tokens=300_000,
+    "tiny": dict(dtype="float32", save_every=0.5, n_layer=2, n_head=1, n_embd=64, base_tokens=300_000, base_batch=16,
                  rl_steps=12, rl_prompts=16, rl_samples=8, rl_lr=1e-3, student_n_layer=1, student_n_head=1,
-                 student_n_embd=32, distill_steps=8, eval_problems=32),
+                 student_n_embd=32, student_base_tokens=300_000, student_base_batch=16, distill_steps=8,
+                 eval_problems=32),
 }
 MAY_BE_ZERO = {"seed", "threads", "save_every", "format_weight", "kl_coef", "ref_every"}
 
@@ -249,13 +250,13 @@ def draws(run: Run, name: str, step: int) -> tuple[random.Random, torch.Generato
     return rng, torch.Generator(run.cfg.device).manual_seed(rng.getrandbits(63))
 
 
-def lr_scale(step: int, steps: int) -> float:
-    """Factor of the learning rate at step 1..steps: up over the first twentieth, down to 3 % over the last 60 %.
+def lr_scale(step: int, steps: int, hold: float = 0.4) -> float:
+    """Factor of the learning rate at step 1..steps: up over the first twentieth, down to 3 % after a share `hold`.
 
     >>> [round(lr_scale(step, 100), 2) for step in (1, 5, 40, 70, 100)]
     [0.2, 1.0, 1.0, 0.53, 0.05]
     """
-    return min(1.0, step / max(1, steps // 20)) * (0.03 + 0.97 * min(1.0, (steps + 1 - step) / (0.6 * steps)))
+    return min(1.0, step / max(1, steps // 20)) * (0.03 + 0.97 * min(1.0, (steps + 1 - step) / (steps * (1 - hold))))
 
 
 @contextmanager

@@ -113,14 +113,15 @@ def precision(cfg: Config):
 
 def open_run(cfg: Config, out: Path) -> Run:
     """Begin a run, or go on with the one in `out`. Raises Fault if that one was made with other settings."""
+    check(cfg)
     path, results = out / "results.json", {"config": {}, "seconds": {}, "models": {}}
     try:
         out.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            results = json.loads(path.read_text())
-            auto = {key: results["config"][key] for key in ("device", "dtype", "threads")
-                    if getattr(cfg, key) == getattr(Config, key)}
-            cfg = dataclasses.replace(cfg, **auto)
+            results = {key: json.loads(path.read_text())[key] for key in results}
+            settled = {key: results["config"][key] for key in ("device", "dtype", "threads")
+                       if getattr(cfg, key) == getattr(Config, key)}
+            cfg = dataclasses.replace(cfg, **settled)
             check(cfg)
     except OSError as error:
         raise Fault(f"cannot write into {out}: {error.strerror}") from None
@@ -209,12 +210,10 @@ def reinforce(run: Run, name: str, start: str, steps: int) -> None:
     """GRPO from a finished base: zero, or the control student_rl."""
     cfg, encoding = run.cfg, get_tokenizer()
     policy = run.load_model(start)
-    # subtle: late in RL most groups have no signal and gradients are small; AdamW with beta2 0.95 forgets the large ones
-    # before and then takes steps that undo what was learnt.
+    # subtle: late in RL most groups have no signal and gradients are small; with beta2 0.95 AdamW forgets the large
+    # ones before, and then takes steps that undo what was learnt.
     parts = {"model": policy, "optimizer": Optimizer(policy, cfg.rl_lr, beta2=0.999)}
-    reference = run.load_model(start).requires_grad_(False) if cfg.kl_coef else None
-    if reference is not None:
-        parts["reference"] = reference
+    reference = parts["reference"] = run.load_model(start).requires_grad_(False)
 
     def step(number: int) -> dict:
         rng, generator = draws(run, name, number)
@@ -224,8 +223,8 @@ def reinforce(run: Run, name: str, start: str, steps: int) -> None:
                 policy, reference, parts["optimizer"], problems, reward_function(cfg), encoding, samples=cfg.rl_samples,
                 max_new_tokens=cfg.rl_max_new_tokens, minibatches=cfg.rl_minibatches, clip_low=cfg.clip_low,
                 clip_high=cfg.clip_high, kl_coef=cfg.kl_coef, normalize=cfg.normalize, scale=cfg.scale,
-                lr_scale=lr_scale(number, steps), generator=generator)
-        if reference is not None and cfg.ref_every and number % cfg.ref_every == 0:
+                lr_scale=lr_scale(number, steps, hold=0.0), generator=generator)
+        if cfg.ref_every and number % cfg.ref_every == 0:
             reference.load_state_dict(policy.state_dict())
         if number in (1, 5, 10) or number % 20 == 0:
             print(f"    {problems[0].question}  ->  {rollout.texts[0]}   reward {rollout.scores[0]['reward']:.1f}")
@@ -414,6 +413,7 @@ def main(argv: list[str]) -> int:
             if name == "student_rl" and not cfg.student_rl:
                 continue
             if not run.path(name).exists():
+                run.results["models"].pop(name, None)
                 make(run, name)
             if name not in run.results["models"]:
                 measure(run, name)
