@@ -68,7 +68,7 @@ def sft_loss(student_logits: Tensor, target: Tensor, mask: Tensor, denominator: 
 
 def distill_step(student: GPT, teacher: GPT, optimizer: Optimizer, problems: list, reward_fn, encoding, *,
                  divergence: str, on_policy: bool, samples: int, max_new_tokens: int, minibatches: int,
-                 temperature: float = 1.0, lr_scale: float = 1.0, max_tokens: int = 16_384,
+                 temperature: float = 1.0, lr_scale: float = 1.0, max_tokens: int = 8_192,
                  generator: torch.Generator | None = None) -> dict[str, float | None]:
     """Sample completions, then one update of the student a minibatch -> metrics.
 

@@ -23,6 +23,7 @@ import functools
 import inspect
 import json
 import math
+import os
 import sys
 import time
 from collections import Counter
@@ -403,6 +404,9 @@ def main(argv: list[str]) -> int:
         if "--help" in argv:
             print(__doc__ + "\n" + inspect.getsource(Config))
             return 0
+        # oneDNN keeps a compiled kernel for each shape it meets, a thousand by default: sampling meets thousands, and
+        # they would take a gigabyte. Fewer are as quick.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
         cfg, options = parse_args(argv)
         stage, out = options["stage"], Path(options["out"] or f"out/{options['preset'] or ''}")
         if options["ask"] is not None:
