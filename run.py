@@ -50,7 +50,7 @@ class Config:
     base_muon_lr: float = 0.02        # of the student's base too
     base_adam_lr: float = 3e-3
     # zero: GRPO
-    rl_steps: int = 180               # rollouts
+    rl_steps: int = 240               # rollouts
     rl_prompts: int = 64              # P, a rollout's problems
     rl_samples: int = 8               # G, completions of each
     rl_minibatches: int = 2           # updates a rollout
