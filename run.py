@@ -88,7 +88,7 @@ PRESETS = {
     "tiny": dict(dtype="float32", save_every=0.5, n_layer=2, n_head=1, n_embd=64, base_tokens=300_000, base_batch=16,
                  rl_steps=12, rl_prompts=16, rl_samples=8, rl_lr=1e-3, student_n_layer=1, student_n_head=1,
                  student_n_embd=32, student_base_tokens=300_000, student_base_batch=16, distill_steps=8,
-                 eval_problems=32),
+                 on_policy=True, eval_problems=32),  # its teacher is too rarely right to learn from off policy
 }
 MAY_BE_ZERO = {"seed", "threads", "save_every", "format_weight", "kl_coef", "ref_every"}
 
