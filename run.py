@@ -14,6 +14,7 @@ import os
 import random
 import signal
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -186,7 +187,9 @@ def save_checkpoint(path: Path, content: dict) -> None:
 def load_checkpoint(path: Path) -> dict:
     """A checkpoint's content, read without executing anything in it. Raises Fault if it is none of ours."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's lines about foreign pickles, beside the one of ours
+            content = torch.load(path, map_location="cpu", weights_only=True)
         if content["nanor1"] == 1:
             return content
     except FileNotFoundError:
