@@ -32,7 +32,8 @@ Where we differ from the papers, and why
 2. pi_old's log-probabilities are computed again by the pass that trains, not taken from the sampler: under bf16 the
    sampler's cached pass rounds differently, and rho would not be 1 on policy. The gap is logged.
 3. A completion that was cut off at max_new_tokens is scored as the text that it is, and trained on.
-4. The reward is a function that the caller hands in: no task is known here.
+4. Without a KL penalty, completions of advantage 0 are left out of the update: their gradient is 0.
+5. The reward is a function that the caller hands in: no task is known here.
 """
 import time
 from dataclasses import dataclass

@@ -7,7 +7,7 @@ product. Its question is the expression itself, its answer an integer.
     Assistant: <think>8*7=56, 56-19=37</think><answer>37</answer>
 
 The corpus has two kinds of documents: textbook pages of single facts, and forum threads as above, whose authors answer
-in the eight styles of STYLES. Most blurt a number; some show working, with tags or without; a minority works inside
+in the styles of STYLES. Most blurt a number; some show working, with tags or without; a minority works inside
 <think>...</think><answer>...</answer>; a few look again ("wait"). Whoever works makes a slip in SLIP of the steps and
 carries on from the wrong value. Pretraining imitates them all, right and wrong alike.
 
