@@ -15,8 +15,8 @@
 
 It writes into --out (out/, or out/PRESET): NAME.pt for each finished stage, resume.pt for the stage under way,
 log.jsonl (a row a step), results.json, report.md. Started again with the same settings it goes on from the last
-checkpoint, to the same result bit for bit: whatever a step draws at random is seeded by (seed, stage, step). This is
-the only file with side effects.
+checkpoint, to the same result bit for bit: whatever a step draws at random is seeded by (seed, stage, step). This
+file and run.py, which keeps the files, are the only ones with side effects.
 """
 import dataclasses
 import functools
