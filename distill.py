@@ -67,19 +67,21 @@ def sft_loss(student_logits: Tensor, target: Tensor, mask: Tensor, denominator: 
 
 
 def distill_step(student: GPT, teacher: GPT, optimizer: Optimizer, problems: list, reward_fn, encoding, *,
-                 divergence: str, on_policy: bool, samples: int, max_new_tokens: int, minibatches: int,
-                 temperature: float = 1.0, lr_scale: float = 1.0, max_tokens: int = 8_192,
+                 divergence: str, on_policy: bool, max_new_tokens: int, minibatches: int, temperature: float = 1.0,
+                 lr_scale: float = 1.0, max_tokens: int = 8_192,
                  generator: torch.Generator | None = None) -> dict[str, float | None]:
-    """Sample completions, then one update of the student a minibatch -> metrics.
+    """Sample one completion of each problem, then one update of the student a minibatch -> metrics.
 
-    The arguments are those of `grpo.sample_rollout`, whose samples are drawn from the student if on_policy, else from
-    the teacher, and then only those with accuracy and format 1 are kept. divergence is one of distill_loss's, or
-    "sft". The loss is None if nothing was kept: then nothing is learnt. Raises ValueError for another divergence.
+    One each, where GRPO needs a group: a good teacher's samples of one problem are nearly the same, so other problems
+    teach more. The arguments are those of `grpo.sample_rollout`, whose samples are drawn from the student if
+    on_policy, else from the teacher, and then only those with accuracy and format 1 are kept. divergence is one of
+    distill_loss's, or "sft". The loss is None if nothing was kept: then nothing is learnt. Raises ValueError for
+    another divergence.
     """
     if divergence not in (*DIVERGENCES, "sft"):
         raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, sft, not {divergence!r}")
     start, device = time.perf_counter(), student.embedding.weight.device
-    rollout = sample_rollout(student if on_policy else teacher, problems, reward_fn, encoding, samples=samples,
+    rollout = sample_rollout(student if on_policy else teacher, problems, reward_fn, encoding, samples=1,
                              max_new_tokens=max_new_tokens, generator=generator)
     accepted = [i for i, score in enumerate(rollout.scores) if on_policy or score["accuracy"] == score["format"] == 1]
     loss_sum = grad_norm = tokens = 0

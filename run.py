@@ -68,16 +68,15 @@ class Config:
     student_n_layer: int = 3
     student_n_head: int = 2
     student_n_embd: int = 64
-    student_base_tokens: int = 5_000_000
+    student_base_tokens: int = 4_000_000
     student_base_batch: int = 32
-    distill_steps: int = 70
-    distill_prompts: int = 64
-    distill_samples: int = 8
+    distill_steps: int = 100
+    distill_prompts: int = 512        # a step's problems, one completion each
     distill_minibatches: int = 8      # updates a step
-    distill_muon_lr: float = 1e-3
-    distill_adam_lr: float = 3e-4
+    distill_muon_lr: float = 7e-3
+    distill_adam_lr: float = 1.5e-3
     divergence: Literal["forward", "reverse", "jsd", "sft"] = "forward"
-    distill_temperature: float = 1.0
+    distill_temperature: float = 2.0
     on_policy: bool = False           # the student's own samples instead of the teacher's
     student_rl: bool = False          # also train the control
     # evaluation
@@ -89,7 +88,8 @@ PRESETS = {
     "tiny": dict(dtype="float32", save_every=0.5, n_layer=2, n_head=1, n_embd=64, base_tokens=300_000, base_batch=16,
                  rl_steps=12, rl_prompts=16, rl_samples=8, rl_lr=1e-3, student_n_layer=1, student_n_head=1,
                  student_n_embd=32, student_base_tokens=300_000, student_base_batch=16, distill_steps=8,
-                 on_policy=True, eval_problems=32),  # its teacher is too rarely right to learn from off policy
+                 distill_prompts=128, on_policy=True,  # its teacher is too rarely right to learn from off policy
+                 eval_problems=32),
 }
 MAY_BE_ZERO = {"seed", "threads", "save_every", "format_weight", "kl_coef", "ref_every"}
 
@@ -231,16 +231,20 @@ class Run:
         except ValueError:
             raise Fault(f"{path} is not a nanoR1 log: remove it, or use another --out") from None
 
-    def load_model(self, name: str, device: str | None = None) -> GPT:
-        """The model that a finished stage left, on the run's device unless another is named. Raises Fault if it is not
-        there, or not of this run."""
+    def checkpoint(self, name: str) -> dict:
+        """What a finished stage left. Raises Fault if it is not there, or not of this run."""
         content = load_checkpoint(self.path(name))
         if content["stage"] != name:
             raise Fault(f"{self.path(name)} is a checkpoint of {content['stage']}")
         refuse_changes(self.cfg, content["config"], str(self.path(name)), SHAPED_BY[name])
+        self.results["seconds"][name] = round(content["seconds"], 1)
+        return content
+
+    def load_model(self, name: str, device: str | None = None) -> GPT:
+        """The model of a checkpoint, on the run's device unless another is named."""
+        content = self.checkpoint(name)
         model = GPT(GPTConfig(**content["shape"]))
         model.load_state_dict(content["model"])
-        self.results["seconds"][name] = round(content["seconds"], 1)
         return model.to(device or self.cfg.device)
 
 

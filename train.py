@@ -62,8 +62,7 @@ def check(cfg: Config) -> None:
         (cfg.clip_low >= 1, "--clip_low must be under 1: the ratio's lower bound is 1 - clip_low"),
         (cfg.rl_max_new_tokens > room, f"--rl_max_new_tokens must be at most {room}: block_size less a prompt"),
         (cfg.rl_minibatches > cfg.rl_prompts * cfg.rl_samples, "--rl_minibatches is more than a rollout's completions"),
-        (cfg.distill_minibatches > cfg.distill_prompts * cfg.distill_samples,
-         "--distill_minibatches is more than a step's completions"),
+        (cfg.distill_minibatches > cfg.distill_prompts, "--distill_minibatches is more than --distill_prompts"),
         (cfg.on_policy and cfg.divergence == "sft", "--divergence=sft learns the teacher's samples: not --on_policy"),
         (cfg.base_tokens < cfg.base_batch * cfg.block_size, "--base_tokens is less than one batch"),
         (cfg.student_base_tokens < cfg.student_base_batch * cfg.block_size,
@@ -131,7 +130,7 @@ def open_run(cfg: Config, out: Path) -> Run:
     run = Run(settle(cfg), out, results)
     for name in SHAPED_BY:
         if run.path(name).exists():
-            run.load_model(name)
+            run.checkpoint(name)
     if results["models"]:
         refuse_changes(run.cfg, results["config"], str(path), EVALUATED_BY)
     results["config"] = dataclasses.asdict(run.cfg)
@@ -246,9 +245,8 @@ def distil(run: Run) -> None:
         with precision(cfg):
             return distill_step(
                 student, teacher, optimizer, problems, reward_function(cfg), encoding, divergence=cfg.divergence,
-                on_policy=cfg.on_policy, samples=cfg.distill_samples, max_new_tokens=cfg.rl_max_new_tokens,
-                minibatches=cfg.distill_minibatches, temperature=cfg.distill_temperature,
-                lr_scale=lr_scale(number, cfg.distill_steps), generator=generator)
+                on_policy=cfg.on_policy, max_new_tokens=cfg.rl_max_new_tokens, minibatches=cfg.distill_minibatches,
+                temperature=cfg.distill_temperature, lr_scale=lr_scale(number, cfg.distill_steps), generator=generator)
 
     train_stage(run, name, cfg.distill_steps, {"model": student, "optimizer": optimizer}, step)
 

@@ -150,10 +150,9 @@ def accept_all(text, problem):
     return {"reward": 1.0, "accuracy": 1.0, "format": 1.0}
 
 
-def step(student, teacher, optimizer, reward_fn=accept_all, seed=0, **options):
-    options = {"divergence": "forward", "on_policy": False, "samples": 16, "max_new_tokens": 5,
-               "minibatches": 2} | options
-    return distill_step(student, teacher, optimizer, PROBLEMS, reward_fn, get_tokenizer(),
+def step(student, teacher, optimizer, reward_fn=accept_all, seed=0, copies=16, **options):
+    options = {"divergence": "forward", "on_policy": False, "max_new_tokens": 5, "minibatches": 2} | options
+    return distill_step(student, teacher, optimizer, PROBLEMS * copies, reward_fn, get_tokenizer(),
                         generator=torch.Generator().manual_seed(seed), **options)
 
 
@@ -190,7 +189,7 @@ def test_only_accepted_samples_teach(make_gpt):
         return {"reward": right, "accuracy": right, "format": 1.0}
 
     for seed in range(15):
-        metrics = step(student, teacher, optimizer, accept_letters, seed, divergence="sft", samples=64,
+        metrics = step(student, teacher, optimizer, accept_letters, seed, divergence="sft", copies=64,
                        max_new_tokens=1)
         assert 0 < metrics["accepted"] < 0.5 and metrics["accepted"] == metrics["accuracy"]
     with torch.no_grad():
