@@ -108,7 +108,9 @@ def quicker_dtype(cfg: Config) -> str:
 
 def precision(cfg: Config):
     """The context in which models run: under bfloat16 autocast the weights stay float32, matrix products do not."""
-    return torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
+    # subtle: autocast would keep its bfloat16 copies of the weights until the context ends, and so every update of a
+    # step but the first would be computed with the weights from before it.
+    return torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.dtype == "bfloat16", cache_enabled=False)
 
 
 def open_run(cfg: Config, out: Path) -> Run:

@@ -196,6 +196,18 @@ def test_only_accepted_samples_teach(make_gpt):
         assert student(torch.tensor([prompt]))[0, -1].softmax(-1)[ord("a"):ord("z") + 1].sum() > 0.8
 
 
+def test_policies_differ_only_in_who_samples(make_gpt):
+    """On-policy distillation with a loss, a mask or a filter of its own: where student and teacher are one model and
+    all is accepted, both learn the same from the same samples, bit for bit."""
+    found = []
+    for on_policy in (False, True):
+        student, teacher = (make_gpt(get_tokenizer().n_vocab, spread=5.0) for _ in range(2))
+        step(student, teacher, Optimizer(student, adam_lr=0.003), divergence="sft", on_policy=on_policy)
+        assert not torch.equal(student.embedding.weight, teacher.embedding.weight)
+        found.append(student.state_dict())
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 @pytest.mark.parametrize("wrong", ("accuracy", "format"))
 def test_nothing_accepted_is_nothing_learnt(make_gpt, wrong):
     """An empty batch: 0/0 in the weights, or a step of pure momentum. On policy nothing is rejected."""

@@ -1,10 +1,13 @@
 """The command line, end to end in subprocesses: what a run leaves, what it refuses, and what it survives."""
+import itertools
 import json
 import pickle
 import random
 import re
+import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -13,7 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from train import main
+from data import arithmetic
+from data.tokenizer import get_tokenizer
+from model import GPT, GPTConfig, generate
+from rewards import accuracy_reward, extract_answer, format_reward, reflects
+from run import Config
+from train import evaluate, main, majority, pass_at_k, precision, reward_function
 
 ROOT = Path(__file__).parent.parent
 # A run that passes through every stage in a few seconds and saves at every step.
@@ -59,8 +67,10 @@ def copy(out, to, *names):
         (to / name).write_bytes((out / name).read_bytes())
 
 
-def weights(path):
-    return torch.load(path, weights_only=True)["model"]
+def weights_equal(path, other):
+    """Are two checkpoints' weights equal, bit for bit?"""
+    a, b = (torch.load(p, weights_only=True)["model"] for p in (path, other))
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def refused(*args):
@@ -98,6 +108,7 @@ def test_report_and_results(tiny):
 
 
 def test_log_has_a_row_for_every_step(tiny):
+    """A step without a row, a metric that the terminal shows and the log has not."""
     out, _ = tiny
     steps = {name: [row["step"] for row in rows(out) if row["stage"] == name] for name in NAMES}
     for found in steps.values():
@@ -111,8 +122,7 @@ def test_same_seed_same_run(quick, tmp_path):
     """A draw from a generator that nobody seeded."""
     train(*QUICK, f"--out={tmp_path}")
     for name in NAMES:
-        a, b = weights(quick / f"{name}.pt"), weights(tmp_path / f"{name}.pt")
-        assert all(torch.equal(a[key], b[key]) for key in a)
+        assert weights_equal(quick / f"{name}.pt", tmp_path / f"{name}.pt")
     assert results(quick)["models"] == results(tmp_path)["models"]
 
 
@@ -143,8 +153,7 @@ def test_killed_run_goes_on(quick, tmp_path, stage):
     assert done.returncode == 0, done.stderr
     assert int(re.search(f"{stage}: going on after step ([0-9]+)", done.stdout)[1]) > 0
     for name in NAMES:
-        a, b = weights(quick / f"{name}.pt"), weights(tmp_path / f"{name}.pt")
-        assert all(torch.equal(a[key], b[key]) for key in a), name
+        assert weights_equal(quick / f"{name}.pt", tmp_path / f"{name}.pt"), name
     assert results(quick)["models"] == results(tmp_path)["models"]
     assert [(r["stage"], r["step"]) for r in rows(quick)] == [(r["stage"], r["step"]) for r in rows(tmp_path)]
 
@@ -182,6 +191,7 @@ def test_finished_run_may_gain_the_control(quick, tmp_path):
 
 
 def test_other_settings_are_refused(quick):
+    """Stages of one run made with different settings: results.json would describe neither."""
     before = (quick / "zero.pt").read_bytes()
     line = refused(*QUICK, "--kl_coef=0.5", f"--out={quick}")
     assert "kl_coef" in line and "another --out" in line
@@ -198,6 +208,7 @@ def test_other_settings_are_refused(quick):
     ("--ask=hello", "no expression"), ("--ask=__import__('os')", "no expression"), ("--ask=8*7", "no model"),
 ])
 def test_bad_input(tmp_path, capsys, arg, words):
+    """A typing error that ends in a traceback, that is silently ignored, or that begins a run all the same."""
     out = tmp_path / "out"
     assert main([arg, f"--out={out}"]) == 2
     printed = capsys.readouterr()
@@ -206,6 +217,7 @@ def test_bad_input(tmp_path, capsys, arg, words):
 
 
 def test_out_that_cannot_be_written(tmp_path):
+    """A file in the way of --out: a traceback, or the file overwritten."""
     (tmp_path / "file").write_text("precious")
     assert "cannot write" in refused("--preset=tiny", f"--out={tmp_path / 'file' / 'out'}")
     refused("--preset=tiny", f"--out={tmp_path / 'file'}")
@@ -236,29 +248,118 @@ def test_foreign_checkpoints(quick, tmp_path, kind):
     assert path.read_bytes() == before and not (Path(__file__).parent / "bomb_went_off").exists()
 
 
-def test_full_disk(tmp_path):
-    """A write that fails ends in one line, with the checkpoint before it intact. The limit stands in for the disk."""
-    import resource
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+def test_full_disk(quick, tmp_path):
+    """A write that fails half-way and takes the checkpoint before it along. The limit on a file's size stands in for a
+    disk that is full: there is room for base.pt, not for what the next stage saves."""
+    copy(quick, tmp_path, "base.pt", "log.jsonl", "results.json")
+    room = (quick / "base.pt").stat().st_size
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
     done = train(*QUICK, f"--out={tmp_path}", preexec_fn=limit)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cannot write" in done.stderr, done.stderr
     assert not list(tmp_path.glob("*.tmp"))
+    assert (tmp_path / "base.pt").read_bytes() == (quick / "base.pt").read_bytes()
+    assert train(*QUICK, "--stage=zero", f"--out={tmp_path}").returncode == 0
+    assert weights_equal(quick / "zero.pt", tmp_path / "zero.pt")
 
 
 def test_not_a_number_stops_the_run(tmp_path):
     """A run that went on for hours on NaN. A learning rate that no model survives brings it about."""
     done = train(*QUICK, "--base_adam_lr=1e30", f"--out={tmp_path}")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "at step" in done.stderr, done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    line = r"at step (\d+); the last good checkpoint is \S+resume.pt, step (\d+)"
+    step, saved = re.search(line, done.stderr).groups()
+    assert int(saved) == int(step) - 1 == torch.load(tmp_path / "resume.pt", weights_only=True)["step"]
 
 
 def test_ask_shows_models_side_by_side(quick):
+    """--ask that leaves out a model, or answers for the wrong one."""
     done = train("--ask=8*7-19", f"--out={quick}")
     assert done.returncode == 0 and done.stdout.startswith("8*7-19 = 37\n")
     assert [line.split()[0] for line in done.stdout.splitlines()[1:]] == NAMES
 
 
 def test_importing_has_no_side_effect(tmp_path):
+    """A module that prints, warns or writes when a fork imports it."""
     modules = "train, run, distill, grpo, rewards, model, data.arithmetic"
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {modules}"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == done.stderr == "" and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_an_update_is_seen_by_the_next(make_gpt, dtype):
+    """Autocast that keeps its copies of the weights over a whole step: all minibatches but the first get the gradient
+    of weights that are gone, and the importance ratio stays at 1."""
+    model, idx, cfg = make_gpt(), torch.arange(8)[None], Config(device="cpu", dtype=dtype)
+    with precision(cfg), torch.no_grad():
+        before = model(idx)
+        assert before.dtype == getattr(torch, dtype)
+        for block in model.blocks:
+            block.down.weight.mul_(-1)
+        after = model(idx)
+    with precision(cfg), torch.no_grad():
+        assert torch.equal(after, model(idx)) and not torch.equal(after, before)
+
+
+# Evaluation
+
+
+def test_pass_at_k_by_enumeration():
+    """1 - (1 - c/n)^k, which is biased: the share of all k-subsets of n samples that hold one of the c right ones."""
+    for n in range(1, 8):
+        for c in range(n + 1):
+            for k in range(1, n + 1):
+                subsets = list(itertools.combinations([i < c for i in range(n)], k))
+                assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+@pytest.mark.parametrize("answers, expected", [
+    (["7", "3", "3"], "3"), (["7", "3", "3", "7"], "7"), ([None, None, None, "3"], "3"), ([None, None], None),
+    ([], None)])
+def test_majority(answers, expected):
+    """Answers that could not be read win the vote; a tie goes to the first of the answers."""
+    assert majority(answers) == expected
+
+
+class Lenient(arithmetic.Problem):
+    """A model as small as the tiny preset's is never right; its last digit is now and then."""
+    def check(self, answer):
+        return answer[-1:] == self.answer
+
+
+def test_evaluation_counts_what_was_sampled(tiny):
+    """A standard error over samples instead of problems, a vote over the wrong rows, a length without end of text:
+    every figure again, by hand, from the same samples."""
+    out, _ = tiny
+    content = torch.load(out / "zero.pt", weights_only=True)
+    model = GPT(GPTConfig(**content["shape"]))
+    model.load_state_dict(content["model"])
+    encoding = get_tokenizer()
+
+    def sample(problems, generator=None, **options):
+        rows = generate(model, [encoding.encode_ordinary(p.prompt) for p in problems], 40, eos_id=encoding.eot_token,
+                        generator=generator, **options)
+        return [(encoding.decode([t for t in row if t != encoding.eot_token]), len(row)) for row in rows]
+
+    problems = [Lenient(f"{a}-{b}", str(b)) for a in range(1, 6) for b in range(1, 9)]  # more than one batch of 32
+    found = evaluate(model, problems, reward_function(Config()), max_new_tokens=40,
+                     generator=torch.Generator().manual_seed(3), greedy=True)
+
+    generator = torch.Generator().manual_seed(3)
+    rows = sample(problems[:32], generator, samples=16) + sample(problems[32:], generator, samples=16)
+    texts, lengths = zip(*rows)
+    groups = [texts[i:i + 16] for i in range(0, len(texts), 16)]
+    right = [[accuracy_reward(text, problem) for text in group] for group, problem in zip(groups, problems)]
+    means = [sum(row) / 16 for row in right]
+    votes = 0
+    for group, problem in zip(groups, problems):
+        answers = [a for a in map(extract_answer, group) if a is not None]
+        votes += bool(answers) and problem.check(max(answers, key=answers.count))
+    assert len(texts) == 640 and 0 < statistics.mean(means) < 1 and 0 < votes < 40
+    assert found == pytest.approx({
+        "pass@1": statistics.mean(means), "pass@1_se": statistics.stdev(means) / 40**0.5, "maj@16": votes / 40,
+        "pass@16": sum(map(any, right)) / 40, "format": statistics.mean(map(format_reward, texts)),
+        "length": statistics.mean(lengths), "reflection": statistics.mean(map(reflects, texts)),
+        "n_problems": 40, "greedy": found["greedy"]})
+    likeliest, _ = zip(*sample(problems, temperature=0.0))
+    assert found["greedy"] == statistics.mean(map(accuracy_reward, likeliest, problems))
