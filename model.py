@@ -106,7 +106,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, fused: bool) -> Tensor
     """softmax(q k' / sqrt(D) + mask) v: (B, H, T, D), (B, H, T', D) twice -> (B, H, T, D).
 
     In training on a CPU two matrix products are quicker at these lengths than the fused kernel, whose backward pass
-    takes half of a step's time there. On a cache, whose rows do not lie side by side, they would copy it for each token.
+    takes half of a step's time there. On a cache, whose rows do not lie side by side, they would copy it each time.
     """
     if fused:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
