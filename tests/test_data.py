@@ -120,7 +120,7 @@ def test_test_problems_are_never_seen(documents):
     in_rl = {make_problem(rng).question for _ in range(20_000)}
     test_side = {make_problem(rng, (1, MAX_OPS), test=True).question for _ in range(20_000)} | held_out
     asked = {line[len("User: "):] for d in documents for line in d.split("\n") if line.startswith("User: ")}
-    assert len(asked) > 15_000 and len(test_side) > 15_000
+    assert len(asked) > 10_000 and len(test_side) > 15_000
     assert not asked & test_side and not in_rl & test_side
     assert len(in_rl & asked) > 100, "the two draw from one small pool, so a leak would have shown"
 
