@@ -46,12 +46,12 @@ class Config:
     n_head: int = 2
     n_embd: int = 128
     # base: pretraining
-    base_tokens: int = 7_000_000      # each read once
+    base_tokens: int = 6_500_000      # each read once
     base_batch: int = 32              # rows of block_size tokens
     base_muon_lr: float = 0.02        # of the student's base too
     base_adam_lr: float = 3e-3
     # zero: GRPO
-    rl_steps: int = 280               # rollouts
+    rl_steps: int = 240               # rollouts
     rl_prompts: int = 64              # P, a rollout's problems
     rl_samples: int = 8               # G, completions of each
     rl_minibatches: int = 2           # updates a rollout
@@ -70,7 +70,7 @@ class Config:
     student_n_embd: int = 64
     student_base_tokens: int = 4_000_000
     student_base_batch: int = 32
-    distill_steps: int = 100
+    distill_steps: int = 80
     distill_prompts: int = 512        # a step's problems, one completion each
     distill_minibatches: int = 8      # updates a step
     distill_muon_lr: float = 7e-3
