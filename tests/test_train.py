@@ -26,7 +26,7 @@ from train import evaluate, main, majority, pass_at_k, precision, reward_functio
 ROOT = Path(__file__).parent.parent
 # A run that passes through every stage in a few seconds and saves at every step.
 QUICK = ["--preset=tiny", "--save_every=0", "--base_tokens=40000", "--student_base_tokens=40000", "--rl_steps=5",
-         "--distill_steps=5", "--eval_problems=8"]
+         "--distill_steps=5", "--rl_max_new_tokens=40", "--eval_problems=3"]
 NAMES = ["base", "zero", "student_base", "student"]
 
 
