@@ -72,11 +72,9 @@ def distill_step(student: GPT, teacher: GPT, optimizer: Optimizer, problems: lis
                  generator: torch.Generator | None = None) -> dict[str, float | None]:
     """Sample one completion of each problem, then one update of the student a minibatch -> metrics.
 
-    One each, where GRPO needs a group: a good teacher's samples of one problem are nearly the same, so other problems
-    teach more. The arguments are those of `grpo.sample_rollout`, whose samples are drawn from the student if
-    on_policy, else from the teacher, and then only those with accuracy and format 1 are kept. divergence is one of
-    distill_loss's, or "sft". The loss is None if nothing was kept: then nothing is learnt. Raises ValueError for
-    another divergence.
+    The arguments are those of `grpo.sample_rollout`, whose samples are drawn from the student if on_policy, else from
+    the teacher, and then only those with accuracy and format 1 are kept. divergence is one of distill_loss's, or
+    "sft". The loss is None if nothing was kept: then nothing is learnt. Raises ValueError for another divergence.
     """
     if divergence not in (*DIVERGENCES, "sft"):
         raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, sft, not {divergence!r}")

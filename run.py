@@ -101,7 +101,8 @@ SHAPED_BY = {
     "zero": TEACHER,
     "student_base": SHARED + ("student_n_", "student_base_", "base_"),
     "student": TEACHER + ("student_n_", "student_base_", "distill_", "divergence", "on_policy"),
-    "student_rl": TEACHER + ("student_n_", "student_base_", "distill_steps", "distill_minibatches"),
+    "student_rl": TEACHER + ("student_n_", "student_base_", "distill_steps", "distill_prompts",
+                   "distill_minibatches"),
 }
 EVALUATED_BY = ("seed", "eval_", "rl_max_new_tokens")
 STAGES = {"base": ["base"], "zero": ["zero"], "student": ["student_base", "student", "student_rl"]}  # what --stage runs

@@ -4,7 +4,7 @@
     zero          GRPO on the base, from rule-based rewards alone: no supervised fine-tuning
     student_base  a base of its own for a smaller GPT, on the same corpus
     student       the RL teacher distilled into it
-    student_rl    the control, if asked for: GRPO on student_base with as many updates as the student had
+    student_rl    the control, if asked for: GRPO on student_base with the student's number of updates and completions
 
     python train.py                            everything, then the report
     python train.py --stage=base|zero|student  one stage, on the earlier ones' checkpoints
@@ -208,8 +208,8 @@ def reward_function(cfg: Config) -> Callable:
     return reward
 
 
-def reinforce(run: Run, name: str, start: str, steps: int) -> None:
-    """GRPO from a finished base: zero, or the control student_rl."""
+def reinforce(run: Run, name: str, start: str, steps: int, prompts: int) -> None:
+    """GRPO from a finished base, `steps` rollouts of `prompts` problems: zero, or the control student_rl."""
     cfg, encoding = run.cfg, get_tokenizer()
     policy = run.load_model(start)
     # subtle: late in RL most groups have no signal and gradients are small; with beta2 0.95 AdamW forgets the large
@@ -219,7 +219,7 @@ def reinforce(run: Run, name: str, start: str, steps: int) -> None:
 
     def step(number: int) -> dict:
         rng, generator = draws(run, name, number)
-        problems = [task.make_problem(rng) for _ in range(cfg.rl_prompts)]
+        problems = [task.make_problem(rng) for _ in range(prompts)]
         with precision(cfg):
             metrics, rollout = grpo_step(
                 policy, reference, parts["optimizer"], problems, reward_function(cfg), encoding, samples=cfg.rl_samples,
@@ -261,11 +261,14 @@ def make(run: Run, name: str) -> None:
     if name in ("base", "student_base"):
         pretrain(run, name)
     elif name == "zero":
-        reinforce(run, name, "base", cfg.rl_steps)
+        reinforce(run, name, "base", cfg.rl_steps, cfg.rl_prompts)
     elif name == "student":
         distil(run)
     else:
-        reinforce(run, name, "student_base", -(-cfg.distill_steps * cfg.distill_minibatches // cfg.rl_minibatches))
+        # as many updates as the student had, each on as many completions
+        steps = math.ceil(cfg.distill_steps * cfg.distill_minibatches / cfg.rl_minibatches)
+        completions = cfg.distill_prompts / cfg.distill_minibatches * cfg.rl_minibatches  # a rollout's
+        reinforce(run, name, "student_base", steps, math.ceil(completions / cfg.rl_samples))
 
 
 def measure(run: Run, name: str) -> None:

@@ -179,13 +179,16 @@ def test_one_stage_at_a_time(quick, tmp_path):
 
 
 def test_finished_run_may_gain_the_control(quick, tmp_path):
-    """student_rl starts from student_base and has as many updates as the student had; nothing else is made again."""
+    """student_rl starts from student_base and has the student's number of updates, each on as many completions; nothing
+    else is made again."""
     copy(quick, tmp_path, *(f"{name}.pt" for name in NAMES), "log.jsonl", "results.json")
     done = train(*QUICK, "--student_rl=True", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr
     config = results(tmp_path)["config"]
-    updates = config["distill_steps"] * config["distill_minibatches"]
-    assert sum(row["stage"] == "student_rl" for row in rows(tmp_path)) == updates / config["rl_minibatches"]
+    control = [row for row in rows(tmp_path) if row["stage"] == "student_rl"]
+    assert len(control) == config["distill_steps"] * config["distill_minibatches"] / config["rl_minibatches"]
+    completions = config["distill_prompts"] / config["distill_minibatches"] * config["rl_minibatches"]
+    assert all((row["format"] * completions).is_integer() for row in control)  # a share of a rollout's completions
     assert "student_rl" in results(tmp_path)["models"]
     assert (tmp_path / "zero.pt").read_bytes() == (quick / "zero.pt").read_bytes()
 
