@@ -212,8 +212,6 @@ def reinforce(run: Run, name: str, start: str, steps: int, prompts: int) -> None
     """GRPO from a finished base, `steps` rollouts of `prompts` problems: zero, or the control student_rl."""
     cfg, encoding = run.cfg, get_tokenizer()
     policy = run.load_model(start)
-    # subtle: late in RL most groups have no signal and gradients are small; with beta2 0.95 AdamW forgets the large
-    # ones before, and then takes steps that undo what was learnt.
     parts = {"model": policy, "optimizer": Optimizer(policy, cfg.rl_lr, beta2=0.999)}
     reference = parts["reference"] = run.load_model(start).requires_grad_(False)
 

@@ -9,7 +9,7 @@ import pytest
 
 from data.arithmetic import (BLURT_RIGHT, HELD_OUT, MAX_OPS, MAX_PROMPT_TOKENS, PAGE_SHARE, RECHECK_SLIP, SLIP, STYLES,
                              TRAIN_OPS, heldout_problems, is_test, make_corpus, make_problem, make_question, parse,
-                             write_thread)
+                             style_table, write_thread)
 from data.tokenizer import END_OF_TEXT, PIECES, get_tokenizer
 from rewards import accuracy_reward, format_reward
 
@@ -257,3 +257,13 @@ def test_text_from_outside_cannot_end_itself():
         tokens = encoding.encode_ordinary(text)
         assert encoding.eot_token not in tokens and encoding.decode(tokens) == text
     assert encoding.special_tokens_set == {END_OF_TEXT} and encoding.decode([encoding.eot_token]) == END_OF_TEXT
+
+
+def test_style_table_shows_every_style():
+    """The README's table of what the base reads: a style left out, shares that do not add up."""
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in style_table(2000).split("\n")]
+    header, line, *table = rows
+    assert [row[0] for row in table] == list(STYLES)
+    assert sum(float(row[1].rstrip("%")) for row in table) == pytest.approx(100, abs=0.5)
+    assert all(abs(float(row[1].rstrip("%")) / 100 - STYLES[row[0]]) < 0.04 for row in table)
+    assert len(header) == len(line) == 4 and "wait" in table[-1][3]

@@ -226,6 +226,13 @@ def test_nothing_accepted_is_nothing_learnt(make_gpt, wrong):
     assert step(student, teacher, optimizer, reject, on_policy=True)["loss"] > 0
 
 
+def test_a_step_refuses_an_unknown_divergence(make_gpt):
+    """A typing error found only after the samples are drawn."""
+    model = make_gpt(get_tokenizer().n_vocab)
+    with pytest.raises(ValueError, match="one of"):
+        step(model, model, Optimizer(model, adam_lr=0.0), divergence="forwards")
+
+
 @pytest.mark.parametrize("divergence", ("forward", "sft"))
 def test_loss_is_the_mean_over_the_tokens(make_gpt, divergence):
     """The last micro-batch's loss logged as the step's; minibatches of different sizes averaged as if equal."""

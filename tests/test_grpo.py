@@ -233,6 +233,12 @@ def test_advantages_are_trls(scale):
         group_advantages(rewards, "variance")
 
 
+def test_a_group_of_one_is_refused():
+    """The deviation of one number is NaN, and so would the weights be."""
+    with pytest.raises(ValueError, match="two or more"):
+        group_advantages(torch.ones(3, 1))
+
+
 @pytest.mark.parametrize("scale", ("std", "none"))
 def test_equal_rewards_are_no_advantage(scale):
     """0/0 is NaN; and a mean that is off by a rounding error, divided by 1e-4, is an advantage of 0.001, which Adam

@@ -22,6 +22,7 @@ from model import GPT, GPTConfig, generate
 from rewards import accuracy_reward, extract_answer, format_reward, reflects
 from run import Config
 from train import evaluate, main, majority, pass_at_k, precision, reward_function
+import train as train_module
 
 ROOT = Path(__file__).parent.parent
 # A run that passes through every stage in a few seconds and saves at every step.
@@ -302,6 +303,56 @@ def test_an_update_is_seen_by_the_next(make_gpt, dtype):
         after = model(idx)
     with precision(cfg), torch.no_grad():
         assert torch.equal(after, model(idx)) and not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("slow, expected", [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_auto_takes_the_quicker_dtype(monkeypatch, slow, expected):
+    """bfloat16 by hope: a CPU without its matrix units is slower with it. One of the two is made to take its time."""
+    quick = train_module.precision
+
+    def slowed(cfg):
+        time.sleep(0.1 * (cfg.dtype == slow))
+        return quick(cfg)
+
+    monkeypatch.setattr(train_module, "precision", slowed)
+    cfg = Config(device="cpu", threads=1, base_batch=1, n_layer=1, n_head=1, n_embd=16)
+    assert train_module.settle(cfg).dtype == expected
+    assert train_module.settle(Config(device="cpu", threads=1, dtype=slow)).dtype == slow
+
+
+def test_reference_is_refreshed(tiny, tmp_path):
+    """--ref_every that never refreshes, or at the wrong steps: the KL to a reference as young as the policy is 0."""
+    for every in (1, 2):
+        out = tmp_path / str(every)
+        out.mkdir()
+        copy(tiny[0], out, "base.pt")
+        done = train("--preset=tiny", "--stage=zero", "--rl_steps=5", "--rl_minibatches=1", "--kl_coef=0.001",
+                     "--eval_problems=2", f"--ref_every={every}", f"--out={out}")
+        assert done.returncode == 0, done.stderr
+        kl = [row["kl"] for row in rows(out) if row["stage"] == "zero"]
+        assert [value == 0 for value in kl] == ([True] * 5 if every == 1 else [True, False, True, False, True])
+
+
+def test_a_log_of_something_else_is_kept(quick, tmp_path):
+    """A file that happens to be called log.jsonl, overwritten."""
+    copy(quick, tmp_path, "base.pt")
+    (tmp_path / "log.jsonl").write_text("dear diary\n")
+    assert "not a nanoR1 log" in refused(*QUICK, f"--out={tmp_path}")
+    assert (tmp_path / "log.jsonl").read_text() == "dear diary\n"
+
+
+def test_results_of_something_else_are_kept(quick, tmp_path):
+    """The same for results.json."""
+    (tmp_path / "results.json").write_text("[1, 2]")
+    assert "not a nanoR1 run's" in refused(*QUICK, f"--out={tmp_path}")
+    assert (tmp_path / "results.json").read_text() == "[1, 2]"
+
+
+def test_help_lists_every_field(capsys):
+    """A setting that nobody can find."""
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f" {name}: " in printed for name in vars(Config())) and "python train.py" in printed
 
 
 # Evaluation
