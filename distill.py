@@ -14,7 +14,8 @@ The completions are the teacher's, those that the reward accepted (rejection sam
 ("on policy", GKD): then the teacher corrects the very mistakes that the student makes, and all of them are kept.
 
 Where we differ from the paper
-1. R1 distils by "sft" on 800,000 samples; here the teacher's whole distribution is at hand, and the default uses it.
+1. R1 distils by "sft" on 800,000 samples; here the teacher's whole distribution is at hand, and the default uses it,
+   at temperature 2.
 2. R1 draws its samples once; here each step draws new ones.
 """
 import time

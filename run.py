@@ -185,19 +185,30 @@ def save_checkpoint(path: Path, content: dict) -> None:
     write_file(path, buffer.getvalue())
 
 
-def load_checkpoint(path: Path) -> dict:
-    """A checkpoint's content, read without executing anything in it. Raises Fault if it is none of ours."""
+def load_checkpoint(path: Path, stage: str | None = None) -> dict:
+    """A checkpoint's content, read without executing anything in it. Raises Fault if it is none of ours, or of another
+    stage than the one named."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's lines about foreign pickles, beside the one of ours
             content = torch.load(path, map_location="cpu", weights_only=True)
-        if content["nanor1"] == 1:
-            return content
+        found = content["stage"] if content["nanor1"] == 1 else None
     except FileNotFoundError:
         raise Fault(f"{path} is missing: an earlier stage makes it (python train.py runs them all)") from None
     except Exception:  # torch.load raises a dozen kinds for what is cut off, foreign or malicious
-        pass
-    raise Fault(f"{path} is not a whole nanoR1 checkpoint: remove it to have it made again")
+        found = None
+    if found is None:
+        raise Fault(f"{path} is not a whole nanoR1 checkpoint: remove it to have it made again")
+    if found != (stage or found):
+        raise Fault(f"{path} is a checkpoint of {found}")
+    return content
+
+
+def build_model(content: dict) -> GPT:
+    """The model of a checkpoint's content, on the CPU."""
+    model = GPT(GPTConfig(**content["shape"]))
+    model.load_state_dict(content["model"])
+    return model
 
 
 def refuse_changes(cfg: Config, stored: dict, what: str, fields: tuple[str, ...]) -> None:
@@ -234,19 +245,14 @@ class Run:
 
     def checkpoint(self, name: str) -> dict:
         """What a finished stage left. Raises Fault if it is not there, or not of this run."""
-        content = load_checkpoint(self.path(name))
-        if content["stage"] != name:
-            raise Fault(f"{self.path(name)} is a checkpoint of {content['stage']}")
+        content = load_checkpoint(self.path(name), name)
         refuse_changes(self.cfg, content["config"], str(self.path(name)), SHAPED_BY[name])
         self.results["seconds"][name] = round(content["seconds"], 1)
         return content
 
-    def load_model(self, name: str, device: str | None = None) -> GPT:
-        """The model of a checkpoint, on the run's device unless another is named."""
-        content = self.checkpoint(name)
-        model = GPT(GPTConfig(**content["shape"]))
-        model.load_state_dict(content["model"])
-        return model.to(device or self.cfg.device)
+    def load_model(self, name: str) -> GPT:
+        """The model that a finished stage left, on the run's device."""
+        return build_model(self.checkpoint(name)).to(self.cfg.device)
 
 
 # One loop for all stages

@@ -41,8 +41,8 @@ from distill import distill_step
 from grpo import grpo_step, sample_rollout
 from model import GPT, GPTConfig, Optimizer, generate
 from rewards import accuracy_reward, extract_answer, format_reward, reflects
-from run import (EVALUATED_BY, SHAPED_BY, STAGES, Config, Fault, Run, draws, load_checkpoint, lr_scale, parse_args,
-                 refuse_changes, train_stage, write_file)
+from run import (EVALUATED_BY, SHAPED_BY, STAGES, Config, Fault, Run, build_model, draws, load_checkpoint, lr_scale,
+                 parse_args, refuse_changes, train_stage, write_file)
 
 EVAL_SAMPLES = 16  # completions of each evaluated problem: maj@16, pass@16
 
@@ -120,7 +120,8 @@ def open_run(cfg: Config, out: Path) -> Run:
     try:
         out.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            results = {key: json.loads(path.read_text())[key] for key in results}
+            stored = json.loads(path.read_text())
+            results = {key: stored[key] for key in results}
             settled = {key: results["config"][key] for key in ("device", "dtype", "threads")
                        if getattr(cfg, key) == getattr(Config, key)}
             cfg = dataclasses.replace(cfg, **settled)
@@ -386,10 +387,9 @@ def ask(out: Path, text: str) -> str:
     encoding, lines = get_tokenizer(), [f"{problem.question} = {problem.answer}"]
     for name in SHAPED_BY:
         if (path := out / f"{name}.pt").exists():
-            cfg = Config(**load_checkpoint(path)["config"])
-            model = Run(cfg, out, {"seconds": {}}).load_model(name, "cpu")
-            prompt = encoding.encode_ordinary(problem.prompt)
-            room = min(cfg.rl_max_new_tokens, cfg.block_size - len(prompt))
+            content = load_checkpoint(path, name)
+            model, prompt = build_model(content), encoding.encode_ordinary(problem.prompt)
+            room = min(content["config"]["rl_max_new_tokens"], model.config.block_size - len(prompt))
             ids, = generate(model, [prompt], room, temperature=0.0, eos_id=encoding.eot_token)
             text = encoding.decode([i for i in ids if i != encoding.eot_token])
             verdict = "right" if accuracy_reward(text, problem) else "wrong"

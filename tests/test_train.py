@@ -18,11 +18,10 @@ import torch
 
 from data import arithmetic
 from data.tokenizer import get_tokenizer
-from model import GPT, GPTConfig, generate
+from model import generate
 from rewards import accuracy_reward, extract_answer, format_reward, reflects
-from run import Config
-from train import evaluate, main, majority, pass_at_k, precision, reward_function
-import train as train_module
+from run import Config, build_model, load_checkpoint
+from train import evaluate, main, majority, pass_at_k, precision, reward_function, settle
 
 ROOT = Path(__file__).parent.parent
 # A run that passes through every stage in a few seconds and saves at every step.
@@ -308,16 +307,14 @@ def test_an_update_is_seen_by_the_next(make_gpt, dtype):
 @pytest.mark.parametrize("slow, expected", [("float32", "bfloat16"), ("bfloat16", "float32")])
 def test_auto_takes_the_quicker_dtype(monkeypatch, slow, expected):
     """bfloat16 by hope: a CPU without its matrix units is slower with it. One of the two is made to take its time."""
-    quick = train_module.precision
-
     def slowed(cfg):
         time.sleep(0.1 * (cfg.dtype == slow))
-        return quick(cfg)
+        return precision(cfg)
 
-    monkeypatch.setattr(train_module, "precision", slowed)
+    monkeypatch.setattr("train.precision", slowed)
     cfg = Config(device="cpu", threads=1, base_batch=1, n_layer=1, n_head=1, n_embd=16)
-    assert train_module.settle(cfg).dtype == expected
-    assert train_module.settle(Config(device="cpu", threads=1, dtype=slow)).dtype == slow
+    assert settle(cfg).dtype == expected
+    assert settle(Config(device="cpu", threads=1, dtype=slow)).dtype == slow
 
 
 def test_reference_is_refreshed(tiny, tmp_path):
@@ -381,10 +378,7 @@ def test_evaluation_counts_what_was_sampled(tiny):
     """A standard error over samples instead of problems, a vote over the wrong rows, a length without end of text:
     every figure again, by hand, from the same samples."""
     out, _ = tiny
-    content = torch.load(out / "zero.pt", weights_only=True)
-    model = GPT(GPTConfig(**content["shape"]))
-    model.load_state_dict(content["model"])
-    encoding = get_tokenizer()
+    model, encoding = build_model(load_checkpoint(out / "zero.pt")), get_tokenizer()
 
     def sample(problems, generator=None, **options):
         rows = generate(model, [encoding.encode_ordinary(p.prompt) for p in problems], 40, eos_id=encoding.eot_token,
