@@ -29,8 +29,8 @@ gets better: watch the reward.
 Where we differ from the papers, and why
 1. The clip may be asymmetric (DAPO's "clip higher"), and the standard deviation has 1e-4 added, as in TRL: a group of
    equal rewards has advantage 0, not NaN.
-2. pi_old's log-probabilities are computed again by the pass that trains, not taken from the sampler: under bf16 the
-   sampler's cached pass rounds differently, and rho would not be 1 on policy. The gap is logged.
+2. pi_old's log-probabilities come from the pass that trains, not from the sampler: in bf16 the sampler's cached pass
+   rounds differently, and rho would not be 1 on policy. The gap is logged.
 3. A completion that was cut off at max_new_tokens is scored as the text that it is, and trained on.
 4. Without a KL penalty, completions of advantage 0 are left out of the update: their gradient is 0.
 5. The reward is a function that the caller hands in: no task is known here.
@@ -203,9 +203,10 @@ def grpo_step(policy: GPT, reference: GPT | None, optimizer: Optimizer, problems
               generator: torch.Generator | None = None) -> tuple[dict[str, float], Rollout]:
     """One iteration of Algorithm 1 of DeepSeekMath: `samples` completions of each problem, then an update a minibatch.
 
-    The first arguments are as in `sample_rollout`; reference None goes without KL; max_tokens bounds a micro-batch.
-    -> (metrics, the rollout). loss, grad_norm, kl, ratio, clip_* and sampler_gap are of the completions trained on, the
-    other metrics of all. Raises ValueError for a name that grpo_loss or group_advantages does not know.
+    The first arguments are as in `sample_rollout`; the reference may be None if kl_coef is 0, and is not asked then;
+    max_tokens bounds a micro-batch. -> (metrics, the rollout). loss, grad_norm, kl (None without a penalty), ratio,
+    clip_* and sampler_gap are of the completions trained on, the other metrics of all. Raises ValueError for a name
+    that grpo_loss or group_advantages does not know.
     """
     start, device = time.perf_counter(), policy.embedding.weight.device
 
@@ -217,28 +218,27 @@ def grpo_step(policy: GPT, reference: GPT | None, optimizer: Optimizer, problems
     # 3) advantages: better or worse than the other answers to the same prompt
     adv = group_advantages(rewards, scale).flatten()  # (N,)
 
-    # 4) pi_old and pi_ref, from the very pass that trains, so that the ratio starts at exactly 1. Without a KL penalty
-    # a completion of advantage 0 has no gradient: it counts in the average and need not be computed.
+    # 4) pi_ref, and pi_old of the minibatches that come after an update: the first one's training pass is its pi_old.
+    # Without a KL penalty a completion of advantage 0 has no gradient: it counts in the average, but is not computed.
     lengths = [len(c) for c in rollout.completions]
-    batches, trained, gap = [], 0, 0.0
-    with torch.no_grad():
-        for rows in shuffled_minibatches(len(lengths), minibatches, generator):
-            live = [i for i in rows if kl_coef or adv[i] != 0]
-            parts = []
-            for part, idx, mask in cut(rollout, live, encoding.eot_token, max_tokens, device):
-                logp_old = token_logprobs(policy, idx, temperature=temperature)
-                logp_ref = None if reference is None else token_logprobs(reference, idx, temperature=temperature)
-                sampled = torch.tensor([p for i in part for p in rollout.logp[i]], device=device)
-                gap += (logp_old[mask] - sampled).abs().sum().item()
-                parts.append((idx, logp_old, logp_ref, adv[part].to(device), mask))
-            trained += sum(lengths[i] for i in live)
-            batches.append((normalizer(len(rows), sum(lengths[i] for i in rows), normalize, max_new_tokens), parts))
+    batches, trained = [], 0
+    for rows in shuffled_minibatches(len(lengths), minibatches, generator):
+        live = [i for i in rows if kl_coef or adv[i] != 0]
+        parts = []
+        for part, idx, mask in cut(rollout, live, encoding.eot_token, max_tokens, device):
+            logp_old = token_logprobs(policy, idx, temperature=temperature).detach() if batches else None
+            logp_ref = token_logprobs(reference, idx, temperature=temperature).detach() if kl_coef else None
+            sampled = torch.tensor([p for i in part for p in rollout.logp[i]], device=device)  # (tokens,)
+            parts.append((idx, logp_old, logp_ref, adv[part].to(device), mask, sampled))
+        trained += sum(lengths[i] for i in live)
+        batches.append((normalizer(len(rows), sum(lengths[i] for i in rows), normalize, max_new_tokens), parts))
 
     # 5) update the policy, a minibatch at a time; the gradients of its micro-batches add up to its own
-    totals = dict.fromkeys(("loss", "grad_norm", "kl", "ratio", "clip_low", "clip_high"), 0.0)
+    totals = dict.fromkeys(("loss", "grad_norm", "kl", "ratio", "clip_low", "clip_high", "sampler_gap"), 0.0)
     for denominator, parts in batches:
-        for idx, logp_old, logp_ref, part_adv, mask in parts:
+        for idx, logp_old, logp_ref, part_adv, mask, sampled in parts:
             logp = token_logprobs(policy, idx, temperature=temperature)
+            logp_old = logp.detach() if logp_old is None else logp_old
             loss, metrics = grpo_loss(logp, logp_old, logp_ref, part_adv, mask, clip_low=clip_low, clip_high=clip_high,
                                       kl_coef=kl_coef, normalize=normalize, denominator=denominator)
             loss.backward()
@@ -246,6 +246,7 @@ def grpo_step(policy: GPT, reference: GPT | None, optimizer: Optimizer, problems
             share = int(mask.sum()) / trained  # metrics are means over tokens: weigh each part by its tokens
             for name, value in metrics.items():
                 totals[name] += value.item() * share
+            totals["sampler_gap"] += (logp_old[mask] - sampled).abs().sum().item() / trained
         if parts:
             totals["grad_norm"] += optimizer.step(lr_scale) / len(batches)
 
@@ -258,7 +259,7 @@ def grpo_step(policy: GPT, reference: GPT | None, optimizer: Optimizer, problems
         "truncated": sum(rollout.truncated) / len(lengths),
         "no_signal": (rewards == rewards[:, :1]).all(dim=1).float().mean().item(),  # groups whose advantages are all 0
         "entropy": -sum(map(sum, rollout.logp)) / sum(lengths),  # its estimate from the samples, nats a token
-        "sampler_gap": gap / max(trained, 1),
         **totals,
+        "kl": totals["kl"] if kl_coef else None,
         "tokens_per_s": sum(lengths) / seconds,
     }, rollout

@@ -38,6 +38,7 @@ class Config:
     seed: int = 0                     # may be 0; weights, corpus, problems, samples and test problems follow from it
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"        # auto: a GPU if there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"        # of the matrix products; auto: the quicker, measured
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile for training; auto: on a CPU with a C++ compiler
     threads: int = 0                  # of the CPU; 0: as many as torch takes
     save_every: float = 20.0          # seconds between checkpoints inside a stage; 0: every step
     # the teacher's shape
@@ -60,7 +61,7 @@ class Config:
     format_weight: float = 1.0        # may be 0; reward = accuracy + format_weight * format; R1 weighs them equally
     clip_low: float = 0.2
     clip_high: float = 0.2
-    kl_coef: float = 0.0              # may be 0: then the KL is only logged
+    kl_coef: float = 0.0              # may be 0: then there is no reference
     ref_every: int = 0                # steps after which the reference becomes the policy; 0: it stays the base
     normalize: Literal["sequence", "token", "constant"] = "token"
     scale: Literal["std", "none"] = "std"
@@ -85,16 +86,16 @@ class Config:
 
 
 PRESETS = {
-    "tiny": dict(dtype="float32", save_every=0.5, n_layer=2, n_head=1, n_embd=64, base_tokens=300_000, base_batch=16,
-                 rl_steps=12, rl_prompts=16, rl_samples=8, rl_lr=1e-3, student_n_layer=1, student_n_head=1,
-                 student_n_embd=32, student_base_tokens=300_000, student_base_batch=16, distill_steps=8,
-                 distill_prompts=128, on_policy=True,  # its teacher is too rarely right to learn from off policy
-                 eval_problems=32),
+    "tiny": dict(dtype="float32", compile="off", save_every=0.5, n_layer=2, n_head=1, n_embd=64, base_tokens=300_000,
+                 base_batch=16, rl_steps=12, rl_prompts=16, rl_samples=8, rl_lr=1e-3, student_n_layer=1,
+                 student_n_head=1, student_n_embd=32, student_base_tokens=300_000, student_base_batch=16,
+                 distill_steps=8, distill_prompts=128, eval_problems=32,
+                 on_policy=True),  # its teacher is too rarely right to learn from off policy
 }
 MAY_BE_ZERO = {"seed", "threads", "save_every", "format_weight", "kl_coef", "ref_every"}
 
 # Which fields shaped a stage's checkpoint (names, or beginnings of names that end in _): they may not change after it.
-SHARED = ("seed", "device", "dtype", "threads", "block_size")
+SHARED = ("seed", "device", "dtype", "compile", "threads", "block_size")
 TEACHER = SHARED + ("n_", "base_", "rl_", "format_weight", "clip_", "kl_coef", "ref_every", "normalize", "scale")
 SHAPED_BY = {
     "base": SHARED + ("n_", "base_"),
@@ -205,8 +206,8 @@ def load_checkpoint(path: Path, stage: str | None = None) -> dict:
 
 
 def build_model(content: dict) -> GPT:
-    """The model of a checkpoint's content, on the CPU."""
-    model = GPT(GPTConfig(**content["shape"]))
+    """The model of a checkpoint's content, on the CPU, computing in the type that it was trained in."""
+    model = GPT(GPTConfig(**content["shape"]), getattr(torch, content["config"]["dtype"]))
     model.load_state_dict(content["model"])
     return model
 
@@ -227,6 +228,7 @@ class Run:
     cfg: Config
     out: Path
     results: dict
+    began: float = 0.0  # when the stage under way did, by time.perf_counter()
 
     def path(self, name: str) -> Path:
         return self.out / f"{name}.pt"
@@ -306,7 +308,8 @@ def train_stage(run: Run, name: str, steps: int, parts: dict, train_step: Callab
         print(f"{name}: going on after step {done}")
     rows = [row for row in run.log_rows() if row["stage"] != name or row["step"] <= done]
     write_file(run.out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
-    started, saved_at, saved_step = time.perf_counter() - seconds, time.perf_counter(), done
+    started, resumed, saved_step = run.began - seconds, done, done
+    looping = saved_at = time.perf_counter()
     with open(run.out / "log.jsonl", "a") as log, ctrl_c_noted() as pressed:
         while done < steps:
             metrics = train_step(done + 1)
@@ -319,7 +322,7 @@ def train_stage(run: Run, name: str, steps: int, parts: dict, train_step: Callab
             log.write(json.dumps({"stage": name, "step": done, "seconds": round(seconds, 2), **metrics}) + "\n")
             log.flush()
             if "reward" in metrics or done % PRETRAIN_PRINT == 0 or done in (1, steps):
-                eta = (steps - done) * (seconds / done)
+                eta = (steps - done) * (time.perf_counter() - looping) / (done - resumed)
                 shown = "  ".join(f"{k} {metrics[k]:.4g}" for k in SHOWN if metrics.get(k) is not None)
                 print(f"{name} {done}/{steps}  {shown}  eta {eta:.0f} s", flush=True)
             if pressed or time.perf_counter() - saved_at >= cfg.save_every:

@@ -63,6 +63,7 @@ def check(cfg: Config) -> None:
         (cfg.rl_max_new_tokens > room, f"--rl_max_new_tokens must be at most {room}: block_size less a prompt"),
         (cfg.rl_minibatches > cfg.rl_prompts * cfg.rl_samples, "--rl_minibatches is more than a rollout's completions"),
         (cfg.distill_minibatches > cfg.distill_prompts, "--distill_minibatches is more than --distill_prompts"),
+        (cfg.ref_every and not cfg.kl_coef, "--ref_every refreshes the reference, which only a --kl_coef above 0 has"),
         (cfg.on_policy and cfg.divergence == "sft", "--divergence=sft learns the teacher's samples: not --on_policy"),
         (cfg.base_tokens < cfg.base_batch * cfg.block_size, "--base_tokens is less than one batch"),
         (cfg.student_base_tokens < cfg.student_base_batch * cfg.block_size,
@@ -86,9 +87,13 @@ def settle(cfg: Config) -> Config:
     device, threads = cfg.device, cfg.threads or torch.get_num_threads()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    cfg = dataclasses.replace(cfg, device=device, threads=threads)
     torch.set_num_threads(threads)
-    return dataclasses.replace(cfg, dtype=quicker_dtype(cfg)) if cfg.dtype == "auto" else cfg
+    cfg = dataclasses.replace(cfg, device=device, threads=threads)
+    if cfg.dtype == "auto":
+        cfg = dataclasses.replace(cfg, dtype=quicker_dtype(cfg))
+    if cfg.compile == "auto":
+        cfg = dataclasses.replace(cfg, compile="on" if device == "cpu" and can_compile() else "off")
+    return cfg
 
 
 def quicker_dtype(cfg: Config) -> str:
@@ -96,21 +101,39 @@ def quicker_dtype(cfg: Config) -> str:
     model = GPT(shape(cfg, "base")).to(cfg.device)
     idx = torch.zeros(cfg.base_batch, cfg.block_size, dtype=torch.long, device=cfg.device)
     seconds = {"float32": [], "bfloat16": []}
-    for dtype in list(seconds) * 3:
-        start = time.perf_counter()
-        with precision(dataclasses.replace(cfg, dtype=dtype)):
-            loss = model(idx).float().sum()
+    for name in list(seconds) * 3:
+        start, model.dtype = time.perf_counter(), getattr(torch, name)
+        loss = model(idx).float().sum()
         loss.backward()
-        loss.item(), model.norm.weight.grad.sum().item()  # waits for a GPU
-        seconds[dtype].append(time.perf_counter() - start)
-    return min(seconds, key=lambda dtype: min(seconds[dtype][1:]))
+        loss.item(), model.embedding.weight.grad.sum().item()  # waits for a GPU
+        seconds[name].append(time.perf_counter() - start)
+    return min(seconds, key=lambda name: min(seconds[name][1:]))
 
 
-def precision(cfg: Config):
-    """The context in which models run: under bfloat16 autocast the weights stay float32, matrix products do not."""
-    # subtle: autocast would keep its bfloat16 copies of the weights until the context ends, and so every update of a
-    # step but the first would be computed with the weights from before it.
-    return torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.dtype == "bfloat16", cache_enabled=False)
+def can_compile() -> bool:
+    """Does torch.compile work here? On a CPU it needs a C++ compiler and Python's headers. Says so if not."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8))
+    except RuntimeError as error:
+        print(f"torch.compile does not work here, and training goes without: {str(error).splitlines()[0]}")
+        return False
+    return True
+
+
+def compiled(model: GPT, cfg: Config) -> GPT:
+    """The model with its training pass compiled, if the run is to: once, for batches of every size."""
+    if cfg.compile == "on":
+        torch.compiler.set_stance("default")
+        for block in model.blocks:
+            block.compile(dynamic=True)
+        # Sizes that no other dimension has, or the compiler would take them for the same one and make it a constant.
+        idx = torch.zeros(67, model.config.block_size - 3, dtype=torch.long, device=cfg.device)
+        model(idx).float().sum().backward()
+        model.zero_grad(set_to_none=True)
+        # subtle: what was compiled for another size rounds differently. Nothing is compiled later, so that a run that
+        # was killed goes on to the same result; what does not fit (a batch of one row) is run as it is.
+        torch.compiler.set_stance("eager_on_recompile")
+    return model
 
 
 def open_run(cfg: Config, out: Path) -> Run:
@@ -166,23 +189,21 @@ def pretrain(run: Run, name: str) -> None:
     """Next-token prediction: base, or student_base."""
     cfg, device = run.cfg, run.cfg.device
     torch.manual_seed(cfg.seed)
-    model = GPT(shape(cfg, name)).to(device)
+    model = compiled(GPT(shape(cfg, name), getattr(torch, cfg.dtype)).to(device), cfg)
     optimizer = Optimizer(model, cfg.base_adam_lr, cfg.base_muon_lr)
     length = cfg.block_size + 1
     prefix = "base_" if name == "base" else "student_base_"
     n_tokens, batch = getattr(cfg, prefix + "tokens"), getattr(cfg, prefix + "batch")
     longest = max(cfg.base_tokens, cfg.student_base_tokens)  # one corpus for both
     corpus, starts = load_corpus(int(1.35 * longest), cfg.seed, length)  # a row leaves half a document over
-    heldout, heldout_starts = load_corpus(256 * length, -1 - cfg.seed, length)
+    heldout, heldout_starts = load_corpus(64 * length, -1 - cfg.seed, length)
     steps = n_tokens // (batch * cfg.block_size)
     rows = min(steps * batch, len(starts))  # the corpus's first: what follows them shapes nothing
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(cfg.seed))
 
     def loss_of(corpus: Tensor, starts: Tensor) -> Tensor:
         idx = corpus[starts[:, None] + torch.arange(length)].long().to(device)  # (B, T+1)
-        with precision(cfg):
-            logits = model(idx[:, :-1])
-        return F.cross_entropy(logits.float().flatten(0, 1), idx[:, 1:].flatten())
+        return F.cross_entropy(model(idx[:, :-1]).float().flatten(0, 1), idx[:, 1:].flatten())
 
     def step(number: int) -> dict:
         start = time.perf_counter()
@@ -212,19 +233,20 @@ def reward_function(cfg: Config) -> Callable:
 def reinforce(run: Run, name: str, start: str, steps: int, prompts: int) -> None:
     """GRPO from a finished base, `steps` rollouts of `prompts` problems: zero, or the control student_rl."""
     cfg, encoding = run.cfg, get_tokenizer()
-    policy = run.load_model(start)
+    policy = compiled(run.load_model(start), cfg)
     parts = {"model": policy, "optimizer": Optimizer(policy, cfg.rl_lr, beta2=0.999)}
-    reference = parts["reference"] = run.load_model(start).requires_grad_(False)
+    reference = run.load_model(start).requires_grad_(False) if cfg.kl_coef else None
+    if reference:
+        parts["reference"] = reference
 
     def step(number: int) -> dict:
         rng, generator = draws(run, name, number)
         problems = [task.make_problem(rng) for _ in range(prompts)]
-        with precision(cfg):
-            metrics, rollout = grpo_step(
-                policy, reference, parts["optimizer"], problems, reward_function(cfg), encoding, samples=cfg.rl_samples,
-                max_new_tokens=cfg.rl_max_new_tokens, minibatches=cfg.rl_minibatches, clip_low=cfg.clip_low,
-                clip_high=cfg.clip_high, kl_coef=cfg.kl_coef, normalize=cfg.normalize, scale=cfg.scale,
-                lr_scale=lr_scale(number, steps, hold=0.0), generator=generator)
+        metrics, rollout = grpo_step(
+            policy, reference, parts["optimizer"], problems, reward_function(cfg), encoding, samples=cfg.rl_samples,
+            max_new_tokens=cfg.rl_max_new_tokens, minibatches=cfg.rl_minibatches, clip_low=cfg.clip_low,
+            clip_high=cfg.clip_high, kl_coef=cfg.kl_coef, normalize=cfg.normalize, scale=cfg.scale,
+            lr_scale=lr_scale(number, steps, hold=0.0), generator=generator)
         if cfg.ref_every and number % cfg.ref_every == 0:
             reference.load_state_dict(policy.state_dict())
         if number in (1, 5, 10) or number % 20 == 0:
@@ -237,24 +259,24 @@ def reinforce(run: Run, name: str, start: str, steps: int, prompts: int) -> None
 def distil(run: Run) -> None:
     """The teacher into the student, from the student's own base."""
     cfg, name, encoding = run.cfg, "student", get_tokenizer()
-    teacher, student = run.load_model("zero").requires_grad_(False), run.load_model("student_base")
+    teacher = run.load_model("zero").requires_grad_(False)
+    student = compiled(run.load_model("student_base"), cfg)
     optimizer = Optimizer(student, cfg.distill_adam_lr, cfg.distill_muon_lr)
 
     def step(number: int) -> dict:
         rng, generator = draws(run, name, number)
         problems = [task.make_problem(rng) for _ in range(cfg.distill_prompts)]
-        with precision(cfg):
-            return distill_step(
-                student, teacher, optimizer, problems, reward_function(cfg), encoding, divergence=cfg.divergence,
-                on_policy=cfg.on_policy, max_new_tokens=cfg.rl_max_new_tokens, minibatches=cfg.distill_minibatches,
-                temperature=cfg.distill_temperature, lr_scale=lr_scale(number, cfg.distill_steps), generator=generator)
+        return distill_step(
+            student, teacher, optimizer, problems, reward_function(cfg), encoding, divergence=cfg.divergence,
+            on_policy=cfg.on_policy, max_new_tokens=cfg.rl_max_new_tokens, minibatches=cfg.distill_minibatches,
+            temperature=cfg.distill_temperature, lr_scale=lr_scale(number, cfg.distill_steps), generator=generator)
 
     train_stage(run, name, cfg.distill_steps, {"model": student, "optimizer": optimizer}, step)
 
 
 def make(run: Run, name: str) -> None:
     """Train the model of a stage from those of the stages before it."""
-    cfg = run.cfg
+    cfg, run.began = run.cfg, time.perf_counter()
     n_params = GPT(shape(cfg, name)).n_params()
     print(f"\n{name}: {n_params:,} parameters on {cfg.device}, {cfg.dtype}, {cfg.threads} threads", flush=True)
     if name in ("base", "student_base"):
@@ -276,9 +298,8 @@ def measure(run: Run, name: str) -> None:
     found = {"params": model.n_params()}
     for kind in task.HELD_OUT:
         problems = task.heldout_problems(cfg.eval_problems, kind, cfg.seed)
-        with precision(cfg):
-            found[kind] = evaluate(model, problems, reward_function(cfg), max_new_tokens=cfg.rl_max_new_tokens,
-                                   generator=draws(run, f"evaluate {name} {kind}", 0)[1], greedy=cfg.eval_greedy)
+        found[kind] = evaluate(model, problems, reward_function(cfg), max_new_tokens=cfg.rl_max_new_tokens,
+                               generator=draws(run, f"evaluate {name} {kind}", 0)[1], greedy=cfg.eval_greedy)
         print(f"{name} on {kind}: " + "  ".join(f"{key} {value:.3g}" for key, value in found[kind].items()), flush=True)
     run.results["models"][name] = found
     run.results["seconds"][f"evaluate {name}"] = round(time.perf_counter() - start, 1)
@@ -405,9 +426,9 @@ def main(argv: list[str]) -> int:
         if "--help" in argv:
             print(__doc__ + "\n" + inspect.getsource(Config))
             return 0
-        # oneDNN keeps a compiled kernel for each shape it meets, a thousand by default: sampling meets thousands, and
-        # they would take a gigabyte. Fewer are as quick.
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+        # oneDNN keeps a compiled kernel for each shape that it meets, the last thousand by default. RL meets thousands,
+        # and a quarter of a gigabyte is saved by keeping fewer; far fewer would have to be compiled again and again.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
         cfg, options = parse_args(argv)
         stage, out = options["stage"], Path(options["out"] or f"out/{options['preset'] or ''}")
         if options["ask"] is not None:

@@ -353,14 +353,16 @@ def test_step_reports_what_happened(make_gpt, normalize):
         assert abs(metrics[name] - float(value)) < 1e-5, name
     assert metrics["sampler_gap"] < 1e-5 and metrics["grad_norm"] > 0
     assert all(torch.equal(untouched[name], value) for name, value in reference.state_dict().items())
-    assert not torch.equal(untouched["norm.weight"], model.norm.weight)
+    assert not torch.equal(untouched["embedding.weight"], model.embedding.weight)
 
 
 def test_the_ratio_of_an_untouched_policy_is_exactly_1(make_gpt):
-    """With pi_old from another pass (the sampler's, another type) it is near 1; the second minibatch has moved."""
+    """With pi_old from another pass (the sampler's, another type) it is near 1. An update moves the second minibatch,
+    one of size 0 does not."""
     V = get_tokenizer().n_vocab
     assert step(make_gpt(V), wordy)[0]["ratio"] == 1.0
     assert step(make_gpt(V), wordy, minibatches=2)[0]["ratio"] != 1.0
+    assert step(make_gpt(V), wordy, minibatches=2, lr_scale=0.0)[0]["ratio"] == 1.0
 
 
 @pytest.mark.parametrize("normalize", NORMALIZE)

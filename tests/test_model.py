@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, KVCache, Optimizer, generate, token_logprobs
+from model import GPT, KVCache, Muon, Optimizer, generate, token_logprobs
 
 EOS = 0
 PROMPTS = [[3], [1, 2, 3, 4, 2], [4, 4, 1, 3, 2, 1, 2, 3, 3]]
@@ -33,8 +33,8 @@ def llama(model: GPT, idx):
     D = C // H
     turn = torch.outer(torch.arange(T).double(), 10_000.0 ** (-torch.arange(0, D, 2).double() / D))  # (T, D/2)
 
-    def norm(x, weight):
-        return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+    def norm(x):  # Llama's has a gain besides, which is 1 here
+        return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
 
     def rope(x):  # pairs (i, i + D/2), as transformers' Llama has them
         z = torch.complex(x[..., : D // 2], x[..., D // 2:]) * torch.polar(torch.ones_like(turn), turn)
@@ -42,20 +42,37 @@ def llama(model: GPT, idx):
 
     for i in range(model.config.n_layer):
         b = f"blocks.{i}."
-        h = norm(x, w[b + "norm1.weight"])
+        h = norm(x)
         q, k, v = ((h @ w[b + f"{n}.weight"].T).view(B, T, H, D).transpose(1, 2) for n in "qkv")
         y = F.scaled_dot_product_attention(rope(q), rope(k), v, is_causal=True)
         x = x + y.transpose(1, 2).reshape(B, T, C) @ w[b + "o.weight"].T
-        h = norm(x, w[b + "norm2.weight"])
+        h = norm(x)
         g = h @ w[b + "gate.weight"].T
         x = x + (g * g.sigmoid() * (h @ w[b + "up.weight"].T)) @ w[b + "down.weight"].T
-    return norm(x, w["norm.weight"]) @ w["embedding.weight"].T
+    return norm(x) @ w["embedding.weight"].T
 
 
 def test_forward_is_llama(make_gpt):
     """A swapped sign in the rotation or a missing 1/sqrt(D) still trains, a little worse, and nobody notices."""
     model, idx = make_gpt(), torch.randint(11, (3, 20))
     assert torch.allclose(model(idx).double(), llama(model, idx), atol=1e-4)
+
+
+def test_bfloat16_is_of_the_products_only(make_gpt):
+    """Weights or gradients in bfloat16, where an update of 0.1 % is rounded away; copies of the weights that outlive an
+    update: all minibatches of a step but the first then get the gradient of weights that are gone."""
+    exact, model, idx = make_gpt(spread=2.0), make_gpt(spread=2.0), torch.randint(11, (3, 20))
+    model.dtype = torch.bfloat16
+    logits = model(idx)
+    assert logits.dtype == torch.bfloat16 and 0 < (logits - exact(idx)).abs().max() < 0.05
+    logits.float().logsumexp(dim=-1).sum().backward()
+    for p in model.parameters():
+        assert p.dtype == p.grad.dtype == torch.float32 and p.grad.any()
+        with torch.no_grad():
+            p.mul_(-1)
+            assert not torch.equal(model(idx), logits)
+            p.mul_(-1)
+    assert torch.equal(model(idx), logits)
 
 
 def test_causality(make_gpt):
@@ -219,6 +236,25 @@ def train(model, optimizer, batches):
     for idx in batches:
         (-token_logprobs(model, idx).mean()).backward()
         optimizer.step(scale=0.5)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_muon_is_torchs(make_gpt, dtype):
+    """A shape's scale, a momentum or a coefficient off: it learns all the same, and worse. torch's is bfloat16."""
+    matrices, others = ([p for p in make_gpt().blocks.parameters()] for _ in range(2))
+    ours, torchs = Muon(matrices, 0.02, dtype), torch.optim.Muon(others, lr=0.02, weight_decay=0.0)
+    for _ in range(5):
+        before = torch.cat([p.flatten() for p in others])
+        for p, other in zip(matrices, others):
+            p.grad = torch.randn_like(p)
+            other.grad = p.grad.clone()
+        ours.step(), torchs.step()
+        moved = torch.cat([p.flatten() for p in others]) - before
+        apart = torch.cat([p.flatten() for p in matrices]) - before - moved
+        assert apart.norm() < 0.05 * moved.norm()
+        with torch.no_grad():
+            for p, other in zip(matrices, others):
+                p.copy_(other)
 
 
 @pytest.mark.parametrize("muon_lr", (None, 0.02))
