@@ -426,9 +426,9 @@ def main(argv: list[str]) -> int:
         if "--help" in argv:
             print(__doc__ + "\n" + inspect.getsource(Config))
             return 0
-        # oneDNN keeps a compiled kernel for each shape that it meets, the last thousand by default. RL meets thousands,
-        # and a quarter of a gigabyte is saved by keeping fewer; far fewer would have to be compiled again and again.
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+        # oneDNN keeps a compiled kernel for each shape that it meets, the last thousand by default. RL meets thousands, so
+        # fewer bound the memory; far fewer would have to be compiled again and again.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
         cfg, options = parse_args(argv)
         stage, out = options["stage"], Path(options["out"] or f"out/{options['preset'] or ''}")
         if options["ask"] is not None:

@@ -23,8 +23,9 @@ from run import Config, build_model, load_checkpoint
 from train import compiled, evaluate, main, majority, pass_at_k, reward_function, settle
 
 ROOT = Path(__file__).parent.parent
-# A run that passes through every stage in a few seconds and saves at every step.
-QUICK = ["--preset=tiny", "--save_every=0", "--base_tokens=40000", "--student_base_tokens=40000", "--rl_steps=5",
+# A run that passes through every stage in a few seconds and saves at every step. One thread, as this process has, so that
+# either may go on with what the other began.
+QUICK = ["--preset=tiny", "--threads=1", "--save_every=0", "--base_tokens=40000", "--student_base_tokens=40000", "--rl_steps=5",
          "--distill_steps=9", "--rl_max_new_tokens=40", "--eval_problems=3"]
 NAMES = ["base", "zero", "student_base", "student"]
 
@@ -77,7 +78,6 @@ def refused(capfd):
     """refused(*args): the run ends with exit code 2 and one line on stderr, which is returned."""
     def check(*args):
         assert main(list(args)) == 2
-        torch.set_num_threads(1)  # a run takes what it was begun with
         line = capfd.readouterr().err
         assert line.count("\n") == 1 and line.startswith("train.py: "), line
         return line
@@ -169,7 +169,7 @@ def test_one_stage_at_a_time(quick, tmp_path, refused):
     """--stage that trained something else on the way, or did not find what the stage before left."""
     assert "base.pt is missing" in refused(*QUICK, "--stage=zero", f"--out={tmp_path / 'empty'}")
     copy(quick, tmp_path, "base.pt")
-    assert train(*QUICK, "--stage=zero", f"--out={tmp_path}").returncode == 0
+    assert main([*QUICK, "--stage=zero", f"--out={tmp_path}"]) == 0
     assert (tmp_path / "zero.pt").exists() and not (tmp_path / "student_base.pt").exists()
 
 
@@ -177,8 +177,7 @@ def test_finished_run_may_gain_the_control(quick, tmp_path):
     """student_rl starts from student_base and has the student's number of updates, each on as many completions; nothing
     else is made again."""
     copy(quick, tmp_path, *(f"{name}.pt" for name in NAMES), "log.jsonl", "results.json")
-    done = train(*QUICK, "--student_rl=True", f"--out={tmp_path}")
-    assert done.returncode == 0, done.stderr
+    assert main([*QUICK, "--student_rl=True", f"--out={tmp_path}"]) == 0
     config = results(tmp_path)["config"]
     control = [row for row in rows(tmp_path) if row["stage"] == "student_rl"]
     assert len(control) == config["distill_steps"] * config["distill_minibatches"] / config["rl_minibatches"]
@@ -257,24 +256,22 @@ def test_full_disk(quick, tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cannot write" in done.stderr, done.stderr
     assert not list(tmp_path.glob("*.tmp"))
     assert (tmp_path / "base.pt").read_bytes() == (quick / "base.pt").read_bytes()
-    assert train(*QUICK, "--stage=zero", f"--out={tmp_path}").returncode == 0
+    assert main([*QUICK, "--stage=zero", f"--out={tmp_path}"]) == 0
     assert weights_equal(quick / "zero.pt", tmp_path / "zero.pt")
 
 
-def test_not_a_number_stops_the_run(tmp_path):
+def test_not_a_number_stops_the_run(tmp_path, refused):
     """A run that went on for hours on NaN. A learning rate that no model survives brings it about."""
-    done = train(*QUICK, "--base_adam_lr=1e30", f"--out={tmp_path}")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     line = r"at step (\d+); the last good checkpoint is \S+resume.pt, step (\d+)"
-    step, saved = re.search(line, done.stderr).groups()
+    step, saved = re.search(line, refused(*QUICK, "--base_adam_lr=1e30", f"--out={tmp_path}")).groups()
     assert int(saved) == int(step) - 1 == torch.load(tmp_path / "resume.pt", weights_only=True)["step"]
 
 
-def test_ask_shows_models_side_by_side(quick):
+def test_ask_shows_models_side_by_side(quick, capsys):
     """--ask that leaves out a model, or answers for the wrong one."""
-    done = train("--ask=8*7-19", f"--out={quick}")
-    assert done.returncode == 0 and done.stdout.startswith("8*7-19 = 37\n")
-    assert [line.split()[0] for line in done.stdout.splitlines()[1:]] == NAMES
+    assert main(["--ask=8*7-19", f"--out={quick}"]) == 0
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first == "8*7-19 = 37" and [line.split()[0] for line in others] == NAMES
 
 
 def test_importing_has_no_side_effect(tmp_path):
