@@ -76,11 +76,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-def norm(x: Tensor) -> Tensor:
-    """RMSNorm without a gain, which the product that follows would only repeat: x over its root mean square."""
-    return F.rms_norm(x, x.shape[-1:], eps=1e-5)
-
-
 class Linear(nn.Linear):
     """x W', computed in the type of x: the weights stay float32 for the optimizer's sake, and a copy is cast each time.
 
@@ -100,6 +95,7 @@ class Block(nn.Module):
         super().__init__()
         c = config
         self.n_head = c.n_head
+        self.norm1, self.norm2 = nn.RMSNorm(c.n_embd, eps=1e-5), nn.RMSNorm(c.n_embd, eps=1e-5)
         self.q, self.k, self.v, self.o = (Linear(c.n_embd, c.n_embd) for _ in range(4))
         self.gate, self.up = (Linear(c.n_embd, c.n_hidden) for _ in range(2))
         self.down = Linear(c.n_hidden, c.n_embd)
@@ -110,7 +106,7 @@ class Block(nn.Module):
 
         cos, sin and mask come in the type that matrix products are computed in; x, the sum of all blocks, is float32.
         """
-        h = norm(x).to(mask.dtype)
+        h = self.norm1(x).to(mask.dtype)
         heads = (self.n_head, -1)
         q, k, v = (w(h).unflatten(-1, heads).transpose(1, 2) for w in (self.q, self.k, self.v))  # (B, H, T, D)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -118,7 +114,7 @@ class Block(nn.Module):
             k, v = cache.append(layer, k, v)
         y = attend(q, k, v, mask, fused=cache is not None or q.device.type != "cpu")
         x = x + self.o(y.transpose(1, 2).flatten(2))  # (B, T, C)
-        h = norm(x).to(mask.dtype)
+        h = self.norm2(x).to(mask.dtype)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
 
@@ -147,6 +143,7 @@ class GPT(nn.Module):
         self.config, self.dtype = config, dtype
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd, eps=1e-5)
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
                 residual = name.endswith(("o.weight", "down.weight"))
@@ -184,7 +181,7 @@ class GPT(nn.Module):
             x = block(x, cos, sin, mask) if cache is None else block.forward(x, cos, sin, mask, cache, layer)
         if cache is not None:
             cache.length = end
-        return F.linear(norm(x).to(self.dtype), self.embedding.weight.to(self.dtype))
+        return F.linear(self.norm(x).to(self.dtype), self.embedding.weight.to(self.dtype))
 
 
 def draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -217,7 +214,9 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, tempe
         raise ValueError(f"prompts of 1 to {longest} tokens and {max_new_tokens} new ones must fit block_size "
                          f"{model.config.block_size}")
     model = copy.deepcopy(model)
-    model.blocks.to(model.dtype)  # cast once, and not again for each token
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.to(model.dtype)  # the copy's weights are cast once, and not again for each token
     pad = torch.tensor([longest - len(p) for p in prompts], device=device)
     idx = torch.tensor([[eos_id] * (longest - len(p)) + p for p in prompts], device=device)  # (P, longest)
     cache = KVCache(pad, longest + max_new_tokens)

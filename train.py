@@ -126,9 +126,12 @@ def compiled(model: GPT, cfg: Config) -> GPT:
         torch.compiler.set_stance("default")
         for block in model.blocks:
             block.compile(dynamic=True)
-        # Sizes that no other dimension has, or the compiler would take them for the same one and make it a constant.
-        idx = torch.zeros(67, model.config.block_size - 3, dtype=torch.long, device=cfg.device)
-        model(idx).float().sum().backward()
+        # Sizes that no other dimension has, or the compiler would take them for the same one and make it a constant. It
+        # adds up the norms' gradients in two ways, over more tokens than 4,096 and over fewer: hence the second.
+        length = model.config.block_size - 3
+        for rows in (2 * (4096 // length) + 3, max(2, 4096 // length - 1)):
+            idx = torch.zeros(rows, length, dtype=torch.long, device=cfg.device)
+            model(idx).float().sum().backward()
         model.zero_grad(set_to_none=True)
         # subtle: what was compiled for another size rounds differently. Nothing is compiled later, so that a run that
         # was killed goes on to the same result; what does not fit (a batch of one row) is run as it is.

@@ -33,8 +33,8 @@ def llama(model: GPT, idx):
     D = C // H
     turn = torch.outer(torch.arange(T).double(), 10_000.0 ** (-torch.arange(0, D, 2).double() / D))  # (T, D/2)
 
-    def norm(x):  # Llama's has a gain besides, which is 1 here
-        return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+    def norm(x, weight):
+        return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight
 
     def rope(x):  # pairs (i, i + D/2), as transformers' Llama has them
         z = torch.complex(x[..., : D // 2], x[..., D // 2:]) * torch.polar(torch.ones_like(turn), turn)
@@ -42,14 +42,14 @@ def llama(model: GPT, idx):
 
     for i in range(model.config.n_layer):
         b = f"blocks.{i}."
-        h = norm(x)
+        h = norm(x, w[b + "norm1.weight"])
         q, k, v = ((h @ w[b + f"{n}.weight"].T).view(B, T, H, D).transpose(1, 2) for n in "qkv")
         y = F.scaled_dot_product_attention(rope(q), rope(k), v, is_causal=True)
         x = x + y.transpose(1, 2).reshape(B, T, C) @ w[b + "o.weight"].T
-        h = norm(x)
+        h = norm(x, w[b + "norm2.weight"])
         g = h @ w[b + "gate.weight"].T
         x = x + (g * g.sigmoid() * (h @ w[b + "up.weight"].T)) @ w[b + "down.weight"].T
-    return norm(x) @ w["embedding.weight"].T
+    return norm(x, w["norm.weight"]) @ w["embedding.weight"].T
 
 
 def test_forward_is_llama(make_gpt):
@@ -241,7 +241,7 @@ def train(model, optimizer, batches):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_muon_is_torchs(make_gpt, dtype):
     """A shape's scale, a momentum or a coefficient off: it learns all the same, and worse. torch's is bfloat16."""
-    matrices, others = ([p for p in make_gpt().blocks.parameters()] for _ in range(2))
+    matrices, others = ([p for p in make_gpt().blocks.parameters() if p.dim() == 2] for _ in range(2))
     ours, torchs = Muon(matrices, 0.02, dtype), torch.optim.Muon(others, lr=0.02, weight_decay=0.0)
     for _ in range(5):
         before = torch.cat([p.flatten() for p in others])

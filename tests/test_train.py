@@ -123,7 +123,7 @@ def test_log_has_a_row_for_every_step(tiny):
 
 def test_same_seed_same_run(quick, tmp_path):
     """A draw from a generator that nobody seeded."""
-    train(*QUICK, f"--out={tmp_path}")
+    assert main([*QUICK, f"--out={tmp_path}"]) == 0
     for name in NAMES:
         assert weights_equal(quick / f"{name}.pt", tmp_path / f"{name}.pt")
     assert results(quick)["models"] == results(tmp_path)["models"]
@@ -311,7 +311,7 @@ def test_a_compiled_block_is_the_same_block(make_gpt):
     plain, model, cfg = make_gpt(), make_gpt(), Config(device="cpu", compile="on")
     compiled(model, cfg)
     with torch.compiler.set_stance("fail_on_recompile"):
-        for shape in ((3, 20), (8, 48), (2, 3)):
+        for shape in ((3, 20), (90, 48), (2, 3)):
             idx = torch.randint(11, shape)
             for gpt in (plain, model):
                 gpt.zero_grad()

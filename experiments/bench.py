@@ -1,0 +1,547 @@
+"""Speed and memory beside the peers: transformers (sampling, pretraining) and TRL (GRPO, distillation).
+
+    pip install -r experiments/requirements.txt
+    python experiments/bench.py                           everything; a row is printed as soon as it is known
+    python experiments/bench.py --only=grpo --reps=3      sampling, pretrain, grpo or distill alone
+    python experiments/bench.py --dtype=float32           bfloat16 off on both sides; by default each takes the quicker
+    --device=cpu|cuda                                     by default a GPU if there is one
+
+Both sides start from random weights of one shape: the peer's is a LlamaForCausalLM with exactly as many parameters.
+Nobody meets an end of text, so that both make exactly as many tokens. Nothing is downloaded, or written outside a
+temporary folder. What is compared:
+
+    sampling   R rows x T new tokens after a prompt of 12, from the whole distribution at temperature 1, on a KV cache:
+               generate(samples=8) beside transformers' generate(num_return_sequences=8)
+    pretrain   an update on 32 x 128 tokens: Muon for the layers' matrices, AdamW for the rest, gradients clipped
+    grpo       32 prompts x 16 samples x 48 tokens, a reward, group advantages, the token-level loss with k3 to a
+               reference, one AdamW update: grpo_step beside a step of GRPOTrainer.train()
+    distill    512 completions of 48 tokens sampled from the teacher, forward KL, one AdamW update: distill_step beside
+               a step of GKDTrainer.train() with seq_kd (lmbda 0, beta 0). "Update alone" is given the completions
+
+How it is measured
+1. Each side of each case is a process of its own: neither shares the other's memory, allocator or caches. They take
+   turns, ours, peer, ours, peer, a step each (several where one is short), and the other sleeps. The ratio of speeds is
+   taken pair by pair: what slows the machine for a while slows both of a pair.
+2. Before that each side tries its settings and keeps the quickest: float32 or bfloat16, compiled or not (training; the
+   seconds of compiling are not in the table) and, for the peer, the kind of cache (sampling), attention and micro-batch
+   (training; "sdpa" is the quicker in sampling). In training both keep float32 weights; the peer samples with bfloat16
+   weights, as is usual there. TRL's trainers, whose model also generates, are not compiled.
+3. Our processes bound oneDNN's cache of kernels as train.py does; the peers' are as they come.
+4. A trainer's step lasts from the end of the one before to its own, so that its loading, callbacks and metrics count,
+   as grpo_step's metrics do.
+5. Peak memory is the whole process's, imported libraries included; on a GPU, what torch has allocated there.
+6. The roof is what this machine reaches in the layers' own matrix products, [rows, C] x [C, C] and so on, with as many
+   rows as our pass has. MFU is the share of the roof that our step attains, with the FLOPs of `forward_flops`.
+"""
+import dataclasses
+import importlib.metadata
+import importlib.util
+import logging
+import multiprocessing
+import os
+import platform
+import resource
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.nn.functional as F
+
+from data.tokenizer import get_tokenizer
+from distill import distill_loss, distill_step
+from grpo import grpo_step
+from model import GPT, GPTConfig, Optimizer, generate
+from run import Config, Fault, one_of
+from train import compiled
+
+CFG, ENCODING = Config(), get_tokenizer()
+VOCAB = ENCODING.n_vocab
+TEACHER = GPTConfig(VOCAB, CFG.block_size, CFG.n_layer, CFG.n_head, CFG.n_embd)
+STUDENT = GPTConfig(VOCAB, CFG.block_size, CFG.student_n_layer, CFG.student_n_head, CFG.student_n_embd)
+B, T = 32, 128            # the pretraining batch
+PROMPT = 12               # tokens of every prompt: one length, so that nobody pads
+P, G, NEW = 32, 16, 48    # a GRPO iteration: prompts, samples of each, new tokens
+N = P * G                 # its completions, and those of a distillation step
+MICRO_TOKENS = 8_192      # of a micro-batch of grpo_step and distill_step
+KL, CLIP = 0.01, 0.2
+FLAGS = {"only": ("sampling", "pretrain", "grpo", "distill"), "dtype": ("best", "float32", "bfloat16"),
+         "device": ("auto", "cpu", "cuda")}
+
+
+# What both sides are given
+
+
+def prompt_texts(n: int) -> list[str]:
+    return [f"User: {i % 100:02}*{i % 9 + 1}-19+33\nAssistant: " for i in range(n)]
+
+
+def prompt_ids(n: int) -> list[list[int]]:
+    """Those texts as token ids, n lists of PROMPT."""
+    return [ENCODING.encode_ordinary(text) for text in prompt_texts(n)]
+
+
+def given_rows() -> list[list[int]]:
+    """Prompts and completions, N lists of PROMPT + NEW token ids."""
+    completions = torch.randint(VOCAB, (N, NEW), generator=torch.Generator().manual_seed(0))
+    return [prompt + completion for prompt, completion in zip(prompt_ids(N), completions.tolist())]
+
+
+def odd_characters(text: str) -> float:
+    """The reward. About half of all characters count, so that the answers to one prompt do not all earn the same."""
+    return float(sum(ord(character) % 2 for character in text))
+
+
+class Turns:
+    """A process's side of the game: take so many steps, say how long each took, wait for the next turn."""
+
+    def __init__(self, pipe, device: str):
+        self.pipe, self.device, self.start = pipe, device, time.perf_counter()
+        self.steps = self.left = 1  # the first turn warms up
+
+    def next(self) -> bool:
+        """Call after a step -> whether to take another."""
+        self.left -= 1
+        if not self.left:
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+            self.pipe.send((time.perf_counter() - self.start) / self.steps)
+            self.steps = self.left = self.pipe.recv()
+            self.start = time.perf_counter()
+        return self.left > 0
+
+    def take(self, step: Callable[[], None]) -> None:
+        """Take steps as long as they are wanted."""
+        step()
+        while self.next():
+            step()
+
+    def train(self, trainer) -> None:
+        """The same with the steps of a trainer's own loop."""
+        from transformers import TrainerCallback
+        turns = self
+
+        class Wait(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                control.should_training_stop = not turns.next()
+
+        trainer.add_callback(Wait())
+        trainer.train()
+
+
+# Our side of each case
+
+
+def gpt(config: GPTConfig, option: dict) -> GPT:
+    """Ours, of random weights."""
+    return GPT(config, getattr(torch, option["dtype"])).to(option["device"])
+
+
+def learner(config: GPTConfig, option: dict) -> GPT:
+    """Ours, with its training pass compiled if it is to be."""
+    compile = "on" if option["compile"] == "compiled" else "off"
+    return compiled(gpt(config, option), dataclasses.replace(CFG, device=option["device"], compile=compile))
+
+
+def our_reward(completion: str, problem) -> dict[str, float]:
+    return {"reward": odd_characters(completion), "accuracy": 1.0, "format": 1.0}  # distill_step keeps every completion
+
+
+def our_task(n: int) -> tuple:
+    """n problems, the reward, and the encoding with a stop token that is none."""
+    encoding = SimpleNamespace(eot_token=-1, encode_ordinary=ENCODING.encode_ordinary, decode=ENCODING.decode)
+    return [SimpleNamespace(prompt=text) for text in prompt_texts(n)], our_reward, encoding
+
+
+def our_sampling(option: dict, turns: Turns, rows: int, new: int) -> None:
+    model = gpt(dataclasses.replace(TEACHER, block_size=PROMPT + new), option)
+
+    def step():
+        completions = generate(model, prompt_ids(rows // 8), new, eos_id=-1, samples=8)
+        assert len(completions) == rows and {len(c) for c in completions} == {new}, "every row must run to its end"
+
+    turns.take(step)
+
+
+def our_pretraining(option: dict, turns: Turns) -> None:
+    model, idx = learner(TEACHER, option), torch.randint(VOCAB, (B, T + 1), device=option["device"])
+    optimizer = Optimizer(model, CFG.base_adam_lr, CFG.base_muon_lr)
+
+    def step():
+        F.cross_entropy(model(idx[:, :-1]).float().flatten(0, 1), idx[:, 1:].flatten()).backward()
+        optimizer.step()
+
+    turns.take(step)
+
+
+def our_grpo(option: dict, turns: Turns) -> None:
+    policy, reference = learner(TEACHER, option), gpt(TEACHER, option).requires_grad_(False)
+    reference.load_state_dict(policy.state_dict())
+    optimizer = Optimizer(policy, CFG.rl_lr)
+
+    def step():
+        metrics, _ = grpo_step(policy, reference, optimizer, *our_task(P), samples=G, max_new_tokens=NEW,
+                               minibatches=1, clip_low=CLIP, clip_high=CLIP, kl_coef=KL, normalize="token", scale="std")
+        assert metrics["no_signal"] == 0 and metrics["length"] == NEW, "every row must be whole, and teach something"
+
+    turns.take(step)
+
+
+def our_distillation(option: dict, turns: Turns, sampling: bool) -> None:
+    student, teacher = learner(STUDENT, option), gpt(TEACHER, option).requires_grad_(False)
+    optimizer, given = Optimizer(student, CFG.distill_adam_lr), given_rows()
+
+    def sample_and_update():
+        metrics = distill_step(student, teacher, optimizer, *our_task(N), divergence="forward", on_policy=False,
+                               max_new_tokens=NEW, minibatches=1)
+        assert metrics["accepted"] == 1 and metrics["length"] == NEW, "every row must be whole, and kept"
+
+    def update():  # as distill_step does it
+        micro = MICRO_TOKENS // (PROMPT + NEW)
+        for at in range(0, N, micro):
+            idx = torch.tensor(given[at:at + micro], device=option["device"])  # (n, PROMPT + NEW)
+            mask = (torch.arange(1, PROMPT + NEW, device=idx.device) >= PROMPT).expand(len(idx), -1)
+            with torch.no_grad():
+                teacher_logits = teacher(idx[:, :-1])
+            distill_loss(student(idx[:, :-1]), teacher_logits, mask, divergence="forward",
+                         denominator=N * NEW).backward()
+        optimizer.step()
+
+    turns.take(sample_and_update if sampling else update)
+
+
+# The peer's side
+
+
+def llama(config: GPTConfig, attention: str = "sdpa"):
+    """transformers' Llama of a shape of ours."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=config.vocab_size, max_position_embeddings=config.block_size, num_hidden_layers=config.n_layer,
+        num_attention_heads=config.n_head, hidden_size=config.n_embd, intermediate_size=config.n_hidden,
+        rms_norm_eps=1e-5, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
+        attn_implementation=attention))
+    assert sum(p.numel() for p in model.parameters()) == GPT(config).n_params(), "both sides must be of one size"
+    return model
+
+
+def peer_sampling(option: dict, turns: Turns, rows: int, new: int) -> None:
+    model = llama(dataclasses.replace(TEACHER, block_size=PROMPT + new)).eval()
+    model.to(option["device"], getattr(torch, option["dtype"]))
+    cache = dict(cache_implementation="static", disable_compile=True) if option["cache"] == "static cache" else {}
+
+    def step():
+        idx = torch.tensor(prompt_ids(rows // 8), device=option["device"])  # (P, PROMPT)
+        out = model.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=new, do_sample=True,
+                             temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=8, **cache)
+        assert len(out.tolist()) == rows and out.size(1) == PROMPT + new, "every row must run to its end"
+
+    turns.take(step)
+
+
+def peer_pretraining(option: dict, turns: Turns) -> None:
+    model = llama(TEACHER, option["attention"]).to(option["device"])
+    if option["compile"] == "compiled":
+        model.compile()
+    matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    optimizers = (torch.optim.Muon(matrices, lr=CFG.base_muon_lr, weight_decay=0.0),
+                  torch.optim.AdamW(others, lr=CFG.base_adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True))
+    idx = torch.randint(VOCAB, (B, T + 1), device=option["device"])
+
+    def step():
+        with torch.autocast(option["device"], torch.bfloat16, enabled=option["dtype"] == "bfloat16"):
+            logits = model(input_ids=idx[:, :-1], use_cache=False).logits
+        F.cross_entropy(logits.float().flatten(0, 1), idx[:, 1:].flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    turns.take(step)
+
+
+def spell(ids: list[int]) -> str:
+    """Token ids in the alphabet of `peer_tokenizer`."""
+    return "".join(chr(256 + i) for i in ids)
+
+
+def peer_tokenizer():
+    """A character a token. The stop token is the first id that the model cannot sample."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    words = Tokenizer(models.WordLevel({spell([i]): i for i in range(VOCAB)} | {"<eos>": VOCAB}, unk_token="<eos>"))
+    words.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>")
+
+
+def trainer_settings(option: dict, folder: str, lr: float) -> dict:
+    """What TRL's two trainers are told: one update a step, and nothing but training."""
+    return dict(output_dir=folder, bf16=option["dtype"] == "bfloat16", use_cpu=option["device"] == "cpu",
+                per_device_train_batch_size=option["rows"], gradient_accumulation_steps=N // option["rows"],
+                gradient_checkpointing=False, learning_rate=lr, lr_scheduler_type="constant", max_steps=1_000_000,
+                max_grad_norm=1.0, temperature=1.0, logging_strategy="no", save_strategy="no", report_to="none",
+                disable_tqdm=True, dataloader_pin_memory=False)
+
+
+def peer_grpo(option: dict, turns: Turns) -> None:
+    from datasets import Dataset
+    from transformers import LlamaForCausalLM
+    from trl import GRPOConfig, GRPOTrainer
+
+    def reward(completions: list[str], completion_ids: list[list[int]], **_) -> list[float]:
+        rewards = [odd_characters(text) for text in completions]
+        assert len(rewards) == N and {len(ids) for ids in completion_ids} == {NEW}, "every row must run to its end"
+        assert all(len(set(rewards[i:i + G])) > 1 for i in range(0, N, G)), "every group must teach something"
+        return rewards
+
+    with tempfile.TemporaryDirectory() as folder:
+        llama(TEACHER).save_pretrained(folder)  # the trainer loads the reference from where the policy came from
+        policy = LlamaForCausalLM.from_pretrained(folder, attn_implementation=option["attention"])
+        # "dapo" averages over tokens, as ours; without the KL's bias correction the penalty is k3, as ours.
+        args = GRPOConfig(**trainer_settings(option, folder, CFG.rl_lr), num_generations=G, max_completion_length=NEW,
+                          top_k=0, top_p=1.0, beta=KL, epsilon=CLIP, loss_type="dapo", use_bias_correction_kl=False)
+        assert args.steps_per_generation == args.gradient_accumulation_steps, "one update a rollout, as ours"
+        data = Dataset.from_dict({"prompt": [spell(ids) for ids in prompt_ids(P)] * 64})
+        turns.train(GRPOTrainer(policy, reward, args, data, processing_class=peer_tokenizer()))
+
+
+def peer_distillation(option: dict, turns: Turns, sampling: bool) -> None:
+    from datasets import Dataset
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+    student, teacher = llama(STUDENT, option["attention"]), llama(TEACHER, option["attention"])
+    data = Dataset.from_dict({"prompt": [spell(ids) for ids in prompt_ids(N)] * 32, "input_ids": given_rows() * 32,
+                              "completion_mask": [[0] * PROMPT + [1] * NEW] * N * 32})
+    with tempfile.TemporaryDirectory() as folder:
+        args = GKDConfig(**trainer_settings(option, folder, CFG.distill_adam_lr), lmbda=0.0, seq_kd=sampling, beta=0.0,
+                         max_new_tokens=NEW)
+        turns.train(GKDTrainer(student, teacher, args, train_dataset=data, processing_class=peer_tokenizer()))
+
+
+# The cases
+
+
+@dataclass
+class Case:
+    group: str                                # what --only names
+    ours: Callable[[dict, Turns], None]
+    peer: Callable[[dict, Turns], None]
+    our_options: list[dict]                   # what each side tries, all in each dtype
+    peer_options: list[dict]
+    work: list[tuple[GPTConfig, int, float]]  # shape, rows of its products, FLOPs of a step
+    tokens: int = 0                           # of a step, where the table shows tokens/s and not seconds
+    steps: int = 1                            # in a turn, so that it lasts long enough to be timed
+
+
+def forward_flops(config: GPTConfig, tokens: int, context: float) -> float:
+    """2 for each parameter and token (the embedding is the output matrix), and 2 for each number that goes into the two
+    attention products, whose tokens see `context` others on average. Training takes three times that."""
+    return tokens * (2 * GPT(config).n_params() + 4 * config.n_layer * config.n_embd * context)
+
+
+def sampling_case(rows: int, new: int) -> Case:
+    size, tokens = dict(rows=rows, new=new), rows * new
+    return Case("sampling", partial(our_sampling, **size), partial(peer_sampling, **size), [{}],
+                [dict(cache="growing cache"), dict(cache="static cache")],
+                [(TEACHER, rows, forward_flops(TEACHER, tokens, PROMPT + new / 2))], tokens, max(1, 8_192 // tokens))
+
+
+def passes(config: GPTConfig, n: int) -> tuple[GPTConfig, int, float]:
+    """The work of n forward passes over the rows of a GRPO or distillation step."""
+    return config, MICRO_TOKENS, n * forward_flops(config, N * (PROMPT + NEW), (PROMPT + NEW) / 2)
+
+
+COMPILE = [dict(compile="not compiled"), dict(compile="compiled")]
+ATTENTION = [dict(attention="sdpa"), dict(attention="eager")]
+TRAINER = [option | dict(rows=N) for option in ATTENTION] + [dict(attention="eager", rows=N // 4)]
+SIZES = [(16, 48), (64, 48), (256, 48), (512, 48), (1024, 48), (64, 32), (64, 64), (64, 128), (64, 256), (64, 512)]
+SAMPLED, DISTILLED = sampling_case(N, NEW).work, [passes(STUDENT, 3), passes(TEACHER, 1)]
+CASES = {f"sampling, {rows} x {new}": sampling_case(rows, new) for rows, new in SIZES} | {
+    f"pretraining, {B} x {T}": Case("pretrain", our_pretraining, peer_pretraining, COMPILE,
+                                    [a | c for a in ATTENTION for c in COMPILE],
+                                    [(TEACHER, B * T, 3 * forward_flops(TEACHER, B * T, T / 2))], B * T, 8),
+    # 3 passes to learn and 1 for the reference. One for pi_old, where a side makes it, is not needed with one update.
+    f"GRPO iteration, {P} x {G} x {NEW}": Case("grpo", our_grpo, peer_grpo, COMPILE, TRAINER,
+                                               SAMPLED + [passes(TEACHER, 4)]),
+    f"distillation, {N} x {NEW}": Case("distill", partial(our_distillation, sampling=True),
+                                       partial(peer_distillation, sampling=True), COMPILE, TRAINER,
+                                       SAMPLED + DISTILLED),
+    "distillation, update alone": Case("distill", partial(our_distillation, sampling=False),
+                                       partial(peer_distillation, sampling=False), COMPILE, TRAINER, DISTILLED),
+}
+
+
+# Processes
+
+
+def serve(pipe, side: str, name: str, options: list[dict]) -> None:
+    """A process: one side of a case, with one option after another. For each it sends the seconds of a step at every
+    turn, and the peak memory in MiB at the end; None instead if the option fails."""
+    sys.stdout = open(os.devnull, "w")
+    if side == "ours":
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    else:
+        from transformers.utils import logging as transformers_logging
+        transformers_logging.disable_progress_bar()
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+    for option in options:
+        try:
+            getattr(CASES[name], side)(option, Turns(pipe, option["device"]))
+            kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**10 if sys.platform == "darwin" else 1)
+            pipe.send(torch.cuda.max_memory_allocated() / 2**20 if option["device"] == "cuda" else kib / 2**10)
+        except (EOFError, BrokenPipeError):  # the parent is gone
+            return
+        except Exception:
+            traceback.print_exc()
+            pipe.send(None)
+
+
+def launch(side: str, name: str, options: list[dict]):
+    """Start a process that serves -> our end of its pipe."""
+    context = multiprocessing.get_context("spawn")
+    pipe, end = context.Pipe()
+    context.Process(target=serve, args=(end, side, name, options), daemon=True).start()
+    end.close()  # so that recv() raises EOFError if the process dies
+    return pipe
+
+
+def ask(pipe, steps: int) -> float | None:
+    """Have it take steps -> seconds of one; or, for 0, end the job -> MiB. None if it failed."""
+    pipe.send(steps)
+    return pipe.recv()
+
+
+def quickest(side: str, name: str, dtypes: list[str], device: str) -> dict:
+    """Try a side's options for a case -> the best. Raises Fault if none works."""
+    options = [dict(device=device, dtype=dtype) | option for dtype in dtypes
+               for option in (CASES[name].peer_options if side == "peer" else CASES[name].our_options)]
+    pipe, tried = launch(side, name, options), []
+    for option in options:
+        seconds = pipe.recv() and ask(pipe, CASES[name].steps)  # after a step that warms up
+        if seconds and ask(pipe, 0):
+            tried.append((seconds, option))
+    if not tried:
+        raise Fault(f"{name}: {side} failed: the error is above")
+    return min(tried, key=lambda pair: pair[0])[1]
+
+
+def roof(config: GPTConfig, rows: int, dtype: str, device: str) -> float:
+    """FLOP/s of the matrix products of all layers and the output, on so many rows: the best of a few tries."""
+    C, H = config.n_embd, config.n_hidden
+    sizes = ([(C, C)] * 4 + [(C, H)] * 2 + [(H, C)]) * config.n_layer + [(C, config.vocab_size)]
+    make = partial(torch.randn, dtype=getattr(torch, dtype), device=device)
+    products = [(make(rows, k), make(n, k).t(), make(rows, n)) for k, n in sizes]
+    best, start = float("inf"), time.perf_counter()
+    while time.perf_counter() - start < 0.3:
+        before = time.perf_counter()
+        for x, weight, out in products:
+            torch.mm(x, weight, out=out)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - before)
+    return sum(2 * rows * k * n for k, n in sizes) / best
+
+
+def measure(name: str, options: list[dict], reps: int, roofs: dict) -> list[float]:
+    """Both sides of a case in turn, `reps` times; print its row -> the median seconds of each side."""
+    case, pipes = CASES[name], [launch(side, name, [option]) for side, option in zip(("ours", "peer"), options)]
+    if None in [pipe.recv() for pipe in pipes]:
+        raise Fault(f"{name} failed: the error is above")
+    pairs = [[ask(pipe, case.steps) for pipe in pipes] for _ in range(reps)]
+    peaks = [f"{ask(pipe, 0):,.0f}" for pipe in pipes]
+    ratios, seconds = [peer / ours for ours, peer in pairs], [median(side) for side in zip(*pairs)]
+    speeds = [f"{case.tokens / s:,.0f} tokens/s" if case.tokens else f"{s:.3f} s" for s in seconds]
+    ideal = sum(flops / roofs[config.n_embd, rows, options[0]["dtype"]] for config, rows, flops in case.work)
+    settings = [", ".join(f"{value} rows" if key == "rows" else value for key, value in option.items()
+                          if key != "device") for option in options]
+    print(f"| {name} | {speeds[0]} | {speeds[1]} | {median(ratios):.2f} ({min(ratios):.2f}..{max(ratios):.2f}) | "
+          f"{' / '.join(settings)} | {ideal / seconds[0]:.0%} | {' / '.join(peaks)} MiB |", flush=True)
+    return seconds
+
+
+# The command line
+
+
+def parse(argv: list[str]) -> dict[str, str]:
+    """--key=value arguments -> all flags. Raises Fault for what is unknown, out of range or not installed."""
+    flags = {"reps": "5", "only": "", "dtype": "best", "device": "auto"}
+    for arg in argv:
+        name, equals, text = arg.removeprefix("--").partition("=")
+        if not arg.startswith("--") or not equals or name not in flags:
+            raise Fault(f"unknown argument {arg!r}: see --help")
+        flags[name] = one_of(name, text, FLAGS.get(name, (text,)))
+    if not flags["reps"].isdecimal() or int(flags["reps"]) < 1:
+        raise Fault(f"--reps must be a whole number above 0, not {flags['reps']!r}")
+    for package in ("transformers", "trl", "datasets", "accelerate"):
+        if not importlib.util.find_spec(package):
+            raise Fault(f"{package} is missing: pip install -r experiments/requirements.txt")
+    if flags["device"] == "auto":
+        flags["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    return flags
+
+
+def compare(reps: int, only: str, dtype: str, device: str) -> None:
+    """Measure the chosen cases and print the tables."""
+    dtypes = ["float32", "bfloat16"] if dtype == "best" else [dtype]
+    chosen = [name for name, case in CASES.items() if only in ("", case.group)]
+    shapes = {(config.n_embd, rows): config for name in chosen for config, rows, _ in CASES[name].work}
+    keys = [(width, rows, dtype) for width, rows in sorted(shapes) for dtype in dtypes]
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        rates = pool.starmap(roof, [(shapes[width, rows], rows, dtype, device) for width, rows, dtype in keys])
+    roofs, seconds = dict(zip(keys, rates)), {}
+    columns = ("case", "ours", "peer", "ratio of speeds (min..max)", "settings, ours / peer", "our MFU",
+               "peak memory, ours / peer")
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
+    for name in chosen:
+        seconds[name] = measure(name, [quickest(side, name, dtypes, device) for side in ("ours", "peer")], reps, roofs)
+        if name == "sampling, 64 x 512":
+            ours, peer = (f"{long / 512 / (short / 64):.2f} times"
+                          for long, short in zip(seconds[name], seconds["sampling, 64 x 64"]))
+            print(f"| time of a token at length 512 beside 64 | {ours} | {peer} | | | | |", flush=True)
+    print("\n| the roof, GFLOP/s: width | rows |", " | ".join(dtypes), "|\n|---|---|" + "---|" * len(dtypes))
+    for width, rows in sorted(shapes):
+        print(f"| {width} | {rows:,} |", " | ".join(f"{roofs[width, rows, d] / 1e9:,.0f}" for d in dtypes), "|")
+
+
+def machine(device: str) -> str:
+    """The processor's name, as far as the system tells."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line -> exit code."""
+    if "--help" in argv:
+        print(__doc__)
+        return 0
+    try:
+        flags = parse(argv)
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ.update(HF_HOME=folder, HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error",
+                              TRL_EXPERIMENTAL_SILENCE="1")
+            compare(**flags | {"reps": int(flags["reps"])})
+    except (Fault, EOFError) as fault:
+        print(f"bench.py: {fault if str(fault) else 'a process died'}", file=sys.stderr)
+        return 2
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "trl", "numpy")]
+    print(f"\n{', '.join(versions)}; {machine(flags['device'])}, {torch.get_num_threads()} threads\n"
+          + " ".join(["python experiments/bench.py"] + [f"--{key}={value}" for key, value in flags.items() if value]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
