@@ -25,8 +25,8 @@ from train import compiled, evaluate, main, majority, pass_at_k, reward_function
 ROOT = Path(__file__).parent.parent
 # A run that passes through every stage in a few seconds and saves at every step. One thread, as this process has, so that
 # either may go on with what the other began.
-QUICK = ["--preset=tiny", "--threads=1", "--save_every=0", "--base_tokens=40000", "--student_base_tokens=40000", "--rl_steps=5",
-         "--distill_steps=9", "--rl_max_new_tokens=40", "--eval_problems=3"]
+QUICK = ["--preset=tiny", "--threads=1", "--save_every=0", "--base_tokens=40000", "--student_base_tokens=40000",
+         "--rl_steps=5", "--distill_steps=9", "--distill_prompts=64", "--rl_max_new_tokens=40", "--eval_problems=3"]
 NAMES = ["base", "zero", "student_base", "student"]
 
 
@@ -38,8 +38,7 @@ def train(*args, **kwargs):
 def quick(tmp_path_factory):
     """A finished quick run."""
     out = tmp_path_factory.mktemp("quick")
-    done = train(*QUICK, f"--out={out}")
-    assert done.returncode == 0, done.stderr
+    assert main([*QUICK, f"--out={out}"]) == 0
     return out
 
 
