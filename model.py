@@ -1,4 +1,5 @@
-"""A small Llama: the GPT that is pretrained, trained by RL, and distilled, with sampling and log-probabilities.
+"""A small Llama: the GPT that is pretrained, trained by RL, and distilled, with its sampling, its log-probabilities and
+its optimizer.
 
 The block is Llama's: RMSNorm before attention and before a SwiGLU, rotary positions, no biases; the embedding is tied
 to the output. So the weights can move to and from other tools.

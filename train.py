@@ -96,6 +96,14 @@ def settle(cfg: Config) -> Config:
     return cfg
 
 
+def bound_kernels() -> None:
+    """Have oneDNN keep its compiled kernels for the last 128 shapes; call it before the first product.
+
+    It would keep a thousand, and RL meets thousands: this bounds the memory. Far fewer would be compiled again and again.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+
+
 def quicker_dtype(cfg: Config) -> str:
     """Time a pretraining step both ways, in turn. A CPU without bf16 matrix units is slower in bf16 than in fp32."""
     model = GPT(shape(cfg, "base")).to(cfg.device)
@@ -148,7 +156,7 @@ def open_run(cfg: Config, out: Path) -> Run:
         if path.exists():
             stored = json.loads(path.read_text())
             results = {key: stored[key] for key in results}
-            settled = {key: results["config"][key] for key in ("device", "dtype", "threads")
+            settled = {key: results["config"][key] for key in ("device", "dtype", "compile", "threads")
                        if getattr(cfg, key) == getattr(Config, key)}
             cfg = dataclasses.replace(cfg, **settled)
             check(cfg)
@@ -429,9 +437,7 @@ def main(argv: list[str]) -> int:
         if "--help" in argv:
             print(__doc__ + "\n" + inspect.getsource(Config))
             return 0
-        # oneDNN keeps a compiled kernel for each shape that it meets, the last thousand by default. RL meets thousands, so
-        # fewer bound the memory; far fewer would have to be compiled again and again.
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+        bound_kernels()
         cfg, options = parse_args(argv)
         stage, out = options["stage"], Path(options["out"] or f"out/{options['preset'] or ''}")
         if options["ask"] is not None:

@@ -63,7 +63,7 @@ from distill import distill_loss, distill_step
 from grpo import grpo_step
 from model import GPT, GPTConfig, Optimizer, generate
 from run import Config, Fault, one_of
-from train import compiled
+from train import bound_kernels, compiled
 
 CFG, ENCODING = Config(), get_tokenizer()
 VOCAB = ENCODING.n_vocab
@@ -389,7 +389,7 @@ def serve(pipe, side: str, name: str, options: list[dict]) -> None:
     turn, and the peak memory in MiB at the end; None instead if the option fails."""
     sys.stdout = open(os.devnull, "w")
     if side == "ours":
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+        bound_kernels()
     else:
         from transformers.utils import logging as transformers_logging
         transformers_logging.disable_progress_bar()

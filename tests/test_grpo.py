@@ -353,7 +353,7 @@ def test_step_reports_what_happened(make_gpt, normalize):
         assert abs(metrics[name] - float(value)) < 1e-5, name
     assert metrics["sampler_gap"] < 1e-5 and metrics["grad_norm"] > 0
     assert all(torch.equal(untouched[name], value) for name, value in reference.state_dict().items())
-    assert not torch.equal(untouched["embedding.weight"], model.embedding.weight)
+    assert not torch.equal(untouched["norm.weight"], model.norm.weight)
 
 
 def test_the_ratio_of_an_untouched_policy_is_exactly_1(make_gpt):

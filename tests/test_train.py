@@ -23,8 +23,8 @@ from run import Config, build_model, load_checkpoint
 from train import compiled, evaluate, main, majority, pass_at_k, reward_function, settle
 
 ROOT = Path(__file__).parent.parent
-# A run that passes through every stage in a few seconds and saves at every step. One thread, as this process has, so that
-# either may go on with what the other began.
+# A run that passes through every stage in a few seconds and saves at every step. One thread, as this process has, so
+# that either may go on with what the other began.
 QUICK = ["--preset=tiny", "--threads=1", "--save_every=0", "--base_tokens=40000", "--student_base_tokens=40000",
          "--rl_steps=5", "--distill_steps=9", "--distill_prompts=64", "--rl_max_new_tokens=40", "--eval_problems=3"]
 NAMES = ["base", "zero", "student_base", "student"]
@@ -296,7 +296,7 @@ def test_auto_takes_the_quicker_dtype(monkeypatch, slow, expected):
     assert settle(Config(device="cpu", compile="off", threads=1, dtype=slow)).dtype == slow
 
 
-def test_compiling_is_settled_by_trying(monkeypatch, capsys):
+def test_compiling_is_settled_by_trying(capsys):
     """A laptop without a C++ compiler: a traceback of a hundred lines in the middle of the run."""
     cfg = Config(device="cpu", dtype="float32", threads=1)
     with torch._inductor.config.patch("cpp.cxx", ("no-such-compiler",)):
