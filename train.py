@@ -99,7 +99,7 @@ def settle(cfg: Config) -> Config:
 def bound_kernels() -> None:
     """Have oneDNN keep its compiled kernels for the last 128 shapes; call it before the first product.
 
-    It would keep a thousand, and RL meets thousands: this bounds the memory. Far fewer would be compiled again and again.
+    It would keep a thousand, and RL meets thousands: this bounds the memory. Far fewer are compiled again and again.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
