@@ -24,8 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grpo import cut, sample_rollout, shuffled_minibatches
+from grpo import MICRO_BATCH, cut, sample_rollout, shuffled_minibatches
 from model import GPT, Optimizer
+from parallel import add_up, share
 
 DIVERGENCES = ("forward", "reverse", "jsd")
 
@@ -69,7 +70,7 @@ def sft_loss(student_logits: Tensor, target: Tensor, mask: Tensor, denominator: 
 
 def distill_step(student: GPT, teacher: GPT, optimizer: Optimizer, problems: list, reward_fn, encoding, *,
                  divergence: str, on_policy: bool, max_new_tokens: int, minibatches: int, temperature: float = 1.0,
-                 lr_scale: float = 1.0, max_tokens: int = 8_192,
+                 lr_scale: float = 1.0, max_tokens: int = MICRO_BATCH,
                  generator: torch.Generator | None = None) -> dict[str, float | None]:
     """Sample one completion of each problem, then one update of the student a minibatch -> metrics.
 
@@ -83,13 +84,13 @@ def distill_step(student: GPT, teacher: GPT, optimizer: Optimizer, problems: lis
     rollout = sample_rollout(student if on_policy else teacher, problems, reward_fn, encoding, samples=1,
                              max_new_tokens=max_new_tokens, generator=generator)
     accepted = [i for i, score in enumerate(rollout.scores) if on_policy or score["accuracy"] == score["format"] == 1]
-    loss_sum = grad_norm = tokens = 0
+    loss_sum, grad_norm, tokens = 0.0, 0.0, 0
     for picks in shuffled_minibatches(len(accepted), minibatches, generator):
         rows = [accepted[i] for i in picks]
         if not rows:
             continue
         n_tokens = sum(len(rollout.completions[i]) for i in rows)
-        for _, idx, mask in cut(rollout, rows, encoding.eot_token, max_tokens, device):
+        for _, idx, mask in cut(rollout, share(rows), encoding.eot_token, max_tokens, device):
             student_logits = student(idx[:, :-1])  # (n, T-1, V)
             if divergence == "sft":
                 loss = sft_loss(student_logits, idx[:, 1:], mask, n_tokens)
@@ -102,6 +103,7 @@ def distill_step(student: GPT, teacher: GPT, optimizer: Optimizer, problems: lis
             loss_sum += loss.item() * n_tokens
         grad_norm += optimizer.step(lr_scale) / minibatches
         tokens += n_tokens
+    loss_sum = add_up(torch.tensor(loss_sum)).item()
     return {
         "loss": loss_sum / tokens if tokens else None,
         "accepted": len(accepted) / len(rollout.scores),

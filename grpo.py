@@ -42,9 +42,11 @@ import torch
 from torch import Tensor
 
 from model import GPT, Optimizer, generate, token_logprobs
+from parallel import add_up, gather, own, share
 
 
 NORMALIZE = ("sequence", "token", "constant")
+MICRO_BATCH = 4_096  # tokens that a process computes at a time, which bounds its memory
 
 
 def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
@@ -144,14 +146,15 @@ def sample_rollout(model: GPT, problems: list, reward_fn, encoding, *, samples: 
     problems have a .prompt (str); reward_fn(completion: str, problem) -> {"reward": total, "accuracy": 0 or 1, ...};
     encoding is the tiktoken.Encoding. The text is scored without its end of text.
     """
-    eos = encoding.eot_token
+    eos, problems = encoding.eot_token, share(problems)
     prompts = [encoding.encode_ordinary(problem.prompt) for problem in problems]
     completions, logp = generate(model, prompts, max_new_tokens, temperature=temperature, eos_id=eos,
-                                 generator=generator, samples=samples, return_logprobs=True)
+                                 generator=own(generator), samples=samples, return_logprobs=True)
     truncated = [c[-1] != eos for c in completions]
     texts = [encoding.decode(c if cut else c[:-1]) for c, cut in zip(completions, truncated)]
     scores = [reward_fn(text, problems[i // samples]) for i, text in enumerate(texts)]
-    return Rollout([p for p in prompts for _ in range(samples)], completions, logp, texts, truncated, scores)
+    prompts = [p for p in prompts for _ in range(samples)]
+    return Rollout(*map(list, zip(*gather(list(zip(prompts, completions, logp, texts, truncated, scores))))))
 
 
 def pack(prompts: list[list[int]], completions: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -199,7 +202,7 @@ def cut(rollout: Rollout, rows: list[int], pad_id: int, max_tokens: int,
 
 def grpo_step(policy: GPT, reference: GPT | None, optimizer: Optimizer, problems: list, reward_fn, encoding, *,
               samples: int, max_new_tokens: int, minibatches: int, clip_low: float, clip_high: float, kl_coef: float,
-              normalize: str, scale: str, temperature: float = 1.0, lr_scale: float = 1.0, max_tokens: int = 8_192,
+              normalize: str, scale: str, temperature: float = 1.0, lr_scale: float = 1.0, max_tokens: int = MICRO_BATCH,
               generator: torch.Generator | None = None) -> tuple[dict[str, float], Rollout]:
     """One iteration of Algorithm 1 of DeepSeekMath: `samples` completions of each problem, then an update a minibatch.
 
@@ -224,8 +227,10 @@ def grpo_step(policy: GPT, reference: GPT | None, optimizer: Optimizer, problems
     batches, trained = [], 0
     for rows in shuffled_minibatches(len(lengths), minibatches, generator):
         live = [i for i in rows if kl_coef or adv[i] != 0]
+        if not live:
+            continue
         parts = []
-        for part, idx, mask in cut(rollout, live, encoding.eot_token, max_tokens, device):
+        for part, idx, mask in cut(rollout, share(live), encoding.eot_token, max_tokens, device):
             logp_old = token_logprobs(policy, idx, temperature=temperature).detach() if batches else None
             logp_ref = token_logprobs(reference, idx, temperature=temperature).detach() if kl_coef else None
             sampled = torch.tensor([p for i in part for p in rollout.logp[i]], device=device)  # (tokens,)
@@ -234,7 +239,7 @@ def grpo_step(policy: GPT, reference: GPT | None, optimizer: Optimizer, problems
         batches.append((normalizer(len(rows), sum(lengths[i] for i in rows), normalize, max_new_tokens), parts))
 
     # 5) update the policy, a minibatch at a time; the gradients of its micro-batches add up to its own
-    totals = dict.fromkeys(("loss", "grad_norm", "kl", "ratio", "clip_low", "clip_high", "sampler_gap"), 0.0)
+    totals, grad_norm = dict.fromkeys(("loss", "kl", "ratio", "clip_low", "clip_high", "sampler_gap"), 0.0), 0.0
     for denominator, parts in batches:
         for idx, logp_old, logp_ref, part_adv, mask, sampled in parts:
             logp = token_logprobs(policy, idx, temperature=temperature)
@@ -242,13 +247,12 @@ def grpo_step(policy: GPT, reference: GPT | None, optimizer: Optimizer, problems
             loss, metrics = grpo_loss(logp, logp_old, logp_ref, part_adv, mask, clip_low=clip_low, clip_high=clip_high,
                                       kl_coef=kl_coef, normalize=normalize, denominator=denominator)
             loss.backward()
-            totals["loss"] += loss.item() / len(batches)
-            share = int(mask.sum()) / trained  # metrics are means over tokens: weigh each part by its tokens
-            for name, value in metrics.items():
-                totals[name] += value.item() * share
+            totals["loss"] += loss.item() / minibatches
+            for name, value in metrics.items():  # means over tokens: weigh each part by its tokens
+                totals[name] += value.item() * int(mask.sum()) / trained
             totals["sampler_gap"] += (logp_old[mask] - sampled).abs().sum().item() / trained
-        if parts:
-            totals["grad_norm"] += optimizer.step(lr_scale) / len(batches)
+        grad_norm += optimizer.step(lr_scale) / minibatches
+    totals = dict(zip(totals, add_up(torch.tensor(list(totals.values()))).tolist()))
 
     wrong = [n for n, right in zip(lengths, rollout.column("accuracy")) if not right]
     seconds = time.perf_counter() - start
@@ -259,6 +263,7 @@ def grpo_step(policy: GPT, reference: GPT | None, optimizer: Optimizer, problems
         "truncated": sum(rollout.truncated) / len(lengths),
         "no_signal": (rewards == rewards[:, :1]).all(dim=1).float().mean().item(),  # groups whose advantages are all 0
         "entropy": -sum(map(sum, rollout.logp)) / sum(lengths),  # its estimate from the samples, nats a token
+        "grad_norm": grad_norm,
         **totals,
         "kl": totals["kl"] if kl_coef else None,
         "tokens_per_s": sum(lengths) / seconds,

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parallel import add_up_gradients
+
 
 @dataclass
 class GPTConfig:
@@ -309,8 +311,9 @@ class Optimizer:
         self.parameters = others + matrices
 
     def step(self, scale: float = 1.0, clip: float = 1.0) -> float:
-        """One update with learning rates times `scale`, gradients clipped to norm `clip` and then cleared -> their
-        norm before clipping."""
+        """One update with learning rates times `scale`, the gradients of all processes added up, clipped to norm `clip`
+        and then cleared -> their norm before clipping."""
+        add_up_gradients(self.parameters)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip)
         for part, lr in zip(self.parts, self.lrs):
             for group in part.param_groups:

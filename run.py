@@ -24,6 +24,7 @@ from typing import Literal, get_args, get_origin
 import torch
 
 from model import GPT, GPTConfig
+from parallel import broadcast, rank
 
 PRETRAIN_PRINT = 20  # pretraining steps between lines on the terminal; log.jsonl has them all
 
@@ -39,7 +40,8 @@ class Config:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"        # auto: a GPU if there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"        # of the matrix products; auto: the quicker, measured
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile for training; auto: on a CPU with a C++ compiler
-    threads: int = 0                  # of the CPU; 0: as many as torch takes
+    processes: int = 1                # each with a share of every batch
+    threads: int = 0                  # of each process, on the CPU; 0: as many as torch takes, divided among them
     save_every: float = 20.0          # seconds between checkpoints inside a stage; 0: every step
     # the teacher's shape
     block_size: int = 128             # longest sequence, in tokens
@@ -95,7 +97,7 @@ PRESETS = {
 MAY_BE_ZERO = {"seed", "threads", "save_every", "format_weight", "kl_coef", "ref_every"}
 
 # Which fields shaped a stage's checkpoint (names, or beginnings of names that end in _): they may not change after it.
-SHARED = ("seed", "device", "dtype", "compile", "threads", "block_size")
+SHARED = ("seed", "device", "dtype", "compile", "block_size")
 TEACHER = SHARED + ("n_", "base_", "rl_", "format_weight", "clip_", "kl_coef", "ref_every", "normalize", "scale")
 SHAPED_BY = {
     "base": SHARED + ("n_", "base_"),
@@ -166,7 +168,10 @@ def parse_args(argv: list[str]) -> tuple[Config, dict[str, str | None]]:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all. Raises Fault, with the old content intact, if it cannot be written."""
+    """Write a file whole or not at all, if this is the first process. Raises Fault, with the old content intact, if it
+    cannot be written."""
+    if rank():
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -279,7 +284,7 @@ def lr_scale(step: int, steps: int, hold: float = 0.4) -> float:
 def ctrl_c_noted():
     """Inside, Ctrl-C only adds to the list that this yields, so that a step is never torn in the middle."""
     pressed = []
-    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if rank() else lambda *_: pressed.append(True))
     try:
         yield pressed
     finally:
@@ -310,7 +315,7 @@ def train_stage(run: Run, name: str, steps: int, parts: dict, train_step: Callab
     write_file(run.out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     started, resumed, saved_step = run.began - seconds, done, done
     looping = saved_at = time.perf_counter()
-    with open(run.out / "log.jsonl", "a") as log, ctrl_c_noted() as pressed:
+    with open(os.devnull if rank() else run.out / "log.jsonl", "a") as log, ctrl_c_noted() as pressed:
         while done < steps:
             metrics = train_step(done + 1)
             bad = [key for key, value in metrics.items() if value is not None and not math.isfinite(value)]
@@ -331,4 +336,6 @@ def train_stage(run: Run, name: str, steps: int, parts: dict, train_step: Callab
             if pressed:
                 raise KeyboardInterrupt(f"saved {resume} at step {done} of {name}")
     save_checkpoint(run.path(name), content())
-    resume.unlink(missing_ok=True)
+    if not rank():
+        resume.unlink(missing_ok=True)
+    broadcast(None)  # whoever reads NAME.pt next finds it

@@ -12,11 +12,13 @@
     python train.py --preset=tiny              the same in seconds: does it run at all?
     python train.py --ask="8*7-19"             what each model answers
     python train.py --seed=1 --out=out/seed1   --key=value sets any field of Config
+    torchrun --standalone --nproc_per_node=2 train.py    in several processes (or --processes=2; see parallel.py)
 
 It writes into --out (out/, or out/PRESET): NAME.pt for each finished stage, resume.pt for the stage under way,
 log.jsonl (a row a step), results.json, report.md. Started again with the same settings it goes on from the last
-checkpoint, to the same result bit for bit: whatever a step draws at random is seeded by (seed, stage, step). This
-file and run.py, which keeps the files, are the only ones with side effects.
+checkpoint, to the same result bit for bit: whatever a step draws at random is seeded by (seed, stage, step). With other
+numbers of processes or threads it goes on too, to a result that is as good and not the same. This file, run.py, which
+keeps the files, and parallel.py are the only ones with side effects.
 """
 import dataclasses
 import functools
@@ -38,8 +40,9 @@ from torch import Tensor
 from data import arithmetic as task
 from data.tokenizer import get_tokenizer
 from distill import distill_step
-from grpo import grpo_step, sample_rollout
+from grpo import MICRO_BATCH, grpo_step, sample_rollout
 from model import GPT, GPTConfig, Optimizer, generate
+from parallel import Lost, add_up, broadcast, join, launched, leave, rank, share, start
 from rewards import accuracy_reward, extract_answer, format_reward, reflects
 from run import (EVALUATED_BY, SHAPED_BY, STAGES, Config, Fault, Run, build_model, draws, load_checkpoint, lr_scale,
                  parse_args, refuse_changes, train_stage, write_file)
@@ -65,6 +68,7 @@ def check(cfg: Config) -> None:
         (cfg.distill_minibatches > cfg.distill_prompts, "--distill_minibatches is more than --distill_prompts"),
         (cfg.ref_every and not cfg.kl_coef, "--ref_every refreshes the reference, which only a --kl_coef above 0 has"),
         (cfg.on_policy and cfg.divergence == "sft", "--divergence=sft learns the teacher's samples: not --on_policy"),
+        (cfg.processes > min(cfg.base_batch, cfg.student_base_batch), "--processes is more than a batch's rows"),
         (cfg.base_tokens < cfg.base_batch * cfg.block_size, "--base_tokens is less than one batch"),
         (cfg.student_base_tokens < cfg.student_base_batch * cfg.block_size,
          "--student_base_tokens is less than one batch"),
@@ -84,9 +88,10 @@ def shape(cfg: Config, name: str) -> GPTConfig:
 
 def settle(cfg: Config) -> Config:
     """Replace "auto" by what this machine has: a GPU before the CPU, bfloat16 only where it is quicker."""
-    device, threads = cfg.device, cfg.threads or torch.get_num_threads()
+    device, cores = cfg.device, torch.get_num_threads()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    threads = cfg.threads or (cores if launched() else max(1, cores // cfg.processes))  # torchrun divides them itself
     torch.set_num_threads(threads)
     cfg = dataclasses.replace(cfg, device=device, threads=threads)
     if cfg.dtype == "auto":
@@ -94,6 +99,15 @@ def settle(cfg: Config) -> Config:
     if cfg.compile == "auto":
         cfg = dataclasses.replace(cfg, compile="on" if device == "cpu" and can_compile() else "off")
     return cfg
+
+
+def processors(cfg: Config) -> str:
+    """In words.
+
+    >>> processors(Config(processes=2, threads=1))
+    '2 processes of 1 thread'
+    """
+    return f"{cfg.processes} process{'es' * (cfg.processes > 1)} of {cfg.threads} thread{'s' * (cfg.threads > 1)}"
 
 
 def bound_kernels() -> None:
@@ -129,17 +143,16 @@ def can_compile() -> bool:
 
 
 def compiled(model: GPT, cfg: Config) -> GPT:
-    """The model with its training pass compiled, if the run is to: once, for batches of every size."""
+    """The model with its training pass compiled, if the run is to: once, for all sizes of micro-batches."""
     if cfg.compile == "on":
         torch.compiler.set_stance("default")
         for block in model.blocks:
             block.compile(dynamic=True)
-        # Sizes that no other dimension has, or the compiler would take them for the same one and make it a constant. It
-        # adds up the norms' gradients in two ways, over more tokens than 4,096 and over fewer: hence the second.
+        # A size that no other dimension has, or the compiler would take them for the same one and make it a constant. It
+        # writes other code for more tokens than 4,096, which is what a micro-batch has at most.
         length = model.config.block_size - 3
-        for rows in (2 * (4096 // length) + 3, max(2, 4096 // length - 1)):
-            idx = torch.zeros(rows, length, dtype=torch.long, device=cfg.device)
-            model(idx).float().sum().backward()
+        idx = torch.zeros(max(2, MICRO_BATCH // length - 1), length, dtype=torch.long, device=cfg.device)
+        model(idx).float().sum().backward()
         model.zero_grad(set_to_none=True)
         # subtle: what was compiled for another size rounds differently. Nothing is compiled later, so that a run that
         # was killed goes on to the same result; what does not fit (a batch of one row) is run as it is.
@@ -149,6 +162,9 @@ def compiled(model: GPT, cfg: Config) -> GPT:
 
 def open_run(cfg: Config, out: Path) -> Run:
     """Begin a run, or go on with the one in `out`. Raises Fault if that one was made with other settings."""
+    if launched() and cfg.processes not in (Config.processes, launched()):
+        raise Fault(f"--processes={cfg.processes}, but launched as {launched()}, which decides")
+    cfg = dataclasses.replace(cfg, processes=launched() or cfg.processes)
     check(cfg)
     path, results = out / "results.json", {"config": {}, "seconds": {}, "models": {}}
     try:
@@ -156,8 +172,8 @@ def open_run(cfg: Config, out: Path) -> Run:
         if path.exists():
             stored = json.loads(path.read_text())
             results = {key: stored[key] for key in results}
-            settled = {key: results["config"][key] for key in ("device", "dtype", "compile", "threads")
-                       if getattr(cfg, key) == getattr(Config, key)}
+            keys = ["device", "dtype", "compile"] + ["threads"] * (cfg.processes == results["config"]["processes"])
+            settled = {key: results["config"][key] for key in keys if getattr(cfg, key) == getattr(Config, key)}
             cfg = dataclasses.replace(cfg, **settled)
             check(cfg)
     except OSError as error:
@@ -212,21 +228,27 @@ def pretrain(run: Run, name: str) -> None:
     rows = min(steps * batch, len(starts))  # the corpus's first: what follows them shapes nothing
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(cfg.seed))
 
-    def loss_of(corpus: Tensor, starts: Tensor) -> Tensor:
-        idx = corpus[starts[:, None] + torch.arange(length)].long().to(device)  # (B, T+1)
-        return F.cross_entropy(model(idx[:, :-1]).float().flatten(0, 1), idx[:, 1:].flatten())
+    def loss_over(corpus: Tensor, starts: Tensor) -> float:
+        """The mean over rows, a micro-batch of this process's share at a time, and its gradient if there is to be one."""
+        mean = torch.zeros(())
+        for part in share(starts).split(max(1, MICRO_BATCH // cfg.block_size)):
+            idx = corpus[part[:, None] + torch.arange(length)].long().to(device)  # (B, T+1)
+            loss = F.cross_entropy(model(idx[:, :-1]).float().flatten(0, 1), idx[:, 1:].flatten(), reduction="sum")
+            loss = loss / (len(starts) * cfg.block_size)
+            if torch.is_grad_enabled():
+                loss.backward()
+            mean += loss.detach().cpu()
+        return add_up(mean).item()
 
     def step(number: int) -> dict:
         start = time.perf_counter()
         picks = torch.arange((number - 1) * batch, number * batch) % rows
-        loss = loss_of(corpus, starts[order[picks]])
-        loss.backward()
-        grad_norm = optimizer.step(lr_scale(number, steps))
-        metrics = {"loss": loss.item(), "grad_norm": grad_norm}
+        loss = loss_over(corpus, starts[order[picks]])
+        metrics = {"loss": loss, "grad_norm": optimizer.step(lr_scale(number, steps))}
         metrics["tokens_per_s"] = batch * cfg.block_size / (time.perf_counter() - start)
         if number % 100 == 0 or number == steps:
             with torch.no_grad():
-                metrics["heldout_loss"] = loss_of(heldout, heldout_starts).item()
+                metrics["heldout_loss"] = loss_over(heldout, heldout_starts)
         return metrics
 
     train_stage(run, name, steps, {"model": model, "optimizer": optimizer}, step)
@@ -289,7 +311,7 @@ def make(run: Run, name: str) -> None:
     """Train the model of a stage from those of the stages before it."""
     cfg, run.began = run.cfg, time.perf_counter()
     n_params = GPT(shape(cfg, name)).n_params()
-    print(f"\n{name}: {n_params:,} parameters on {cfg.device}, {cfg.dtype}, {cfg.threads} threads", flush=True)
+    print(f"\n{name}: {n_params:,} parameters on {cfg.device}, {cfg.dtype}, {processors(cfg)}", flush=True)
     if name in ("base", "student_base"):
         pretrain(run, name)
     elif name == "zero":
@@ -406,7 +428,7 @@ def report(run: Run) -> str:
             lines.append(f"    {key:8} over {len(rows)} RL steps  {values[0]:5.2f} {spark(values)} {values[-1]:.2f}")
     lines += ["", "Seconds: " + ", ".join(f"{name} {s:.0f}" for name, s in seconds.items()) +
               f"; together {sum(seconds.values()) / 60:.1f} minutes on {run.cfg.device} in {run.cfg.dtype}, "
-              f"{run.cfg.threads} threads, seed {run.cfg.seed}."]
+              f"{processors(run.cfg)}, seed {run.cfg.seed}."]
     return "\n".join(lines)
 
 
@@ -433,6 +455,7 @@ def ask(out: Path, text: str) -> str:
 
 def main(argv: list[str]) -> int:
     """Run the command line -> exit code."""
+    others = []
     try:
         if "--help" in argv:
             print(__doc__ + "\n" + inspect.getsource(Config))
@@ -443,7 +466,16 @@ def main(argv: list[str]) -> int:
         if options["ask"] is not None:
             print(ask(out, options["ask"]))
             return 0
-        run = open_run(cfg, out)
+        if launched():
+            join(int(os.environ["LOCAL_RANK"]))
+        if rank():
+            sys.stdout, run = open(os.devnull, "w"), None
+        else:
+            run = open_run(cfg, out)
+            if run.cfg.processes > 1 and not launched():
+                others = start(run.cfg.processes, [sys.executable, __file__, *argv])
+        run = broadcast(run)
+        torch.set_num_threads(run.cfg.threads)  # of those that did not open the run
         for name in STAGES[stage] if stage else SHAPED_BY:
             if name == "student_rl" and not cfg.student_rl:
                 continue
@@ -456,13 +488,18 @@ def main(argv: list[str]) -> int:
         write_file(out / "report.md", (text + "\n").encode())
         print("\n" + text)
         return 0
-    except (Fault, OSError) as fault:
-        print(f"train.py: {fault}", file=sys.stderr)
+    except (Fault, Lost, OSError) as fault:
+        if not rank():
+            print(f"train.py: {fault}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"\ntrain.py: interrupted{f', {stop}' if str(stop) else ''}; the same command goes on from there",
               file=sys.stderr)
         return 130
+    finally:
+        leave()
+        for process in others:
+            process.kill()
 
 
 if __name__ == "__main__":
