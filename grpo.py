@@ -202,7 +202,8 @@ def cut(rollout: Rollout, rows: list[int], pad_id: int, max_tokens: int,
 
 def grpo_step(policy: GPT, reference: GPT | None, optimizer: Optimizer, problems: list, reward_fn, encoding, *,
               samples: int, max_new_tokens: int, minibatches: int, clip_low: float, clip_high: float, kl_coef: float,
-              normalize: str, scale: str, temperature: float = 1.0, lr_scale: float = 1.0, max_tokens: int = MICRO_BATCH,
+              normalize: str, scale: str, temperature: float = 1.0, lr_scale: float = 1.0,
+              max_tokens: int = MICRO_BATCH,
               generator: torch.Generator | None = None) -> tuple[dict[str, float], Rollout]:
     """One iteration of Algorithm 1 of DeepSeekMath: `samples` completions of each problem, then an update a minibatch.
 

@@ -54,12 +54,12 @@ class Config:
     base_muon_lr: float = 0.02        # of the student's base too
     base_adam_lr: float = 3e-3
     # zero: GRPO
-    rl_steps: int = 240               # rollouts
+    rl_steps: int = 180               # rollouts
     rl_prompts: int = 64              # P, a rollout's problems
     rl_samples: int = 8               # G, completions of each
     rl_minibatches: int = 2           # updates a rollout
     rl_max_new_tokens: int = 80       # the generation budget; evaluation has the same
-    rl_lr: float = 3e-4               # of AdamW
+    rl_lr: float = 4e-4               # of AdamW
     format_weight: float = 1.0        # may be 0; reward = accuracy + format_weight * format; R1 weighs them equally
     clip_low: float = 0.2
     clip_high: float = 0.2

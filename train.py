@@ -148,8 +148,8 @@ def compiled(model: GPT, cfg: Config) -> GPT:
         torch.compiler.set_stance("default")
         for block in model.blocks:
             block.compile(dynamic=True)
-        # A size that no other dimension has, or the compiler would take them for the same one and make it a constant. It
-        # writes other code for more tokens than 4,096, which is what a micro-batch has at most.
+        # A size that no other dimension has, or the compiler would take them for the same one and make it a constant.
+        # It writes other code for more tokens than 4,096, which is what a micro-batch has at most.
         length = model.config.block_size - 3
         idx = torch.zeros(max(2, MICRO_BATCH // length - 1), length, dtype=torch.long, device=cfg.device)
         model(idx).float().sum().backward()
@@ -229,7 +229,8 @@ def pretrain(run: Run, name: str) -> None:
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(cfg.seed))
 
     def loss_over(corpus: Tensor, starts: Tensor) -> float:
-        """The mean over rows, a micro-batch of this process's share at a time, and its gradient if there is to be one."""
+        """The mean over rows, a micro-batch of this process's share at a time, and its gradient if there is to be
+        one."""
         mean = torch.zeros(())
         for part in share(starts).split(max(1, MICRO_BATCH // cfg.block_size)):
             idx = corpus[part[:, None] + torch.arange(length)].long().to(device)  # (B, T+1)

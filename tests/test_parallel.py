@@ -46,8 +46,9 @@ def updates() -> list:
         model, generator = make_gpt(seed=1), torch.Generator().manual_seed(2)
         optimizer, options = Descent(model), {"max_new_tokens": 20, "minibatches": 2, "generator": generator}
         if kind == "grpo":
-            metrics, _ = grpo.grpo_step(model, make_gpt(seed=3), optimizer, problems, reward, get_tokenizer(), samples=3,
-                                        clip_low=0.2, clip_high=0.2, kl_coef=0.1, normalize="token", scale="std", **options)
+            metrics, _ = grpo.grpo_step(
+                model, make_gpt(seed=3), optimizer, problems, reward, get_tokenizer(), samples=3, clip_low=0.2,
+                clip_high=0.2, kl_coef=0.1, normalize="token", scale="std", **options)
         else:
             metrics = distill.distill_step(model, make_gpt(seed=3), optimizer, problems, reward, get_tokenizer(),
                                            divergence="forward", on_policy=False, **options)
