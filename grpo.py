@@ -39,6 +39,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model import GPT, Optimizer, generate, token_logprobs
@@ -183,6 +184,11 @@ def micro_batches(lengths: list[int], rows: list[int], max_tokens: int) -> list[
     return parts
 
 
+def round_up(n: int, multiple: int) -> int:
+    """The least multiple of n or more."""
+    return -(-n // multiple) * multiple
+
+
 def shuffled_minibatches(n: int, n_batches: int, generator: torch.Generator | None) -> list[list[int]]:
     """The numbers 0..n-1 in random order, dealt into n_batches lists of equal size, give or take one."""
     order = torch.randperm(n, generator=generator, device=generator.device if generator else None).tolist()
@@ -191,12 +197,20 @@ def shuffled_minibatches(n: int, n_batches: int, generator: torch.Generator | No
 
 def cut(rollout: Rollout, rows: list[int], pad_id: int, max_tokens: int,
         device: torch.device) -> list[tuple[list[int], Tensor, Tensor]]:
-    """Rows of a rollout -> micro-batches (their rows, idx (n, T), mask (n, T-1)) of at most max_tokens with padding."""
-    lengths = [len(p) + len(c) for p, c in zip(rollout.prompts, rollout.completions)]
+    """Rows of a rollout -> micro-batches (their rows, idx (n, T), mask (n, T-1)) of at most max_tokens with padding.
+
+    n may be more than the rows: then the last are padding, and in no mask. subtle: each size that a CPU's library has
+    not met costs it new kernels, which takes as long as computing with them. So sizes are rounded up where that fits: n
+    to a multiple of 16, T - 1, the length that the model is given, to one of 8.
+    """
+    lengths = [round_up(len(p) + len(c) - 1, 8) + 1 for p, c in zip(rollout.prompts, rollout.completions)]
     parts = []
     for part in micro_batches(lengths, rows, max_tokens):
         idx, mask = pack([rollout.prompts[i] for i in part], [rollout.completions[i] for i in part], pad_id)
-        parts.append((part, idx.to(device), mask.to(device)))
+        T = lengths[part[-1]]
+        n = max(len(part), min(round_up(len(part), 16), max_tokens // T))
+        padding = (0, T - idx.size(1), 0, n - len(part))
+        parts.append((part, F.pad(idx, padding, value=pad_id).to(device), F.pad(mask, padding).to(device)))
     return parts
 
 
@@ -235,7 +249,8 @@ def grpo_step(policy: GPT, reference: GPT | None, optimizer: Optimizer, problems
             logp_old = token_logprobs(policy, idx, temperature=temperature).detach() if batches else None
             logp_ref = token_logprobs(reference, idx, temperature=temperature).detach() if kl_coef else None
             sampled = torch.tensor([p for i in part for p in rollout.logp[i]], device=device)  # (tokens,)
-            parts.append((idx, logp_old, logp_ref, adv[part].to(device), mask, sampled))
+            part_adv = F.pad(adv[part], (0, len(idx) - len(part))).to(device)  # (n,)
+            parts.append((idx, logp_old, logp_ref, part_adv, mask, sampled))
         trained += sum(lengths[i] for i in live)
         batches.append((normalizer(len(rows), sum(lengths[i] for i in rows), normalize, max_new_tokens), parts))
 

@@ -111,11 +111,11 @@ def processors(cfg: Config) -> str:
 
 
 def bound_kernels() -> None:
-    """Have oneDNN keep its compiled kernels for the last 128 shapes; call it before the first product.
+    """Have oneDNN keep its compiled kernels for the last 256 shapes; call it before the first product.
 
-    It would keep a thousand, and RL meets thousands: this bounds the memory. Far fewer are compiled again and again.
+    It would keep a thousand: this bounds the memory. Far fewer are compiled again and again.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 
 def quicker_dtype(cfg: Config) -> str:
