@@ -103,7 +103,7 @@ def distill_step(student: GPT, teacher: GPT, optimizer: Optimizer, problems: lis
             loss_sum += loss.item() * n_tokens
         grad_norm += optimizer.step(lr_scale) / minibatches
         tokens += n_tokens
-    loss_sum = add_up(torch.tensor(loss_sum)).item()
+    loss_sum = add_up(torch.tensor(loss_sum, dtype=torch.float64)).item()
     return {
         "loss": loss_sum / tokens if tokens else None,
         "accepted": len(accepted) / len(rollout.scores),

@@ -268,7 +268,7 @@ def grpo_step(policy: GPT, reference: GPT | None, optimizer: Optimizer, problems
                 totals[name] += value.item() * int(mask.sum()) / trained
             totals["sampler_gap"] += (logp_old[mask] - sampled).abs().sum().item() / trained
         grad_norm += optimizer.step(lr_scale) / minibatches
-    totals = dict(zip(totals, add_up(torch.tensor(list(totals.values()))).tolist()))
+    totals = dict(zip(totals, add_up(torch.tensor(list(totals.values()), dtype=torch.float64)).tolist()))
 
     wrong = [n for n, right in zip(lengths, rollout.column("accuracy")) if not right]
     seconds = time.perf_counter() - start

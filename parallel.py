@@ -5,7 +5,7 @@
 
 All processes hold the same weights and draw the same problems. Each samples for its share of the prompts, and the
 samples are gathered; each computes the gradient of its share of the rows, and the gradients are added up, so that all
-make the same update. On a CPU that is quicker than several threads in one process, as the operations of a small model
+make the same update. On a CPU two processes sample quicker than two threads of one, as the operations of a small model
 are too short to be divided. The first process (rank 0) writes the files; with one process nothing here does anything.
 """
 import os
@@ -35,7 +35,7 @@ def world_size() -> int:
 
 def launched() -> int:
     """How many processes the run was launched with, by torchrun or by `start`; 0 if it was not."""
-    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 0
+    return int(os.environ["WORLD_SIZE"]) if {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys() else 0
 
 
 def start(processes: int, command: list[str]) -> list[subprocess.Popen]:
@@ -47,13 +47,18 @@ def start(processes: int, command: list[str]) -> list[subprocess.Popen]:
     # A session of its own keeps Ctrl-C from them: they end when the first one has, at their next exchange with it.
     others = [subprocess.Popen(command, env=os.environ | names | {"RANK": str(r), "LOCAL_RANK": str(r)},
                                start_new_session=True) for r in range(1, processes)]
-    join(0, init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=processes)
+    try:
+        join(0, init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=processes)
+    except BaseException:
+        for process in others:
+            process.kill()
+        raise
     return others
 
 
 def join(gpu: int, **where) -> None:
     """Meet the other processes of the run: where the environment says, or where init_process_group's arguments do."""
-    if torch.cuda.is_available():
+    if gpu < torch.cuda.device_count():  # a run on the CPU may have more processes than there are GPUs
         torch.cuda.set_device(gpu)
     with others_alive():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
@@ -72,7 +77,8 @@ def others_alive():
     try:
         yield
     except RuntimeError as error:
-        raise Lost("another process of this run has ended") from error
+        raise Lost("lost another process of this run (the same command goes on from the last checkpoint): "
+                   + str(error).splitlines()[0][:200]) from error
 
 
 def share(items: list | Tensor) -> list | Tensor:

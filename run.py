@@ -2,7 +2,8 @@
 
 Nothing here knows what a stage learns. What it sees to is that a run can be killed at any moment and goes on to the
 same result, bit for bit: whatever a step draws at random is seeded by (seed, stage, step), every file is written to a
-temporary name and then renamed, and a checkpoint made with other settings is refused. Checkpoints are loaded with
+temporary name and then renamed, and a checkpoint made with other settings is refused (but for the number of processes
+and threads, with which the result is as good and not the same). Checkpoints are loaded with
 weights_only, which executes nothing in them.
 """
 import dataclasses
@@ -54,12 +55,12 @@ class Config:
     base_muon_lr: float = 0.02        # of the student's base too
     base_adam_lr: float = 3e-3
     # zero: GRPO
-    rl_steps: int = 180               # rollouts
+    rl_steps: int = 240               # rollouts
     rl_prompts: int = 64              # P, a rollout's problems
     rl_samples: int = 8               # G, completions of each
     rl_minibatches: int = 2           # updates a rollout
     rl_max_new_tokens: int = 80       # the generation budget; evaluation has the same
-    rl_lr: float = 4e-4               # of AdamW
+    rl_lr: float = 3e-4               # of AdamW
     format_weight: float = 1.0        # may be 0; reward = accuracy + format_weight * format; R1 weighs them equally
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -186,6 +187,8 @@ def write_file(path: Path, content: bytes) -> None:
 
 def save_checkpoint(path: Path, content: dict) -> None:
     """torch.save into memory first: into a full disk it would fail with an error of its own kind."""
+    if rank():
+        return
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_file(path, buffer.getvalue())
@@ -311,6 +314,7 @@ def train_stage(run: Run, name: str, steps: int, parts: dict, train_step: Callab
         for key, part in parts.items():
             part.load_state_dict(saved["parts"][key])
         print(f"{name}: going on after step {done}")
+    broadcast(None)  # all have read resume.pt, which the first may now replace
     rows = [row for row in run.log_rows() if row["stage"] != name or row["step"] <= done]
     write_file(run.out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     started, resumed, saved_step = run.began - seconds, done, done

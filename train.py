@@ -61,6 +61,7 @@ def check(cfg: Config) -> None:
         raise Fault(str(error)) from None
     room = cfg.block_size - task.MAX_PROMPT_TOKENS
     for wrong, line in (
+        (cfg.block_size % 8, "--block_size must be a multiple of 8, as the lengths of micro-batches are"),
         (cfg.rl_samples < 2, "--rl_samples must be 2 or more: an advantage compares answers to one prompt"),
         (cfg.clip_low >= 1, "--clip_low must be under 1: the ratio's lower bound is 1 - clip_low"),
         (cfg.rl_max_new_tokens > room, f"--rl_max_new_tokens must be at most {room}: block_size less a prompt"),
@@ -91,9 +92,11 @@ def settle(cfg: Config) -> Config:
     device, cores = cfg.device, torch.get_num_threads()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    threads = cfg.threads or (cores if launched() else max(1, cores // cfg.processes))  # torchrun divides them itself
+    threads = cfg.threads or (cores if launched() else max(1, cores // cfg.processes))  # torchrun has set them
     torch.set_num_threads(threads)
     cfg = dataclasses.replace(cfg, device=device, threads=threads)
+    if cfg.processes > {"cpu": cfg.processes, "cuda": torch.cuda.device_count(), "mps": 1}[device]:
+        raise Fault(f"--processes={cfg.processes} are more than there are GPUs: fewer, or --device=cpu")
     if cfg.dtype == "auto":
         cfg = dataclasses.replace(cfg, dtype=quicker_dtype(cfg))
     if cfg.compile == "auto":
@@ -172,7 +175,7 @@ def open_run(cfg: Config, out: Path) -> Run:
         if path.exists():
             stored = json.loads(path.read_text())
             results = {key: stored[key] for key in results}
-            keys = ["device", "dtype", "compile"] + ["threads"] * (cfg.processes == results["config"]["processes"])
+            keys = ["device", "dtype", "compile"] + ["threads"] * (cfg.processes == stored["config"].get("processes"))
             settled = {key: results["config"][key] for key in keys if getattr(cfg, key) == getattr(Config, key)}
             cfg = dataclasses.replace(cfg, **settled)
             check(cfg)

@@ -9,7 +9,7 @@ import torch
 
 from data.arithmetic import parse
 from data.tokenizer import get_tokenizer
-from grpo import (cut, group_advantages, grpo_loss, grpo_step, micro_batches, normalizer, pack, sample_rollout,
+from grpo import (Rollout, cut, group_advantages, grpo_loss, grpo_step, micro_batches, normalizer, pack, sample_rollout,
                   shuffled_minibatches)
 from model import Optimizer, token_logprobs
 
@@ -280,6 +280,27 @@ def test_micro_batches_hold_each_row_once_and_keep_the_budget():
         assert sorted(i for part in parts for i in part) == sorted(rows)
         assert all(len(part) * max(lengths[i] for i in part) <= 120 for part in parts)
     assert micro_batches([500, 3], [0, 1], max_tokens=120) == [[1], [0]], "a row over the budget goes alone"
+
+
+def test_cut_rounds_sizes_and_trains_no_padding():
+    """Padding that is trained, padding over the budget, or a hundred sizes that cost a CPU new kernels each."""
+    rng, sizes = random.Random(0), set()
+    for _ in range(100):
+        n = rng.randint(1, 120)
+        prompts = [[1] * rng.randint(3, 20) for _ in range(n)]
+        completions = [[2] * rng.randint(1, 60) for _ in range(n)]
+        rows = rng.sample(range(n), rng.randint(1, n))
+        rollout = Rollout(prompts, completions, [], [], [], [])
+        parts = cut(rollout, rows, pad_id=0, max_tokens=1000, device=torch.device("cpu"))
+        assert sorted(i for part, _, _ in parts for i in part) == sorted(rows)
+        for part, idx, mask in parts:
+            assert idx.numel() <= 1000 and mask.shape == (idx.size(0), idx.size(1) - 1)
+            for i, row, on in itertools.zip_longest(part, idx, mask):
+                expected = prompts[i] + completions[i] if i is not None else []
+                assert row.tolist() == expected + [0] * (len(row) - len(expected))
+                assert row[1:][on].tolist() == (completions[i] if i is not None else [])
+            sizes.add(tuple(idx.shape))
+    assert len(sizes) < 40, f"{len(sizes)} different sizes"
 
 
 def test_minibatches_deal_each_row_once():

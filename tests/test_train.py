@@ -25,8 +25,9 @@ from train import compiled, evaluate, main, majority, pass_at_k, reward_function
 ROOT = Path(__file__).parent.parent
 # A run that passes through every stage in a few seconds and saves at every step. One thread, as this process has, so
 # that either may go on with what the other began.
-QUICK = ["--preset=tiny", "--threads=1", "--save_every=0", "--base_tokens=40000", "--student_base_tokens=40000",
-         "--rl_steps=5", "--distill_steps=9", "--distill_prompts=64", "--rl_max_new_tokens=40", "--eval_problems=3"]
+QUICK = ["--preset=tiny", "--device=cpu", "--threads=1", "--save_every=0", "--base_tokens=40000",
+         "--student_base_tokens=40000", "--rl_steps=5", "--distill_steps=9", "--distill_prompts=64",
+         "--rl_max_new_tokens=40", "--eval_problems=3"]
 NAMES = ["base", "zero", "student_base", "student"]
 
 
@@ -132,8 +133,8 @@ def test_ctrl_c_saves(tmp_path):
     closes what communicate() reads)."""
     args = [sys.executable, "train.py", *QUICK, "--processes=2", "--save_every=1000", f"--out={tmp_path}"]
     process = subprocess.Popen(args, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while "base 1/" not in process.stdout.readline():
-        pass
+    while "base 1/" not in (line := process.stdout.readline()):
+        assert line, process.stderr.read()
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate()
     assert process.returncode == 130 and "the same command goes on" in stderr and stderr.count("\n") <= 2
@@ -177,6 +178,7 @@ def test_other_settings_are_refused(quick, refused):
     ("--kl_coef=nan", "a number"), ("--kl_coef=-1", "0 or more"), ("--normalize=mean", "sequence, token, constant"),
     ("--on_policy=yes", "True, False"), ("--stage=rl", "base, zero, student"), ("--preset=huge", "tiny"),
     ("--n_embd=63", "n_embd"), ("--rl_samples=1", "2 or more"), ("--rl_max_new_tokens=1000", "at most"),
+    ("--block_size=100", "multiple of 8"), ("--processes=40", "more than a batch's rows"),
     ("--ask=hello", "no expression"), ("--ask=__import__('os')", "no expression"), ("--ask=8*7", "no model"),
 ])
 def test_bad_input(tmp_path, capsys, arg, words):
