@@ -210,7 +210,7 @@ def cut(rollout: Rollout, rows: list[int], pad_id: int, max_tokens: int,
         T = lengths[part[-1]]
         n = max(len(part), min(round_up(len(part), 16), max_tokens // T))
         padding = (0, T - idx.size(1), 0, n - len(part))
-        parts.append((part, F.pad(idx, padding, value=pad_id).to(device), F.pad(mask, padding).to(device)))
+        parts.append((part, F.pad(idx, padding).to(device), F.pad(mask, padding).to(device)))
     return parts
 
 
