@@ -55,7 +55,8 @@ def updates() -> list:
         else:
             metrics = distill.distill_step(model, make_gpt(seed=3), optimizer, problems, reward, get_tokenizer(),
                                            divergence="forward", on_policy=False, **options)
-        found.append(({k: v for k, v in metrics.items() if k != "tokens_per_s"}, model.state_dict()))
+        metrics = {k: v for k, v in metrics.items() if k != "tokens_per_s" and v is not None}
+        found.append((metrics, model.state_dict()))
     return found
 
 
@@ -101,8 +102,7 @@ def test_run_of_two_processes_goes_on_with_one(tmp_path):
     def rows():
         return [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
 
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*torchrun, "train.py", *QUICK, "--processes=2", "--stage=base", f"--out={tmp_path}"],
+    done = subprocess.run([sys.executable, "train.py", *QUICK, "--processes=2", "--stage=base", f"--out={tmp_path}"],
                           cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [row["step"] for row in rows()] == list(range(1, 40000 // (16 * 128) + 1))
