@@ -11,12 +11,16 @@ are too short to be divided. The first process (rank 0) writes the files; with o
 import os
 import socket
 import subprocess
+import sys
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+joined = False  # has this process been one of several?
 
 
 class Lost(Exception):
@@ -60,6 +64,8 @@ def join(gpu: int, **where) -> None:
     """Meet the other processes of the run: where the environment says, or where init_process_group's arguments do."""
     if gpu < torch.cuda.device_count():  # a run on the CPU may have more processes than there are GPUs
         torch.cuda.set_device(gpu)
+    global joined
+    joined = True
     with others_alive():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
                                 timeout=timedelta(minutes=5), **where)
@@ -69,6 +75,18 @@ def leave() -> None:
     """Be one process again."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def end(code: int) -> NoReturn:
+    """End this process with an exit code; one that has been one of several without winding Python up.
+
+    subtle: gloo's threads free what was exchanged last some time after, and need Python's lock for it. An interpreter
+    that winds up meanwhile ends them in the middle of it, and C++ then aborts the process.
+    """
+    sys.stdout.flush(), sys.stderr.flush()
+    if joined:
+        os._exit(code)
+    sys.exit(code)
 
 
 @contextmanager

@@ -102,7 +102,8 @@ def test_run_of_two_processes_goes_on_with_one(tmp_path):
     def rows():
         return [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
 
-    done = subprocess.run([sys.executable, "train.py", *QUICK, "--processes=2", "--stage=base", f"--out={tmp_path}"],
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*torchrun, "train.py", *QUICK, "--processes=2", "--stage=base", f"--out={tmp_path}"],
                           cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [row["step"] for row in rows()] == list(range(1, 40000 // (16 * 128) + 1))
@@ -138,3 +139,4 @@ if __name__ == "__main__":  # the second process
     torch.set_num_threads(1)
     updates()
     parallel.leave()
+    parallel.end(0)
