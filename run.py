@@ -44,6 +44,14 @@ class Config:
     processes: int = 1                # each with a share of every batch
     threads: int = 0                  # of each process, on the CPU; 0: as many as torch takes, divided among them
     save_every: float = 20.0          # seconds between checkpoints inside a stage; 0: every step
+    # the task: see data/arithmetic.py; or your own problems and text, see data/own.py
+    max_ops: int = 4                  # most operations of a problem of RL and of "test"; "hard" has one or two more
+    max_number: int = 20              # largest number that is added or subtracted
+    max_factor: int = 9               # largest factor
+    parentheses: bool = False
+    problems: str = ""                # a file of them, for RL and evaluation; none: the built-in ones
+    corpus: str = ""                  # a file of text for both bases to read; none: the built-in corpus
+    corpus_share: float = 1.0         # of what they read; the rest is the built-in corpus
     # the teacher's shape
     block_size: int = 128             # longest sequence, in tokens
     n_layer: int = 4
@@ -98,8 +106,10 @@ PRESETS = {
 MAY_BE_ZERO = {"seed", "threads", "save_every", "format_weight", "kl_coef", "ref_every"}
 
 # Which fields shaped a stage's checkpoint (names, or beginnings of names that end in _): they may not change after it.
-SHARED = ("seed", "device", "dtype", "compile", "block_size")
-TEACHER = SHARED + ("n_", "base_", "rl_", "format_weight", "clip_", "kl_coef", "ref_every", "normalize", "scale")
+SHARED = ("seed", "device", "dtype", "compile", "block_size", "max_ops", "max_number", "max_factor", "parentheses",
+          "corpus", "corpus_share")
+TEACHER = SHARED + ("problems", "n_", "base_", "rl_", "format_weight", "clip_", "kl_coef", "ref_every", "normalize",
+                    "scale")
 SHAPED_BY = {
     "base": SHARED + ("n_", "base_"),
     "zero": TEACHER,
@@ -108,7 +118,8 @@ SHAPED_BY = {
     "student_rl": TEACHER + ("student_n_", "student_base_", "distill_steps", "distill_prompts",
                    "distill_minibatches"),
 }
-EVALUATED_BY = ("seed", "eval_", "rl_max_new_tokens")
+EVALUATED_BY = ("seed", "max_ops", "max_number", "max_factor", "parentheses", "problems", "eval_",
+                "rl_max_new_tokens")
 STAGES = {"base": ["base"], "zero": ["zero"], "student": ["student_base", "student", "student_rl"]}  # what --stage runs
 SHOWN = ("loss", "heldout_loss", "reward", "accuracy", "format", "length", "reflection", "kl", "entropy", "no_signal",
          "accepted", "tokens_per_s")  # the metrics on a terminal line; log.jsonl has them all
@@ -130,6 +141,8 @@ def parse_value(field: dataclasses.Field, text: str):
         return one_of(field.name, text, get_args(field.type))
     if field.type is bool:
         return one_of(field.name, text, ("True", "False")) == "True"
+    if field.type is str:
+        return text
     try:
         value = field.type(text)
     except ValueError:
@@ -232,8 +245,9 @@ def refuse_changes(cfg: Config, stored: dict, what: str, fields: tuple[str, ...]
 
 @dataclass
 class Run:
-    """A run under way: its settings, where it writes, and what results.json holds."""
+    """A run under way: its settings and its task, where it writes, and what results.json holds."""
     cfg: Config
+    task: object  # what train.make_task gives
     out: Path
     results: dict
     began: float = 0.0  # when the stage under way did, by time.perf_counter()

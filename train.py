@@ -37,12 +37,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import arithmetic as task
+from data.arithmetic import Arithmetic
+from data.own import OwnCorpus, OwnProblems, fingerprint, path_of
 from data.tokenizer import get_tokenizer
 from distill import distill_step
 from grpo import MICRO_BATCH, grpo_step, sample_rollout
 from model import GPT, GPTConfig, Optimizer, generate
-from parallel import Lost, add_up, broadcast, join, launched, leave, rank, share, start
+from parallel import Lost, add_up, broadcast, end, join, launched, leave, rank, share, start
 from rewards import accuracy_reward, extract_answer, format_reward, reflects
 from run import (EVALUATED_BY, SHAPED_BY, STAGES, Config, Fault, Run, build_model, draws, load_checkpoint, lr_scale,
                  parse_args, refuse_changes, train_stage, write_file)
@@ -53,14 +54,34 @@ EVAL_SAMPLES = 16  # completions of each evaluated problem: maj@16, pass@16
 # Settings that depend on the machine or the task
 
 
-def check(cfg: Config) -> None:
+def make_task(cfg: Config):
+    """The problems and the corpus that the settings ask for; a fork's own task takes its place here. Raises Fault for a
+    file that is not as it should be."""
+    task = Arithmetic(cfg.max_ops, cfg.max_number, cfg.max_factor, cfg.parentheses)
+    try:
+        if cfg.problems:
+            answer = cfg.rl_max_new_tokens - 6  # less the tags, a thought of one token, and the end
+            task = OwnProblems(task, path_of(cfg.problems), cfg.block_size - cfg.rl_max_new_tokens, answer)
+        if cfg.corpus:
+            task = OwnCorpus(task, path_of(cfg.corpus), cfg.corpus_share)
+    except ValueError as error:
+        raise Fault(str(error)) from None
+    return task
+
+
+def check(cfg: Config, task) -> None:
     """Raises Fault where settings that are each right do not go together."""
     try:
         shape(cfg, "base"), shape(cfg, "student")
     except ValueError as error:
         raise Fault(str(error)) from None
-    room = cfg.block_size - task.MAX_PROMPT_TOKENS
+    room = cfg.block_size - task.max_prompt_tokens
     for wrong, line in (
+        (cfg.max_ops < 2, "--max_ops must be 2 or more: test problems have at least two operations"),
+        (cfg.max_factor < 2, "--max_factor must be 2 or more"),
+        (max(cfg.max_number, cfg.max_factor) > 999, "--max_number and --max_factor are at most 999"),
+        (cfg.corpus_share > 1, "--corpus_share is at most 1"),
+        (cfg.corpus_share < 1 and not cfg.corpus, "--corpus_share needs a --corpus"),
         (cfg.block_size % 8, "--block_size must be a multiple of 8, as the lengths of micro-batches are"),
         (cfg.rl_samples < 2, "--rl_samples must be 2 or more: an advantage compares answers to one prompt"),
         (cfg.clip_low >= 1, "--clip_low must be under 1: the ratio's lower bound is 1 - clip_low"),
@@ -168,7 +189,9 @@ def open_run(cfg: Config, out: Path) -> Run:
     if launched() and cfg.processes not in (Config.processes, launched()):
         raise Fault(f"--processes={cfg.processes}, but launched as {launched()}, which decides")
     cfg = dataclasses.replace(cfg, processes=launched() or cfg.processes)
-    check(cfg)
+    task = make_task(cfg)
+    check(cfg, task)
+    cfg = dataclasses.replace(cfg, problems=fingerprint(cfg.problems), corpus=fingerprint(cfg.corpus))
     path, results = out / "results.json", {"config": {}, "seconds": {}, "models": {}}
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -178,12 +201,13 @@ def open_run(cfg: Config, out: Path) -> Run:
             keys = ["device", "dtype", "compile"] + ["threads"] * (cfg.processes == stored["config"].get("processes"))
             settled = {key: results["config"][key] for key in keys if getattr(cfg, key) == getattr(Config, key)}
             cfg = dataclasses.replace(cfg, **settled)
-            check(cfg)
+            check(cfg, task)
     except OSError as error:
         raise Fault(f"cannot write into {out}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
         raise Fault(f"{path} is not a nanoR1 run's: use another --out") from None
-    run = Run(settle(cfg), out, results)
+    print("\n".join(task.notes), end="\n" * bool(task.notes))
+    run = Run(settle(cfg), task, out, results)
     for name in SHAPED_BY:
         if run.path(name).exists():
             run.checkpoint(name)
@@ -198,20 +222,21 @@ def open_run(cfg: Config, out: Path) -> Run:
 
 
 @functools.lru_cache(maxsize=2)
-def load_corpus(n_tokens: int, seed: int, length: int) -> tuple[Tensor, Tensor]:
+def load_corpus(task, n_tokens: int, seed: int, length: int, heldout: bool = False) -> tuple[Tensor, Tensor]:
     """The corpus and where to cut it -> (token ids (n,), starts (rows,) of rows of `length` tokens).
 
     Every row starts where a document does, so that a prompt at position 0 is nothing new to the model; what the last
-    document of a row has left over is not read.
+    document of a row has left over is not read, unless it is long.
     """
-    corpus = task.make_corpus(n_tokens, seed)
+    corpus = task.make_corpus(n_tokens, seed, heldout)
     documents = np.append(0, np.flatnonzero(corpus == get_tokenizer().eot_token) + 1)  # where each starts
     starts, position = [], 0
-    while (position := int(documents[np.searchsorted(documents, position)])) + length <= len(corpus):
+    while position + length <= len(corpus):
         starts.append(position)
         position += length
-        if position > documents[-1]:
-            break
+        following = documents[documents.searchsorted(position):][:1]
+        if len(following) and following[0] - position <= 4 * length:
+            position = int(following[0])
     return torch.from_numpy(corpus.astype(np.int32)), torch.tensor(starts)
 
 
@@ -225,8 +250,8 @@ def pretrain(run: Run, name: str) -> None:
     prefix = "base_" if name == "base" else "student_base_"
     n_tokens, batch = getattr(cfg, prefix + "tokens"), getattr(cfg, prefix + "batch")
     longest = max(cfg.base_tokens, cfg.student_base_tokens)  # one corpus for both
-    corpus, starts = load_corpus(int(1.35 * longest), cfg.seed, length)  # a row leaves half a document over
-    heldout, heldout_starts = load_corpus(64 * length, -1 - cfg.seed, length)
+    corpus, starts = load_corpus(run.task, int(1.35 * longest), cfg.seed, length)  # a row leaves half a document over
+    heldout, heldout_starts = load_corpus(run.task, 64 * length, cfg.seed, length, heldout=True)
     steps = n_tokens // (batch * cfg.block_size)
     rows = min(steps * batch, len(starts))  # the corpus's first: what follows them shapes nothing
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(cfg.seed))
@@ -278,7 +303,7 @@ def reinforce(run: Run, name: str, start: str, steps: int, prompts: int) -> None
 
     def step(number: int) -> dict:
         rng, generator = draws(run, name, number)
-        problems = [task.make_problem(rng) for _ in range(prompts)]
+        problems = [run.task.make_problem(rng) for _ in range(prompts)]
         metrics, rollout = grpo_step(
             policy, reference, parts["optimizer"], problems, reward_function(cfg), encoding, samples=cfg.rl_samples,
             max_new_tokens=cfg.rl_max_new_tokens, minibatches=cfg.rl_minibatches, clip_low=cfg.clip_low,
@@ -302,7 +327,7 @@ def distil(run: Run) -> None:
 
     def step(number: int) -> dict:
         rng, generator = draws(run, name, number)
-        problems = [task.make_problem(rng) for _ in range(cfg.distill_prompts)]
+        problems = [run.task.make_problem(rng) for _ in range(cfg.distill_prompts)]
         return distill_step(
             student, teacher, optimizer, problems, reward_function(cfg), encoding, divergence=cfg.divergence,
             on_policy=cfg.on_policy, max_new_tokens=cfg.rl_max_new_tokens, minibatches=cfg.distill_minibatches,
@@ -333,8 +358,8 @@ def measure(run: Run, name: str) -> None:
     """Evaluate a stage's model on the held-out problems, into results.json."""
     cfg, model, start = run.cfg, run.load_model(name), time.perf_counter()
     found = {"params": model.n_params()}
-    for kind in task.HELD_OUT:
-        problems = task.heldout_problems(cfg.eval_problems, kind, cfg.seed)
+    for kind in run.task.held_out:
+        problems = run.task.heldout_problems(cfg.eval_problems, kind, cfg.seed)
         found[kind] = evaluate(model, problems, reward_function(cfg), max_new_tokens=cfg.rl_max_new_tokens,
                                generator=draws(run, f"evaluate {name} {kind}", 0)[1], greedy=cfg.eval_greedy)
         print(f"{name} on {kind}: " + "  ".join(f"{key} {value:.3g}" for key, value in found[kind].items()), flush=True)
@@ -419,7 +444,7 @@ def report(run: Run) -> str:
     lines = ["| model | parameters | problems | pass@1 | maj@16 | pass@16 | format | length | reflection |",
              "|---|---|---|---|---|---|---|---|---|"]
     for name, found in models.items():
-        for kind in task.HELD_OUT:
+        for kind in run.task.held_out:
             m = found[kind]
             lines.append(f"| {name} | {found['params']:,} | {kind} | {m['pass@1']:.1%} ± {m['pass@1_se']:.1%} | "
                          f"{m['maj@16']:.1%} | {m['pass@16']:.1%} | {m['format']:.1%} | {m['length']:.1f} | "
@@ -438,22 +463,24 @@ def report(run: Run) -> str:
 
 def ask(out: Path, text: str) -> str:
     """What each finished model in `out` answers, by greedy decoding."""
+    found = {name: load_checkpoint(out / f"{name}.pt", name) for name in SHAPED_BY if (out / f"{name}.pt").exists()}
+    settings = [content["config"] | {"corpus": ""} for content in found.values()]
     try:
-        problem = task.parse(text)
+        problem = make_task(Config(**settings[-1]) if settings else Config()).parse(text)
     except ValueError as error:
         raise Fault(f"--ask: {error}") from None
-    encoding, lines = get_tokenizer(), [f"{problem.question} = {problem.answer}"]
-    for name in SHAPED_BY:
-        if (path := out / f"{name}.pt").exists():
-            content = load_checkpoint(path, name)
-            model, prompt = build_model(content), encoding.encode_ordinary(problem.prompt)
-            room = min(content["config"]["rl_max_new_tokens"], model.config.block_size - len(prompt))
-            ids, = generate(model, [prompt], room, temperature=0.0, eos_id=encoding.eot_token)
-            text = encoding.decode([i for i in ids if i != encoding.eot_token])
-            verdict = "right" if accuracy_reward(text, problem) else "wrong"
-            lines.append(f"{name:13} {verdict}  {' '.join(text.split())}")
-    if len(lines) == 1:
+    if not found:
         raise Fault(f"there is no model in {out}/ to ask: run python train.py first")
+    encoding, lines = get_tokenizer(), [f"{problem.question} = {problem.answer or '?'}"]
+    for name, content in found.items():
+        model, prompt = build_model(content), encoding.encode_ordinary(problem.prompt)
+        room = min(content["config"]["rl_max_new_tokens"], model.config.block_size - len(prompt))
+        if room < 1:
+            raise Fault(f"--ask: {len(prompt)} tokens are too long a prompt")
+        ids, = generate(model, [prompt], room, temperature=0.0, eos_id=encoding.eot_token)
+        text = encoding.decode([i for i in ids if i != encoding.eot_token])
+        verdict = "right" if accuracy_reward(text, problem) else "wrong" if problem.answer else ""
+        lines.append(f"{name:13} {verdict:5}  {' '.join(text.split())}")
     return "\n".join(lines)
 
 
@@ -507,4 +534,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end(main(sys.argv[1:]))

@@ -1,7 +1,8 @@
 """The default task, and the little "web" that the base model reads before RL.
 
-A problem is an expression of 1 to 6 operations over + - *: operands 1 to 20, factors 2 to 9, at most two factors a
-product. Its question is the expression itself, its answer an integer.
+A problem is an expression over + - *, its question the expression itself, its answer an integer. How hard they are is
+set (`Arithmetic`): by default 1 to 6 operations, operands 1 to 20, factors 2 to 9, at most two factors a product, and
+no parentheses.
 
     User: 8*7-19
     Assistant: <think>8*7=56, 56-19=37</think><answer>37</answer>
@@ -16,6 +17,7 @@ ever the `User:` line of a document or a prompt of RL.
 
     python -m data.arithmetic      prints the styles with their share, their share of correct answers and an example
 """
+import operator
 import random
 import re
 import zlib
@@ -25,10 +27,6 @@ import numpy as np
 
 from data.tokenizer import END_OF_TEXT, get_tokenizer
 
-MAX_OPS = 6
-MAX_PROMPT_TOKENS = 2 + 2 * (MAX_OPS + 1) + MAX_OPS  # the two speakers, numbers of two digits, operations
-TRAIN_OPS = (1, 4)                           # fewest and most operations of RL's problems; the corpus has 1 to MAX_OPS
-HELD_OUT = {"test": (2, 4), "hard": (5, 6)}  # and of those that models are measured on
 SLIP = 0.03          # chance that a step of somebody's working is wrong
 PAGE_SHARE = 0.3     # share of documents that are textbook pages (they are longer than threads)
 RECHECK_SLIP = 0.15  # the same for those who look again, and then see it
@@ -42,6 +40,7 @@ STYLES = {           # share of the forum's answers
     "worked": 0.24,        # <think>8*7=56, 56-19=37</think><answer>37</answer>
     "rechecked": 0.04,     # <think>8*7=54, wait, 8*7=56, 56-19=37</think><answer>37</answer>
 }
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
 @dataclass(frozen=True)
@@ -68,21 +67,6 @@ class Problem:
         return answer == self.answer
 
 
-def parse(text: str) -> Problem:
-    """The problem that an expression such as "8*7-19" states; white space around numbers is dropped.
-
-    Raises ValueError if it is not numbers of 1 to 3 digits (no leading zero) joined by 1 to MAX_OPS of + - *.
-
-    >>> parse("2*3*4 - 5").answer
-    '19'
-    """
-    question = re.sub(r"\s*([-+*])\s*", r"\1", text.strip())
-    if not re.fullmatch(r"(0|[1-9][0-9]{0,2})([-+*](0|[1-9][0-9]{0,2})){1,%d}" % MAX_OPS, question):
-        raise ValueError(f"{text[:60]!r} is no expression of 1 to {MAX_OPS} operations + - * over numbers of 1 to 3 "
-                         "digits, such as 8*7-19")
-    return Problem(question, str(solve(question)[1]))
-
-
 def write_step(step: str, value: int) -> tuple[str, int]:
     """A step as somebody who makes no mistakes writes it, and the value that the next step goes on from."""
     return f"{step}={value}", value
@@ -91,33 +75,46 @@ def write_step(step: str, value: int) -> tuple[str, int]:
 def solve(question: str, write=write_step) -> tuple[list[str], int]:
     """The steps of working an expression out, left to right, each term when it is reached, and its value.
 
-    `write` maps a step ("3*4") and its right value to its text and to the value that is carried on from.
+    `write` maps a step ("3*4") and its right value to its text and to the value that is carried on from. Raises
+    ValueError if the question is no expression.
 
     >>> solve("20-3*4+1")
     (['3*4=12', '20-12=8', '8+1=9'], 9)
+    >>> solve("2-(3+4)*5")
+    (['3+4=7', '7*5=35', '2-35=-33'], -33)
     """
-    steps, total = [], None
-    for sign, term in re.findall(r"([-+]?)([0-9*]+)", question):
-        value, *factors = map(int, term.split("*"))
-        for factor in factors:
-            text, value = write(f"{value}*{factor}", value * factor)
-            steps.append(text)
-        if total is not None:
-            text, value = write(f"{total}{sign}{value}", total + value if sign == "+" else total - value)
-            steps.append(text)
-        total = value
-    return steps, total
+    steps, left = [], [""] + re.findall("[0-9]+|.", question)[::-1]  # what is still to be read, its end first
 
+    def apply(a: int, sign: str, b: int) -> int:
+        text, value = write(f"{a}{sign}{b}", OPERATIONS[sign](a, b))
+        steps.append(text)
+        return value
 
-def make_question(rng: random.Random, n_ops: int) -> str:
-    """A random expression of n_ops operations: no two products touch, so that a term is a number or a*b."""
-    ops = []
-    for _ in range(n_ops):
-        ops.append(rng.choice("+-" if ops and ops[-1] == "*" else "+-*"))
-    text, ops = "", ["", *ops, ""]
-    for before, after in zip(ops, ops[1:]):
-        text += before + str(rng.randint(2, 9) if "*" in (before, after) else rng.randint(1, 20))
-    return text
+    def factor() -> int:
+        if left[-1] != "(":
+            return int(left.pop())
+        left.pop()
+        value = total()
+        if left.pop() != ")":
+            raise ValueError("parentheses do not match")
+        return value
+
+    def term() -> int:
+        value = factor()
+        while left[-1] == "*":
+            value = apply(value, left.pop(), factor())
+        return value
+
+    def total() -> int:
+        value = term()
+        while left[-1] in ("+", "-"):
+            value = apply(value, left.pop(), term())
+        return value
+
+    value = total()
+    if left != [""]:
+        raise ValueError("more than an expression")
+    return steps, value
 
 
 def is_test(question: str) -> bool:
@@ -125,31 +122,30 @@ def is_test(question: str) -> bool:
     return zlib.crc32(question.encode()) % 10 == 0
 
 
-def make_problem(rng: random.Random, n_ops: tuple[int, int] = TRAIN_OPS, test: bool = False) -> Problem:
-    """A random problem with n_ops[0] to n_ops[1] operations (each number equally likely) from one side of the split.
+def parse(text: str, max_ops: int = 6, parentheses: bool = False) -> Problem:
+    """The problem that an expression such as "8*7-19" states; white space around numbers is dropped.
 
-    >>> problem = make_problem(random.Random(0), n_ops=(2, 2))
-    >>> problem.check(problem.answer), is_test(problem.question)
-    (True, False)
+    Raises ValueError if it is not numbers of 1 to 3 digits (no leading zero) joined by 1 to max_ops of + - *, with
+    parentheses only if they are allowed.
+
+    >>> parse("2*3*4 - 5").answer
+    '19'
     """
-    while True:
-        question = make_question(rng, rng.randint(*n_ops))
-        if is_test(question) == test:
-            return Problem(question, str(solve(question)[1]))
+    question = re.sub(r"\s*([-+*()])\s*", r"\1", text.strip())
+    token = r"(0|[1-9][0-9]{0,2})(?![0-9])|" + ("[-+*()]" if parentheses else "[-+*]")
+    try:
+        if len(question) > 100 or not re.fullmatch(f"({token})+", question):
+            raise ValueError
+        steps, value = solve(question)
+        if not 1 <= len(steps) <= max_ops:
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"{text[:60]!r} is no expression of 1 to {max_ops} operations + - * over numbers of 1 to 3 "
+                         "digits, such as 8*7-19") from None
+    return Problem(question, str(value))
 
 
-def heldout_problems(n: int, kind: str, seed: int) -> list[Problem]:
-    """n different problems of the test side, of a kind in HELD_OUT. Raises ValueError if there are not that many."""
-    rng, found = random.Random(f"{kind}/{seed}"), {}
-    for _ in range(100 * n):
-        problem = make_problem(rng, HELD_OUT[kind], test=True)
-        found[problem.question] = problem
-        if len(found) == n:
-            return list(found.values())
-    raise ValueError(f"there are fewer than {n} {kind} problems")
-
-
-# The corpus
+# The styles
 
 
 def near(rng: random.Random, value: int) -> int:
@@ -187,38 +183,114 @@ def write_answer(rng: random.Random, question: str, style: str) -> tuple[str, in
     return text, value
 
 
-def write_thread(rng: random.Random) -> tuple[str, str, bool]:
-    """A forum thread -> (its text, the style of its answer, is the answer right)."""
-    problem = make_problem(rng, (1, MAX_OPS))
-    style, = rng.choices(tuple(STYLES), tuple(STYLES.values()))
-    text, value = write_answer(rng, problem.question, style)
-    return problem.prompt + text, style, problem.check(str(value))
+# The task
 
 
-def write_page(rng: random.Random) -> str:
-    """A textbook page: the right steps of a few problems, in any order."""
-    facts = [step for _ in range(4) for step in solve(make_question(rng, rng.randint(1, MAX_OPS)))[0]]
-    rng.shuffle(facts)
-    return "Facts:\n" + "\n".join(facts)
+@dataclass(frozen=True)
+class Arithmetic:
+    """The task, as hard as it is set: its problems, what of them is held out, and the corpus.
+
+    >>> problem = Arithmetic().make_problem(random.Random(0), n_ops=(2, 2))
+    >>> problem.check(problem.answer), is_test(problem.question)
+    (True, False)
+    """
+    max_ops: int = 4           # most operations of a problem that RL sees; the corpus has up to two more
+    max_number: int = 20       # largest number that is added or subtracted
+    max_factor: int = 9        # largest factor
+    parentheses: bool = False  # a sum in parentheses in half of all problems that have room for one
+
+    notes = ()  # lines about the task to print when a run begins
+
+    @property
+    def held_out(self) -> dict[str, tuple[int, int]]:
+        """The kinds of held-out problems: fewest and most operations of each."""
+        return {"test": (2, self.max_ops), "hard": (self.max_ops + 1, self.max_ops + 2)}
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Of the longest prompt: the two speakers, the numbers, the operations, the parentheses."""
+        digits = len(str(max(self.max_number, self.max_factor)))
+        return 2 + digits * (self.max_ops + 3) + self.max_ops + 2 + 2 * self.parentheses
+
+    def parse(self, text: str) -> Problem:
+        """The problem that an expression states. Raises ValueError if it is none of this task."""
+        return parse(text, self.max_ops + 2, self.parentheses)
+
+    def make_sum(self, rng: random.Random, n_ops: int, signs: str = "+-*") -> str:
+        """An expression without parentheses: no two products touch, so that a term is a number or a*b."""
+        ops = []
+        for _ in range(n_ops):
+            ops.append(rng.choice(signs.replace("*", "") if ops and ops[-1] == "*" else signs))
+        text, ops = "", ["", *ops, ""]
+        for before, after in zip(ops, ops[1:]):
+            text += before + str(rng.randint(2, self.max_factor) if "*" in (before, after)
+                                 else rng.randint(1, self.max_number))
+        return text
+
+    def make_question(self, rng: random.Random, n_ops: int) -> str:
+        """A random expression of n_ops operations; with parentheses, a sum of one or two of them takes the place of a
+        number."""
+        if not self.parentheses or n_ops < 2 or rng.random() < 0.5:
+            return self.make_sum(rng, n_ops)
+        inside = rng.randint(1, min(2, n_ops - 1))
+        outer, inner = self.make_sum(rng, n_ops - inside), self.make_sum(rng, inside, "+-")
+        number = rng.choice(list(re.finditer("[0-9]+", outer)))
+        return f"{outer[:number.start()]}({inner}){outer[number.end():]}"
+
+    def make_problem(self, rng: random.Random, n_ops: tuple[int, int] | None = None, test: bool = False) -> Problem:
+        """A random problem with n_ops[0] to n_ops[1] operations (each number equally likely; RL's 1 to max_ops if not
+        given) from one side of the split."""
+        while True:
+            question = self.make_question(rng, rng.randint(*(n_ops or (1, self.max_ops))))
+            if is_test(question) == test:
+                return Problem(question, str(solve(question)[1]))
+
+    def heldout_problems(self, n: int, kind: str, seed: int) -> list[Problem]:
+        """n different problems of the test side, of a kind in held_out. Raises ValueError if there are not as many."""
+        rng, found = random.Random(f"{kind}/{seed}"), {}
+        for _ in range(100 * n):
+            problem = self.make_problem(rng, self.held_out[kind], test=True)
+            found[problem.question] = problem
+            if len(found) == n:
+                return list(found.values())
+        raise ValueError(f"there are fewer than {n} {kind} problems")
+
+    def write_thread(self, rng: random.Random) -> tuple[str, str, bool]:
+        """A forum thread -> (its text, the style of its answer, is the answer right)."""
+        problem = self.make_problem(rng, (1, self.max_ops + 2))
+        style, = rng.choices(tuple(STYLES), tuple(STYLES.values()))
+        text, value = write_answer(rng, problem.question, style)
+        return problem.prompt + text, style, problem.check(str(value))
+
+    def write_page(self, rng: random.Random) -> str:
+        """A textbook page: the right steps of a few problems, in any order."""
+        questions = (self.make_question(rng, rng.randint(1, self.max_ops + 2)) for _ in range(4))
+        facts = [step for question in questions for step in solve(question)[0]]
+        rng.shuffle(facts)
+        return "Facts:\n" + "\n".join(facts)
+
+    def make_corpus(self, n_tokens: int, seed: int, heldout: bool = False) -> np.ndarray:
+        """At least n_tokens token ids, uint16 (n,): documents in random order, each followed by end of text. The
+        held-out corpus of a seed has other documents."""
+        rng, encoding = random.Random(f"corpus/{seed}" + "/heldout" * heldout), get_tokenizer()
+        parts, size = [], 0
+        while size < n_tokens:
+            documents = [self.write_page(rng) if rng.random() < PAGE_SHARE else self.write_thread(rng)[0]
+                         for _ in range(1000)]
+            text = "".join(document + END_OF_TEXT for document in documents)
+            parts.append(np.array(encoding.encode(text, allowed_special="all"), dtype=np.uint16))
+            size += len(parts[-1])
+        return np.concatenate(parts)
 
 
-def make_corpus(n_tokens: int, seed: int) -> np.ndarray:
-    """At least n_tokens token ids, uint16 (n,): documents in random order, each followed by end of text."""
-    rng, encoding = random.Random(f"corpus/{seed}"), get_tokenizer()
-    parts, size = [], 0
-    while size < n_tokens:
-        documents = [write_page(rng) if rng.random() < PAGE_SHARE else write_thread(rng)[0] for _ in range(1000)]
-        text = "".join(document + END_OF_TEXT for document in documents)
-        parts.append(np.array(encoding.encode(text, allowed_special="all"), dtype=np.uint16))
-        size += len(parts[-1])
-    return np.concatenate(parts)
+make_problem = Arithmetic().make_problem
 
 
 def style_table(n: int = 20_000, seed: int = 0) -> str:
     """A Markdown table of the forum's styles, counted over n threads."""
-    rng, rows = random.Random(f"table/{seed}"), {style: [] for style in STYLES}
+    task, rng, rows = Arithmetic(), random.Random(f"table/{seed}"), {style: [] for style in STYLES}
     for _ in range(n):
-        text, style, right = write_thread(rng)
+        text, style, right = task.write_thread(rng)
         rows[style].append((right, text.split("Assistant: ")[1]))
     lines = ["| style | share of threads | right | example |", "|---|---|---|---|"]
     for style, found in rows.items():

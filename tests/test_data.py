@@ -7,12 +7,13 @@ import re
 import numpy as np
 import pytest
 
-from data.arithmetic import (BLURT_RIGHT, HELD_OUT, MAX_OPS, MAX_PROMPT_TOKENS, PAGE_SHARE, RECHECK_SLIP, SLIP, STYLES,
-                             TRAIN_OPS, heldout_problems, is_test, make_corpus, make_problem, make_question, parse,
-                             style_table, write_thread)
+from data.arithmetic import (BLURT_RIGHT, PAGE_SHARE, RECHECK_SLIP, SLIP, STYLES, Arithmetic, is_test, make_problem,
+                             parse, solve, style_table)
 from data.tokenizer import END_OF_TEXT, PIECES, get_tokenizer
 from rewards import accuracy_reward, format_reward
 
+TASK = Arithmetic()
+HARDER = Arithmetic(max_ops=7, max_number=150, max_factor=25, parentheses=True)
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 
 
@@ -37,7 +38,7 @@ def is_right(step: str) -> bool:
 @pytest.fixture(scope="module")
 def documents():
     """A corpus of a million tokens, as its documents."""
-    tokens, encoding = make_corpus(1_000_000, seed=0), get_tokenizer()
+    tokens, encoding = TASK.make_corpus(1_000_000, seed=0), get_tokenizer()
     assert len(tokens) >= 1_000_000 and tokens.dtype == np.uint16
     assert tokens.max() < encoding.n_vocab and tokens[-1] == encoding.eot_token
     ends = np.flatnonzero(tokens == encoding.eot_token)
@@ -48,7 +49,7 @@ def documents():
 def threads():
     """20,000 forum threads: (text, style, right)."""
     rng = random.Random(0)
-    return [write_thread(rng) for _ in range(20_000)]
+    return [TASK.write_thread(rng) for _ in range(20_000)]
 
 
 # Problems
@@ -64,23 +65,48 @@ def test_answers_are_exact(text):
     assert problem.prompt == f"User: {''.join(text.split())}\nAssistant: "
 
 
-def test_generated_problems_are_right_and_as_documented():
+@pytest.mark.parametrize("task", (TASK, HARDER), ids=("default", "harder"))
+def test_generated_problems_are_right_and_as_documented(task):
     """A wrong key rewards wrong answers; operands out of range make the "hard" set hard for another reason."""
-    rng = random.Random(0)
-    for n_ops in (TRAIN_OPS, *HELD_OUT.values(), (1, MAX_OPS)):
+    rng, nested, products = random.Random(0), 0, 0
+    assert TASK.held_out == {"test": (2, 4), "hard": (5, 6)}
+    for n_ops in (None, *task.held_out.values(), (1, task.max_ops + 2)):
         lengths = set()
         for _ in range(1500):
-            problem = make_problem(rng, n_ops, test=rng.random() < 0.5)
-            numbers, ops = re.split(r"[-+*]", problem.question), re.findall(r"[-+*]", problem.question)
-            lengths.add(len(ops))
+            problem = task.make_problem(rng, n_ops, test=rng.random() < 0.5)
+            tokens = ["", *re.findall("[0-9]+|[-+*()]", problem.question), ""]
+            lengths.add(sum(token in ("+", "-", "*") for token in tokens))
             assert problem.answer == str(evaluate(problem.question)) and problem.check(problem.answer)
-            assert "**" not in "".join("*" if op == "*" else " " for op in ops), "products have two factors"
-            for i, number in enumerate(map(int, numbers)):
-                factor = "*" in ops[max(i - 1, 0):i + 1]
-                assert 2 <= number <= 9 if factor else 1 <= number <= 20
-            assert parse(problem.question) == problem
-            assert len(get_tokenizer().encode_ordinary(problem.prompt)) <= MAX_PROMPT_TOKENS
-        assert lengths == set(range(n_ops[0], n_ops[1] + 1))
+            assert all(tokens[i:i + 4:2] != ["*", "*"] for i in range(len(tokens))), "products have two factors"
+            for before, token, after in zip(tokens, tokens[1:], tokens[2:]):
+                if token.isdigit():
+                    factor = "*" in (before, after)
+                    assert 2 <= int(token) <= task.max_factor if factor else 1 <= int(token) <= task.max_number
+                    products += factor
+            nested += "(" in problem.question
+            assert task.parse(problem.question) == problem
+            assert len(get_tokenizer().encode_ordinary(problem.prompt)) <= task.max_prompt_tokens
+        fewest, most = n_ops or (1, task.max_ops)
+        assert lengths == set(range(fewest, most + 1))
+    assert products > 3000 and (1500 < nested < 4500 if task.parentheses else not nested)
+
+
+@pytest.mark.parametrize("question, steps", [
+    ("8*7-19", "8*7=56 56-19=37"), ("20-3*4+1", "3*4=12 20-12=8 8+1=9"), ("2*(3-10)*4", "3-10=-7 2*-7=-14 -14*4=-56"),
+    ("((1+2)*(3+4))-5", "1+2=3 3+4=7 3*7=21 21-5=16"), ("9-(8-(7-6))", "7-6=1 8-1=7 9-7=2")])
+def test_steps_are_what_one_would_write(question, steps):
+    """Working in an order that the expression does not have, or a step that holds by luck."""
+    assert solve(question) == (steps.split(), evaluate(question))
+
+
+@pytest.mark.parametrize("text", ("(1+1", "1+1)", "()", "(5)", "2(3+4)", "(1+2)3", "1+()", ")1+1(", "(1+-1)", "-(1+1)",
+                                  "(" * 40 + "1+1" + ")" * 39, "(" * 10_000, "1+(01+2)", "(1000+1)*2"))
+def test_parentheses_that_do_not_match_are_refused(text):
+    """A recursion that runs out of stack or of text, and says so in a traceback."""
+    with pytest.raises(ValueError, match="is no expression"):
+        HARDER.parse(text)
+    with pytest.raises(ValueError):
+        TASK.parse("(1+2)*3")
 
 
 @pytest.mark.parametrize("text", (
@@ -104,10 +130,10 @@ def test_problems_are_reproducible():
     assert draw(1) == draw(1) != draw(2)
     random.seed(0)
     state = random.getstate()
-    draw(1), make_corpus(1000, seed=0)
+    draw(1), TASK.make_corpus(1000, seed=0)
     assert random.getstate() == state
-    assert np.array_equal(make_corpus(5000, seed=1), make_corpus(5000, seed=1))
-    assert not np.array_equal(make_corpus(5000, seed=1)[:1000], make_corpus(5000, seed=2)[:1000])
+    assert np.array_equal(TASK.make_corpus(5000, seed=1), TASK.make_corpus(5000, seed=1))
+    assert not np.array_equal(TASK.make_corpus(5000, seed=1)[:1000], TASK.make_corpus(5000, seed=2)[:1000])
 
 
 # The split
@@ -115,35 +141,35 @@ def test_problems_are_reproducible():
 
 def test_test_problems_are_never_seen(documents):
     """A split by random draws, or of problems and not of expressions: what is reported as learnt is remembered."""
-    held_out = {p.question for kind in HELD_OUT for seed in (0, 1) for p in heldout_problems(1000, kind, seed)}
+    held_out = {p.question for kind in TASK.held_out for seed in (0, 1)
+                for p in TASK.heldout_problems(1000, kind, seed)}
     rng = random.Random(0)
     in_rl = {make_problem(rng).question for _ in range(20_000)}
-    test_side = {make_problem(rng, (1, MAX_OPS), test=True).question for _ in range(20_000)} | held_out
+    test_side = {make_problem(rng, (1, 6), test=True).question for _ in range(20_000)} | held_out
     asked = {line[len("User: "):] for d in documents for line in d.split("\n") if line.startswith("User: ")}
     assert len(asked) > 10_000 and len(test_side) > 15_000
     assert not asked & test_side and not in_rl & test_side
     assert len(in_rl & asked) > 100, "the two draw from one small pool, so a leak would have shown"
 
 
-@pytest.mark.parametrize("n_ops", range(1, MAX_OPS + 1))
+@pytest.mark.parametrize("n_ops", range(1, 7))
 def test_the_split_takes_a_tenth(n_ops, assert_frequencies):
     """A hash that prefers some lengths: the test set is then another task, or there is too little of it."""
     rng = random.Random(0)
-    held_out = [is_test(q) for q in {make_question(rng, n_ops) for _ in range(5000)}]
+    held_out = [is_test(q) for q in {TASK.make_question(rng, n_ops) for _ in range(5000)}]
     assert_frequencies([sum(held_out), held_out.count(False)], [0.1, 0.9])
 
 
-@pytest.mark.parametrize("kind", HELD_OUT)
-def test_held_out_problems_are_different_and_reproducible(kind, monkeypatch):
+@pytest.mark.parametrize("kind", ("test", "hard"))
+def test_held_out_problems_are_different_and_reproducible(kind):
     """A test problem that counts twice; an evaluation that changes with every call; a search that never ends."""
-    problems = heldout_problems(300, kind, seed=0)
+    problems = TASK.heldout_problems(300, kind, seed=0)
     assert len({p.question for p in problems}) == 300
-    fewest, most = HELD_OUT[kind]
+    fewest, most = TASK.held_out[kind]
     assert all(fewest <= len(re.findall("[-+*]", p.question)) <= most for p in problems)
-    assert problems == heldout_problems(300, kind, seed=0) != heldout_problems(300, kind, seed=1)
-    monkeypatch.setitem(HELD_OUT, kind, (1, 1))
+    assert problems == TASK.heldout_problems(300, kind, seed=0) != TASK.heldout_problems(300, kind, seed=1)
     with pytest.raises(ValueError):
-        heldout_problems(200, kind, seed=0)
+        Arithmetic(max_number=2, max_factor=2).heldout_problems(2000, kind, seed=0)
 
 
 # The corpus

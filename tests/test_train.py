@@ -178,7 +178,10 @@ def test_other_settings_are_refused(quick, refused):
     ("--kl_coef=nan", "a number"), ("--kl_coef=-1", "0 or more"), ("--normalize=mean", "sequence, token, constant"),
     ("--on_policy=yes", "True, False"), ("--stage=rl", "base, zero, student"), ("--preset=huge", "tiny"),
     ("--n_embd=63", "n_embd"), ("--rl_samples=1", "2 or more"), ("--rl_max_new_tokens=1000", "at most"),
-    ("--block_size=100", "multiple of 8"), ("--processes=40", "more than a batch's rows"),
+    ("--block_size=100", "multiple of 8"), ("--max_ops=1", "2 or more"), ("--max_number=1000", "at most 999"),
+    ("--max_factor=1", "2 or more"), ("--corpus_share=0.5", "needs a --corpus"), ("--max_ops=40", "at most"),
+    ("--problems=nowhere.jsonl", "nowhere.jsonl"), ("--corpus=nowhere.txt", "nowhere.txt"), ("--parentheses=1", "True"),
+    ("--processes=40", "more than a batch's rows"),
     ("--ask=hello", "no expression"), ("--ask=__import__('os')", "no expression"), ("--ask=8*7", "no model"),
 ])
 def test_bad_input(tmp_path, capsys, arg, words):
