@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grpo import MICRO_BATCH, cut, sample_rollout, shuffled_minibatches
+from grpo import cut, sample_rollout, shuffled_minibatches
 from model import GPT, Optimizer
 from parallel import add_up, share
 
@@ -70,7 +70,7 @@ def sft_loss(student_logits: Tensor, target: Tensor, mask: Tensor, denominator: 
 
 def distill_step(student: GPT, teacher: GPT, optimizer: Optimizer, problems: list, reward_fn, encoding, *,
                  divergence: str, on_policy: bool, max_new_tokens: int, minibatches: int, temperature: float = 1.0,
-                 lr_scale: float = 1.0, max_tokens: int = MICRO_BATCH,
+                 lr_scale: float = 1.0, max_tokens: int = 4_096,
                  generator: torch.Generator | None = None) -> dict[str, float | None]:
     """Sample one completion of each problem, then one update of the student a minibatch -> metrics.
 

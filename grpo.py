@@ -45,9 +45,7 @@ from torch import Tensor
 from model import GPT, Optimizer, generate, token_logprobs
 from parallel import add_up, gather, own, share
 
-
 NORMALIZE = ("sequence", "token", "constant")
-MICRO_BATCH = 4_096  # tokens that a process computes at a time, which bounds its memory
 
 
 def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
@@ -217,7 +215,7 @@ def cut(rollout: Rollout, rows: list[int], pad_id: int, max_tokens: int,
 def grpo_step(policy: GPT, reference: GPT | None, optimizer: Optimizer, problems: list, reward_fn, encoding, *,
               samples: int, max_new_tokens: int, minibatches: int, clip_low: float, clip_high: float, kl_coef: float,
               normalize: str, scale: str, temperature: float = 1.0, lr_scale: float = 1.0,
-              max_tokens: int = MICRO_BATCH,
+              max_tokens: int = 4_096,
               generator: torch.Generator | None = None) -> tuple[dict[str, float], Rollout]:
     """One iteration of Algorithm 1 of DeepSeekMath: `samples` completions of each problem, then an update a minibatch.
 

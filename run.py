@@ -43,6 +43,7 @@ class Config:
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile for training; auto: on a CPU with a C++ compiler
     processes: int = 1                # each with a share of every batch
     threads: int = 0                  # of each process, on the CPU; 0: as many as torch takes, divided among them
+    micro_batch: int = 4_096          # tokens that a process computes at a time in training, which bounds its memory
     save_every: float = 20.0          # seconds between checkpoints inside a stage; 0: every step
     # the task: see data/arithmetic.py; or your own problems and text, see data/own.py
     max_ops: int = 4                  # most operations of a problem of RL and of "test"; "hard" has one or two more
@@ -97,6 +98,11 @@ class Config:
 
 
 PRESETS = {
+    # For one data-centre GPU: 14 million parameters, and problems of up to 8 operations, parentheses and two digits.
+    "gpu": dict(micro_batch=65_536, max_ops=6, max_number=99, max_factor=20, parentheses=True, block_size=256,
+                n_layer=8, n_head=6, n_embd=384, base_tokens=60_000_000, base_batch=256, rl_prompts=128, rl_samples=16,
+                rl_max_new_tokens=160, rl_lr=2e-4, student_n_layer=4, student_n_embd=128,
+                student_base_tokens=40_000_000, student_base_batch=128, distill_prompts=2048),
     "tiny": dict(dtype="float32", compile="off", save_every=0.5, n_layer=2, n_head=1, n_embd=64, base_tokens=300_000,
                  base_batch=16, rl_steps=12, rl_prompts=16, rl_samples=8, rl_lr=1e-3, student_n_layer=1,
                  student_n_head=1, student_n_embd=32, student_base_tokens=300_000, student_base_batch=16,
@@ -106,8 +112,8 @@ PRESETS = {
 MAY_BE_ZERO = {"seed", "threads", "save_every", "format_weight", "kl_coef", "ref_every"}
 
 # Which fields shaped a stage's checkpoint (names, or beginnings of names that end in _): they may not change after it.
-SHARED = ("seed", "device", "dtype", "compile", "block_size", "max_ops", "max_number", "max_factor", "parentheses",
-          "corpus", "corpus_share")
+SHARED = ("seed", "device", "dtype", "compile", "micro_batch", "max_ops", "max_number", "max_factor", "parentheses",
+          "corpus", "corpus_share", "block_size")
 TEACHER = SHARED + ("problems", "n_", "base_", "rl_", "format_weight", "clip_", "kl_coef", "ref_every", "normalize",
                     "scale")
 SHAPED_BY = {

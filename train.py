@@ -41,7 +41,7 @@ from data.arithmetic import Arithmetic
 from data.own import OwnCorpus, OwnProblems, fingerprint, path_of
 from data.tokenizer import get_tokenizer
 from distill import distill_step
-from grpo import MICRO_BATCH, grpo_step, sample_rollout
+from grpo import grpo_step, sample_rollout
 from model import GPT, GPTConfig, Optimizer, generate
 from parallel import Lost, add_up, broadcast, end, join, launched, leave, rank, share, start
 from rewards import accuracy_reward, extract_answer, format_reward, reflects
@@ -82,6 +82,7 @@ def check(cfg: Config, task) -> None:
         (max(cfg.max_number, cfg.max_factor) > 999, "--max_number and --max_factor are at most 999"),
         (cfg.corpus_share > 1, "--corpus_share is at most 1"),
         (cfg.corpus_share < 1 and not cfg.corpus, "--corpus_share needs a --corpus"),
+        (cfg.micro_batch < cfg.block_size, "--micro_batch must be --block_size at least: the longest row"),
         (cfg.block_size % 8, "--block_size must be a multiple of 8, as the lengths of micro-batches are"),
         (cfg.rl_samples < 2, "--rl_samples must be 2 or more: an advantage compares answers to one prompt"),
         (cfg.clip_low >= 1, "--clip_low must be under 1: the ratio's lower bound is 1 - clip_low"),
@@ -173,9 +174,9 @@ def compiled(model: GPT, cfg: Config) -> GPT:
         for block in model.blocks:
             block.compile(dynamic=True)
         # A size that no other dimension has, or the compiler would take them for the same one and make it a constant.
-        # It writes other code for more tokens than 4,096, which is what a micro-batch has at most.
+        # For more tokens than 4,096 it writes other code, which is why a micro-batch has at most as many by default.
         length = model.config.block_size - 3
-        idx = torch.zeros(max(2, MICRO_BATCH // length - 1), length, dtype=torch.long, device=cfg.device)
+        idx = torch.zeros(max(2, cfg.micro_batch // length - 1), length, dtype=torch.long, device=cfg.device)
         model(idx).float().sum().backward()
         model.zero_grad(set_to_none=True)
         # subtle: what was compiled for another size rounds differently. Nothing is compiled later, so that a run that
@@ -251,7 +252,7 @@ def pretrain(run: Run, name: str) -> None:
     n_tokens, batch = getattr(cfg, prefix + "tokens"), getattr(cfg, prefix + "batch")
     longest = max(cfg.base_tokens, cfg.student_base_tokens)  # one corpus for both
     corpus, starts = load_corpus(run.task, int(1.35 * longest), cfg.seed, length)  # a row leaves half a document over
-    heldout, heldout_starts = load_corpus(run.task, 64 * length, cfg.seed, length, heldout=True)
+    heldout, heldout_starts = load_corpus(run.task, 2 * batch * length, cfg.seed, length, heldout=True)
     steps = n_tokens // (batch * cfg.block_size)
     rows = min(steps * batch, len(starts))  # the corpus's first: what follows them shapes nothing
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(cfg.seed))
@@ -260,7 +261,7 @@ def pretrain(run: Run, name: str) -> None:
         """The mean over rows, a micro-batch of this process's share at a time, and its gradient if there is to be
         one."""
         mean = torch.zeros(())
-        for part in share(starts).split(max(1, MICRO_BATCH // cfg.block_size)):
+        for part in share(starts).split(max(1, cfg.micro_batch // cfg.block_size)):
             idx = corpus[part[:, None] + torch.arange(length)].long().to(device)  # (B, T+1)
             loss = F.cross_entropy(model(idx[:, :-1]).float().flatten(0, 1), idx[:, 1:].flatten(), reduction="sum")
             loss = loss / (len(starts) * cfg.block_size)
@@ -277,7 +278,7 @@ def pretrain(run: Run, name: str) -> None:
         metrics["tokens_per_s"] = batch * cfg.block_size / (time.perf_counter() - start)
         if number % 100 == 0 or number == steps:
             with torch.no_grad():
-                metrics["heldout_loss"] = loss_over(heldout, heldout_starts)
+                metrics["heldout_loss"] = loss_over(heldout, heldout_starts[:2 * batch])
         return metrics
 
     train_stage(run, name, steps, {"model": model, "optimizer": optimizer}, step)
@@ -308,7 +309,7 @@ def reinforce(run: Run, name: str, start: str, steps: int, prompts: int) -> None
             policy, reference, parts["optimizer"], problems, reward_function(cfg), encoding, samples=cfg.rl_samples,
             max_new_tokens=cfg.rl_max_new_tokens, minibatches=cfg.rl_minibatches, clip_low=cfg.clip_low,
             clip_high=cfg.clip_high, kl_coef=cfg.kl_coef, normalize=cfg.normalize, scale=cfg.scale,
-            lr_scale=lr_scale(number, steps, hold=0.0), generator=generator)
+            lr_scale=lr_scale(number, steps, hold=0.0), max_tokens=cfg.micro_batch, generator=generator)
         if cfg.ref_every and number % cfg.ref_every == 0:
             reference.load_state_dict(policy.state_dict())
         if number in (1, 5, 10) or number % 20 == 0:
@@ -331,7 +332,8 @@ def distil(run: Run) -> None:
         return distill_step(
             student, teacher, optimizer, problems, reward_function(cfg), encoding, divergence=cfg.divergence,
             on_policy=cfg.on_policy, max_new_tokens=cfg.rl_max_new_tokens, minibatches=cfg.distill_minibatches,
-            temperature=cfg.distill_temperature, lr_scale=lr_scale(number, cfg.distill_steps), generator=generator)
+            temperature=cfg.distill_temperature, lr_scale=lr_scale(number, cfg.distill_steps),
+            max_tokens=cfg.micro_batch, generator=generator)
 
     train_stage(run, name, cfg.distill_steps, {"model": student, "optimizer": optimizer}, step)
 

@@ -60,7 +60,7 @@ import torch.nn.functional as F
 
 from data.tokenizer import get_tokenizer
 from distill import distill_loss, distill_step
-from grpo import MICRO_BATCH, grpo_step
+from grpo import grpo_step
 from model import GPT, GPTConfig, Optimizer, generate
 from run import Config, Fault, one_of
 from train import bound_kernels, compiled
@@ -206,7 +206,7 @@ def our_distillation(option: dict, turns: Turns, sampling: bool) -> None:
         assert metrics["accepted"] == 1 and metrics["length"] == NEW, "every row must be whole, and kept"
 
     def update():  # as distill_step does it
-        micro = MICRO_BATCH // (PROMPT + NEW)
+        micro = CFG.micro_batch // (PROMPT + NEW)
         for at in range(0, N, micro):
             idx = torch.tensor(given[at:at + micro], device=option["device"])  # (n, PROMPT + NEW)
             mask = (torch.arange(1, PROMPT + NEW, device=idx.device) >= PROMPT).expand(len(idx), -1)
@@ -357,7 +357,7 @@ def sampling_case(rows: int, new: int) -> Case:
 
 def passes(config: GPTConfig, n: int) -> tuple[GPTConfig, int, float]:
     """The work of n forward passes over the rows of a GRPO or distillation step."""
-    return config, MICRO_BATCH, n * forward_flops(config, N * (PROMPT + NEW), (PROMPT + NEW) / 2)
+    return config, CFG.micro_batch, n * forward_flops(config, N * (PROMPT + NEW), (PROMPT + NEW) / 2)
 
 
 COMPILE = [dict(compile="not compiled"), dict(compile="compiled")]

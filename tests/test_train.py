@@ -19,8 +19,8 @@ from data import arithmetic
 from data.tokenizer import get_tokenizer
 from model import GPT, generate, token_logprobs
 from rewards import accuracy_reward, extract_answer, format_reward, reflects
-from run import Config, build_model, load_checkpoint
-from train import compiled, evaluate, main, majority, pass_at_k, reward_function, settle
+from run import Config, build_model, load_checkpoint, parse_args
+from train import check, compiled, evaluate, main, majority, make_task, pass_at_k, reward_function, settle
 
 ROOT = Path(__file__).parent.parent
 # A run that passes through every stage in a few seconds and saves at every step. One thread, as this process has, so
@@ -178,8 +178,9 @@ def test_other_settings_are_refused(quick, refused):
     ("--kl_coef=nan", "a number"), ("--kl_coef=-1", "0 or more"), ("--normalize=mean", "sequence, token, constant"),
     ("--on_policy=yes", "True, False"), ("--stage=rl", "base, zero, student"), ("--preset=huge", "tiny"),
     ("--n_embd=63", "n_embd"), ("--rl_samples=1", "2 or more"), ("--rl_max_new_tokens=1000", "at most"),
-    ("--block_size=100", "multiple of 8"), ("--max_ops=1", "2 or more"), ("--max_number=1000", "at most 999"),
-    ("--max_factor=1", "2 or more"), ("--corpus_share=0.5", "needs a --corpus"), ("--max_ops=40", "at most"),
+    ("--block_size=100", "multiple of 8"), ("--max_ops=1", "2 or more"), ("--micro_batch=100", "longest row"),
+    ("--max_number=1000", "at most 999"), ("--max_factor=1", "2 or more"), ("--max_ops=40", "at most"),
+    ("--corpus_share=0.5", "needs a --corpus"),
     ("--problems=nowhere.jsonl", "nowhere.jsonl"), ("--corpus=nowhere.txt", "nowhere.txt"), ("--parentheses=1", "True"),
     ("--processes=40", "more than a batch's rows"),
     ("--ask=hello", "no expression"), ("--ask=__import__('os')", "no expression"), ("--ask=8*7", "no model"),
@@ -348,6 +349,21 @@ def test_reference_is_refreshed(tiny, tmp_path):
     assert done.returncode == 0, done.stderr
     kl = [row["kl"] for row in rows(tmp_path) if row["stage"] == "zero"]
     assert [value == 0 for value in kl] == [True, False, True, False, True]
+
+
+def test_the_gpu_preset_takes_a_step(tmp_path):
+    """A preset that nobody can try on a laptop: prompts that do not fit its rows, a shape that its heads do not divide.
+    A step of each stage, on a small batch for its full models."""
+    few = ["--base_batch=1", "--base_tokens=256", "--student_base_batch=1", "--student_base_tokens=256",
+           "--rl_steps=1", "--rl_prompts=2", "--rl_samples=2", "--distill_steps=1", "--distill_prompts=2",
+           "--distill_minibatches=1", "--on_policy=True", "--eval_problems=2", "--rl_max_new_tokens=9"]
+    cfg, _ = parse_args(["--preset=gpu"])
+    check(cfg, make_task(cfg))
+    args = ["--preset=gpu", "--device=cpu", "--dtype=float32", "--compile=off", "--threads=1", "--micro_batch=1024"]
+    assert main([*args, *few, f"--out={tmp_path}"]) == 0
+    params = {name: model["params"] for name, model in results(tmp_path)["models"].items()}
+    assert 10e6 < params["zero"] < 30e6 and params["student"] * 5 < params["zero"]
+    assert [row["stage"] for row in rows(tmp_path)] == NAMES
 
 
 def test_a_log_of_something_else_is_kept(tmp_path, capsys):
