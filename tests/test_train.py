@@ -344,8 +344,8 @@ def test_log_has_a_row_for_every_step(tiny):
 def test_reference_is_refreshed(tiny, tmp_path):
     """--ref_every that never refreshes, or at the wrong steps: the KL to a reference as young as the policy is 0."""
     copy(tiny[0], tmp_path, "base.pt")
-    done = train("--preset=tiny", "--stage=zero", "--rl_steps=5", "--rl_minibatches=1", "--kl_coef=0.001",
-                 "--eval_problems=2", "--ref_every=2", f"--out={tmp_path}")
+    done = train("--preset=tiny", "--threads=1", "--stage=zero", "--rl_steps=5", "--rl_minibatches=1",
+                 "--kl_coef=0.001", "--eval_problems=2", "--ref_every=2", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr
     kl = [row["kl"] for row in rows(tmp_path) if row["stage"] == "zero"]
     assert [value == 0 for value in kl] == [True, False, True, False, True]
