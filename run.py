@@ -239,12 +239,17 @@ def build_model(content: dict) -> GPT:
     return model
 
 
+def what_counts(value):
+    """Of a setting: of a file its checksum, wherever it lies."""
+    return value.rpartition(" (")[2] if isinstance(value, str) else value
+
+
 def refuse_changes(cfg: Config, stored: dict, what: str, fields: tuple[str, ...]) -> None:
     """Raises Fault if a field that shaped `what` is set otherwise now."""
     for field in dataclasses.fields(cfg):
         if any(field.name == f or f.endswith("_") and field.name.startswith(f) for f in fields):
-            old, new = stored.get(field.name), getattr(cfg, field.name)
-            if old != new:
+            old, new = stored.get(field.name, field.default), getattr(cfg, field.name)
+            if what_counts(old) != what_counts(new):
                 raise Fault(f"{what} was made with {field.name}={old}, not {new}: go on with --{field.name}={old}, or "
                             "start afresh with another --out")
 

@@ -1,6 +1,6 @@
 """nanoR1: random weights -> base -> zero -> student, in one command.
 
-    base          next-token prediction on the corpus of data/arithmetic.py (Muon and AdamW)
+    base          next-token prediction on the corpus of data/arithmetic.py, or your own text (Muon and AdamW)
     zero          GRPO on the base, from rule-based rewards alone: no supervised fine-tuning
     student_base  a base of its own for a smaller GPT, on the same corpus
     student       the RL teacher distilled into it
@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.arithmetic import Arithmetic
-from data.own import OwnCorpus, OwnProblems, fingerprint, path_of
+from data.own import OwnCorpus, OwnProblems, Problem, fingerprint, path_of
 from data.tokenizer import get_tokenizer
 from distill import distill_step
 from grpo import grpo_step, sample_rollout
@@ -56,7 +56,7 @@ EVAL_SAMPLES = 16  # completions of each evaluated problem: maj@16, pass@16
 
 def make_task(cfg: Config):
     """The problems and the corpus that the settings ask for; a fork's own task takes its place here. Raises Fault for a
-    file that is not as it should be."""
+    file that is not as it should be, and if there are too few problems or they do not fit."""
     task = Arithmetic(cfg.max_ops, cfg.max_number, cfg.max_factor, cfg.parentheses)
     try:
         if cfg.problems:
@@ -64,18 +64,24 @@ def make_task(cfg: Config):
             task = OwnProblems(task, path_of(cfg.problems), cfg.block_size - cfg.rl_max_new_tokens, answer)
         if cfg.corpus:
             task = OwnCorpus(task, path_of(cfg.corpus), cfg.corpus_share)
+            times = max(cfg.base_tokens, cfg.student_base_tokens) * cfg.corpus_share / task.n_tokens
+            task.notes += [f"{path_of(cfg.corpus)}: read about {times:.1f} times"] * (times > 1)
+        for kind in task.held_out:
+            task.heldout_problems(cfg.eval_problems, kind, cfg.seed)
     except ValueError as error:
         raise Fault(str(error)) from None
+    room = cfg.block_size - task.max_prompt_tokens
+    if cfg.rl_max_new_tokens > room:
+        raise Fault(f"--rl_max_new_tokens must be at most {room}: block_size less a prompt")
     return task
 
 
-def check(cfg: Config, task) -> None:
+def check(cfg: Config) -> None:
     """Raises Fault where settings that are each right do not go together."""
     try:
         shape(cfg, "base"), shape(cfg, "student")
     except ValueError as error:
         raise Fault(str(error)) from None
-    room = cfg.block_size - task.max_prompt_tokens
     for wrong, line in (
         (cfg.max_ops < 2, "--max_ops must be 2 or more: test problems have at least two operations"),
         (cfg.max_factor < 2, "--max_factor must be 2 or more"),
@@ -86,7 +92,7 @@ def check(cfg: Config, task) -> None:
         (cfg.block_size % 8, "--block_size must be a multiple of 8, as the lengths of micro-batches are"),
         (cfg.rl_samples < 2, "--rl_samples must be 2 or more: an advantage compares answers to one prompt"),
         (cfg.clip_low >= 1, "--clip_low must be under 1: the ratio's lower bound is 1 - clip_low"),
-        (cfg.rl_max_new_tokens > room, f"--rl_max_new_tokens must be at most {room}: block_size less a prompt"),
+        (cfg.rl_max_new_tokens >= cfg.block_size, "--rl_max_new_tokens must be at most block_size less a prompt"),
         (cfg.rl_minibatches > cfg.rl_prompts * cfg.rl_samples, "--rl_minibatches is more than a rollout's completions"),
         (cfg.distill_minibatches > cfg.distill_prompts, "--distill_minibatches is more than --distill_prompts"),
         (cfg.ref_every and not cfg.kl_coef, "--ref_every refreshes the reference, which only a --kl_coef above 0 has"),
@@ -190,9 +196,9 @@ def open_run(cfg: Config, out: Path) -> Run:
     if launched() and cfg.processes not in (Config.processes, launched()):
         raise Fault(f"--processes={cfg.processes}, but launched as {launched()}, which decides")
     cfg = dataclasses.replace(cfg, processes=launched() or cfg.processes)
+    check(cfg)
     task = make_task(cfg)
-    check(cfg, task)
-    cfg = dataclasses.replace(cfg, problems=fingerprint(cfg.problems), corpus=fingerprint(cfg.corpus))
+    cfg = dataclasses.replace(cfg, **{key: fingerprint(path_of(getattr(cfg, key))) for key in ("problems", "corpus")})
     path, results = out / "results.json", {"config": {}, "seconds": {}, "models": {}}
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -202,7 +208,7 @@ def open_run(cfg: Config, out: Path) -> Run:
             keys = ["device", "dtype", "compile"] + ["threads"] * (cfg.processes == stored["config"].get("processes"))
             settled = {key: results["config"][key] for key in keys if getattr(cfg, key) == getattr(Config, key)}
             cfg = dataclasses.replace(cfg, **settled)
-            check(cfg, task)
+            check(cfg)
     except OSError as error:
         raise Fault(f"cannot write into {out}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
@@ -223,22 +229,25 @@ def open_run(cfg: Config, out: Path) -> Run:
 
 
 @functools.lru_cache(maxsize=2)
-def load_corpus(task, n_tokens: int, seed: int, length: int, heldout: bool = False) -> tuple[Tensor, Tensor]:
+def load_corpus(task, rows: int, seed: int, length: int, heldout: bool = False) -> tuple[Tensor, Tensor]:
     """The corpus and where to cut it -> (token ids (n,), starts (rows,) of rows of `length` tokens).
 
-    Every row starts where a document does, so that a prompt at position 0 is nothing new to the model; what the last
-    document of a row has left over is not read, unless it is long.
+    A row starts where a document does, so that a prompt at position 0 is nothing new to the model; what the last
+    document of a row has left over is not read, unless it fills a row of its own. More rows begin with the same ones.
     """
-    corpus = task.make_corpus(n_tokens, seed, heldout)
-    documents = np.append(0, np.flatnonzero(corpus == get_tokenizer().eot_token) + 1)  # where each starts
-    starts, position = [], 0
-    while position + length <= len(corpus):
-        starts.append(position)
-        position += length
-        following = documents[documents.searchsorted(position):][:1]
-        if len(following) and following[0] - position <= 4 * length:
-            position = int(following[0])
-    return torch.from_numpy(corpus.astype(np.int32)), torch.tensor(starts)
+    n_tokens, starts = int(1.35 * rows * length), []
+    while len(starts) < rows:
+        corpus = task.make_corpus(n_tokens, seed, heldout)
+        documents = np.append(0, np.flatnonzero(corpus == get_tokenizer().eot_token) + 1)  # where each starts
+        starts, position = [], 0
+        while position + length <= len(corpus):
+            starts.append(position)
+            position += length
+            following = documents[documents.searchsorted(position):][:1]
+            if len(following) and following[0] - position < length:
+                position = int(following[0])
+        n_tokens *= 2
+    return torch.from_numpy(corpus.astype(np.int32)), torch.tensor(starts[:rows])
 
 
 def pretrain(run: Run, name: str) -> None:
@@ -250,12 +259,11 @@ def pretrain(run: Run, name: str) -> None:
     length = cfg.block_size + 1
     prefix = "base_" if name == "base" else "student_base_"
     n_tokens, batch = getattr(cfg, prefix + "tokens"), getattr(cfg, prefix + "batch")
-    longest = max(cfg.base_tokens, cfg.student_base_tokens)  # one corpus for both
-    corpus, starts = load_corpus(run.task, int(1.35 * longest), cfg.seed, length)  # a row leaves half a document over
-    heldout, heldout_starts = load_corpus(run.task, 2 * batch * length, cfg.seed, length, heldout=True)
     steps = n_tokens // (batch * cfg.block_size)
-    rows = min(steps * batch, len(starts))  # the corpus's first: what follows them shapes nothing
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(cfg.seed))
+    longest = max(cfg.base_tokens, cfg.student_base_tokens) // cfg.block_size  # one corpus for both, in rows
+    corpus, starts = load_corpus(run.task, longest, cfg.seed, length)
+    heldout, heldout_starts = load_corpus(run.task, 2 * batch, cfg.seed, length, heldout=True)
+    order = torch.randperm(steps * batch, generator=torch.Generator().manual_seed(cfg.seed))
 
     def loss_over(corpus: Tensor, starts: Tensor) -> float:
         """The mean over rows, a micro-batch of this process's share at a time, and its gradient if there is to be
@@ -272,13 +280,12 @@ def pretrain(run: Run, name: str) -> None:
 
     def step(number: int) -> dict:
         start = time.perf_counter()
-        picks = torch.arange((number - 1) * batch, number * batch) % rows
-        loss = loss_over(corpus, starts[order[picks]])
+        loss = loss_over(corpus, starts[order[(number - 1) * batch:number * batch]])
         metrics = {"loss": loss, "grad_norm": optimizer.step(lr_scale(number, steps))}
         metrics["tokens_per_s"] = batch * cfg.block_size / (time.perf_counter() - start)
         if number % 100 == 0 or number == steps:
             with torch.no_grad():
-                metrics["heldout_loss"] = loss_over(heldout, heldout_starts[:2 * batch])
+                metrics["heldout_loss"] = loss_over(heldout, heldout_starts)
         return metrics
 
     train_stage(run, name, steps, {"model": model, "optimizer": optimizer}, step)
@@ -411,7 +418,10 @@ def evaluate(model: GPT, problems: list, reward_fn: Callable, *, max_new_tokens:
         rows += rollout.scores
     mean = lambda name: sum(row[name] for row in rows) / len(rows)
     right = [int(sum(row["accuracy"] for row in rows[i:i + n])) for i in range(0, len(rows), n)]  # of n, a problem
-    votes = [majority([extract_answer(text) for text in texts[i:i + n]]) for i in range(0, len(rows), n)]
+    votes = []
+    for i, problem in enumerate(problems):
+        answers = [extract_answer(text) for text in texts[i * n:(i + 1) * n]]
+        votes.append(majority([a if a is None else problem.canonical(a) for a in answers]))
     found = {
         "pass@1": mean("accuracy"),
         "pass@1_se": float(np.std([r / n for r in right], ddof=1) / len(problems) ** 0.5),
@@ -466,9 +476,14 @@ def report(run: Run) -> str:
 def ask(out: Path, text: str) -> str:
     """What each finished model in `out` answers, by greedy decoding."""
     found = {name: load_checkpoint(out / f"{name}.pt", name) for name in SHAPED_BY if (out / f"{name}.pt").exists()}
-    settings = [content["config"] | {"corpus": ""} for content in found.values()]
+    config = [content["config"] for content in found.values()][-1] if found else {}
+    cfg = Config(**{key: config[key] for key in vars(Config()) if key in config and key != "corpus"})
     try:
-        problem = make_task(Config(**settings[-1]) if settings else Config()).parse(text)
+        known = not cfg.problems or fingerprint(path_of(cfg.problems)) == cfg.problems
+    except OSError:
+        known = False  # the file has gone: the models can be asked all the same
+    try:
+        problem = make_task(cfg).parse(text) if known else Problem(text.strip(), "")
     except ValueError as error:
         raise Fault(f"--ask: {error}") from None
     if not found:

@@ -58,6 +58,10 @@ class Problem:
         """The text up to where the model goes on."""
         return f"User: {self.question}\nAssistant: "
 
+    def canonical(self, answer: str) -> str:
+        """The same for answers that are equal, which have one vote together."""
+        return answer
+
     def check(self, answer: str) -> bool:
         """Is this text the answer? Exactly: "-0", "007", "+3", " 3" and other digits than ASCII's are wrong.
 
@@ -134,11 +138,10 @@ def parse(text: str, max_ops: int = 6, parentheses: bool = False) -> Problem:
     question = re.sub(r"\s*([-+*()])\s*", r"\1", text.strip())
     token = r"(0|[1-9][0-9]{0,2})(?![0-9])|" + ("[-+*()]" if parentheses else "[-+*]")
     try:
-        if len(question) > 100 or not re.fullmatch(f"({token})+", question):
+        ops, depth = len(re.findall("[-+*]", question)), question.count("(")
+        if not (1 <= ops <= max_ops and depth <= max_ops and re.fullmatch(f"({token})+", question)):
             raise ValueError
-        steps, value = solve(question)
-        if not 1 <= len(steps) <= max_ops:
-            raise ValueError
+        _, value = solve(question)
     except ValueError:
         raise ValueError(f"{text[:60]!r} is no expression of 1 to {max_ops} operations + - * over numbers of 1 to 3 "
                          "digits, such as 8*7-19") from None
@@ -248,12 +251,13 @@ class Arithmetic:
     def heldout_problems(self, n: int, kind: str, seed: int) -> list[Problem]:
         """n different problems of the test side, of a kind in held_out. Raises ValueError if there are not as many."""
         rng, found = random.Random(f"{kind}/{seed}"), {}
-        for _ in range(100 * n):
-            problem = self.make_problem(rng, self.held_out[kind], test=True)
-            found[problem.question] = problem
+        for _ in range(1000 * n):
+            question = self.make_question(rng, rng.randint(*self.held_out[kind]))
+            if is_test(question):
+                found[question] = Problem(question, str(solve(question)[1]))
             if len(found) == n:
                 return list(found.values())
-        raise ValueError(f"there are fewer than {n} {kind} problems")
+        raise ValueError(f"there are fewer than {n} {kind} problems of this difficulty")
 
     def write_thread(self, rng: random.Random) -> tuple[str, str, bool]:
         """A forum thread -> (its text, the style of its answer, is the answer right)."""

@@ -3,7 +3,8 @@
     --problems=FILE  JSONL, {"prompt": "Calculate 5 - 3.", "answer": "2"} a line and, if wanted, "split": "train" or
                      "test"; without it a hash of the prompt puts a tenth of the lines on the test side
     --corpus=FILE    JSONL (a name that ends in .jsonl), {"text": ...} a line, a document each; or plain text, whose
-                     documents are its paragraphs: what stands between blank lines
+                     documents are its paragraphs: what stands between blank lines. A document of more than 2,048
+                     tokens is cut into such
     --corpus_share   how much of what the base reads is that text; the rest is the built-in corpus
 
 Two answers are equal if both are numbers (integers, decimals, fractions) of exactly the same value, or else the same
@@ -15,6 +16,7 @@ import random
 import re
 import zlib
 from collections.abc import Iterable
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 
@@ -25,6 +27,11 @@ from data.tokenizer import get_tokenizer
 from rewards import TAGS
 
 SIDES = ("train", "test")
+LONGEST = 2_048  # tokens of a document
+
+
+class Numeral(str):
+    """A JSON number, as its digits stand in the file: no float would keep them all."""
 
 
 def number(text: str) -> Fraction | None:
@@ -41,16 +48,22 @@ def number(text: str) -> Fraction | None:
 class Problem(arithmetic.Problem):
     """A problem from a file: its question is the file's prompt, and equal answers need not be spelt alike."""
 
+    def canonical(self, answer: str) -> str:
+        """The same for answers that are equal.
+
+        >>> [Problem("?", "").canonical(a) for a in ("0.50", "2/4", "New  Delhi")]
+        ['1/2', '1/2', 'new delhi']
+        """
+        value = number(answer)
+        return plain(answer) if value is None else str(value)
+
     def check(self, answer: str) -> bool:
         """Is this the answer?
 
         >>> [Problem("A half?", "1/2").check(a) for a in ("0.5", "2/4", "0.51", "half")]
         [True, True, False, False]
-        >>> Problem("Capital?", "New Delhi").check("new  delhi")
-        True
         """
-        values = number(answer), number(self.answer)
-        return plain(answer) == plain(self.answer) if None in values else values[0] == values[1]
+        return self.canonical(answer) == self.canonical(self.answer)
 
 
 def plain(text: str) -> str:
@@ -70,30 +83,43 @@ def read_text(path: str) -> str:
         raise ValueError(f"{path}, line {content[:error.start].count(10) + 1}: not UTF-8 text") from None
 
 
+def numeral(text: str) -> Numeral:
+    """A JSON number without an exponent, unless it is beyond all answers: 1e3 is 1000."""
+    value = Decimal(text)
+    return Numeral(format(value, "f") if abs(value.adjusted()) < 100 else text)
+
+
+def no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number")
+
+
 def read_rows(path: str, wanted: dict[str, tuple[type, ...]]) -> Iterable[tuple[int, dict]]:
     """(line number, object) of each line that is not blank. Raises ValueError, with the line, for one that is no JSON
-    object, or lacks a field in `wanted` of one of these types."""
+    object, or lacks a field in `wanted` of one of these types (str or Numeral)."""
     for at, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             try:
-                row = json.loads(line)
+                row = json.loads(line, parse_float=numeral, parse_int=Numeral, parse_constant=no_number)
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {at}: not JSON ({error})") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {at}: not a JSON object")
             for key, types in wanted.items():
                 if type(row.get(key)) not in types:
-                    names = " or ".join("text" if kind is str else "number" for kind in types[:2])
-                    raise ValueError(f'{path}, line {at}: "{key}" must be given, as {names}')
+                    raise ValueError(f'{path}, line {at}: "{key}" must be given, as text'
+                                     + " or a number" * (Numeral in types))
+                if any("\ud800" <= letter <= "\udfff" for letter in row[key]):
+                    raise ValueError(f'{path}, line {at}: "{key}" holds half of a character (a lone surrogate)')
             yield at, row
 
 
 def fingerprint(path: str) -> str:
-    """The path with a checksum of the file, so that a run notices that it has changed; `path_of` takes that off."""
+    """The path with a checksum of the file, so that a run notices that it has changed; "" for no file."""
     return f"{path} (crc32 {zlib.crc32(Path(path).read_bytes()):08x})" if path else ""
 
 
 def path_of(text: str) -> str:
+    """The path in a fingerprint, or in a path."""
     return re.sub(r" \(crc32 [0-9a-f]{8}\)$", "", text)
 
 
@@ -109,9 +135,9 @@ class OwnProblems:
     def __init__(self, task, path: str, max_prompt_tokens: int, max_answer_tokens: int):
         self.make_corpus, encoding = task.make_corpus, get_tokenizer()
         self.sides, left_out, sizes = {side: {} for side in SIDES}, {}, [0]
-        for at, row in read_rows(path, {"prompt": (str,), "answer": (str, int, float)}):
-            question, answer = row["prompt"].strip(), str(row["answer"]).strip()
-            side = row.get("split") or SIDES[zlib.crc32(plain(question).encode()) % 10 == 0]
+        for at, row in read_rows(path, {"prompt": (str,), "answer": (str, Numeral)}):
+            question, answer = row["prompt"].strip(), row["answer"].strip()
+            side = row.get("split", SIDES[zlib.crc32(plain(question).encode()) % 10 == 0])
             if side not in SIDES:
                 raise ValueError(f'{path}, line {at}: "split" must be one of {", ".join(SIDES)}')
             problem = Problem(question, answer)
@@ -167,17 +193,22 @@ class OwnCorpus:
         self.task, self.share, encoding = task, share, get_tokenizer()
         self.held_out, self.max_prompt_tokens = task.held_out, task.max_prompt_tokens
         self.make_problem, self.heldout_problems, self.parse = task.make_problem, task.heldout_problems, task.parse
-        if path.endswith(".jsonl"):
+        if path.lower().endswith(".jsonl"):
             texts = [row["text"] for _, row in read_rows(path, {"text": (str,)})]
         else:
             texts = re.split(r"\n[ \t\r]*\n\s*", read_text(path))
         texts = [text for text in texts if text.strip()]
-        random.Random(path).shuffle(texts)
-        ids = encoding.encode_ordinary_batch(texts, num_threads=1)
-        tokens = np.array([i for document in ids for i in (*document, encoding.eot_token)], dtype=np.uint16)
+        random.Random("own text").shuffle(texts)
+        parts = [np.zeros(0, dtype=np.uint16)]
+        for text in texts:
+            ids = np.array(encoding.encode_ordinary(text), dtype=np.uint16)
+            for at in range(0, len(ids), LONGEST - 1):
+                parts += ids[at:at + LONGEST - 1], np.array([encoding.eot_token], dtype=np.uint16)
+        tokens = np.concatenate(parts)
+        if len(tokens) < 10_000:
+            raise ValueError(f"{path}: {len(tokens)} tokens are too little text, 10,000 are the least")
         self.kept = {True: tokens[:len(tokens) // 50], False: tokens[len(tokens) // 50:]}  # held out, to be read
-        if not len(self.kept[True]):
-            raise ValueError(f"{path}: {len(tokens)} tokens are too little text")
+        self.n_tokens = len(self.kept[False])
         self.notes = [*task.notes, f"{path}: {len(texts)} documents of {len(tokens)} tokens together"]
 
     def make_corpus(self, n_tokens: int, seed: int, heldout: bool = False) -> np.ndarray:

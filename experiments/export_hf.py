@@ -12,7 +12,9 @@ token there. The chat template makes a user's message the prompt that the model 
     print(tokenizer.decode(model.generate(**prompt)[0]))
 """
 import re
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,8 +24,8 @@ from run import Fault, load_checkpoint
 
 NAMES = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm", "gate": "mlp.gate_proj", "up": "mlp.up_proj",
          "down": "mlp.down_proj"} | {name: f"self_attn.{name}_proj" for name in "qkvo"}
-TEMPLATE = "{% for message in messages %}{% if message['role'] == 'user' %}User: {{ message['content'] }}\nAssistant: " \
-           "{% else %}{{ message['content'] }}" + END_OF_TEXT + "{% endif %}{% endfor %}"
+TEMPLATE = ("{% for message in messages %}{% if message['role'] == 'user' %}User: {{ message['content'] }}\nAssistant: "
+            "{% else %}{{ message['content'] }}" + END_OF_TEXT + "{% endif %}{% endfor %}")
 
 
 def llama(content: dict):
@@ -36,8 +38,9 @@ def llama(content: dict):
         num_hidden_layers=shape["n_layer"], num_attention_heads=shape["n_head"], rms_norm_eps=1e-5,
         max_position_embeddings=shape["block_size"], rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         tie_word_embeddings=True, bos_token_id=None, eos_token_id=stop, pad_token_id=stop)
-    weights = {"model.embed_tokens.weight": content["model"]["embedding.weight"],
-               "lm_head.weight": content["model"]["embedding.weight"], "model.norm.weight": content["model"]["norm.weight"]}
+    embedding = content["model"]["embedding.weight"]
+    weights = {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding,
+               "model.norm.weight": content["model"]["norm.weight"]}
     for name, weight in content["model"].items():
         if found := re.fullmatch(r"blocks\.(\d+)\.(\w+)\.weight", name):
             weights[f"model.layers.{found[1]}.{NAMES[found[2]]}.weight"] = weight
@@ -83,8 +86,14 @@ def main(argv: list[str]) -> int:
             raise Fault(f"{folder} is there already, and not an empty folder")
         content = load_checkpoint(path)
         model, tokenizer = llama(content), fast_tokenizer(content["shape"]["block_size"])
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=folder.name) as unfinished:
+            try:
+                model.save_pretrained(unfinished)
+                tokenizer.save_pretrained(unfinished)
+            except Exception as error:  # a full disk is an error of safetensors' own kind, or of tokenizers'
+                raise Fault(f"cannot write {folder}: {error}") from None
+            shutil.copytree(unfinished, folder, dirs_exist_ok=True)
         print(f"{content['stage']}, {model.num_parameters():,} parameters, is in {folder}")
         return 0
     except ImportError:

@@ -1,6 +1,9 @@
 """Exported models beside ours, loaded as anybody would load them. Needs experiments/requirements.txt; CI has it."""
 import dataclasses
 import random
+import resource
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -73,6 +76,19 @@ def test_the_tokenizer_cuts_as_ours(exported):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids(END_OF_TEXT) == ENCODING.eot_token
     assert tokenizer.is_fast and len(tokenizer) == ENCODING.n_vocab
+
+
+def test_full_disk(exported, tmp_path):
+    """A half-written folder that is in the way of the next try."""
+    checkpoint = tmp_path / "model.pt"
+    model, *_ = exported
+    save_checkpoint(checkpoint, {"nanor1": 1, "stage": "base", "config": {"rl_max_new_tokens": 9},
+                                 "shape": dataclasses.asdict(model.config), "model": model.state_dict()})
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    done = subprocess.run([sys.executable, export_hf.__file__, str(checkpoint), str(tmp_path / "hf")],
+                          capture_output=True, text=True, preexec_fn=limit)
+    assert done.returncode == 2 and "export_hf.py: cannot write" in done.stderr
+    assert list(tmp_path.iterdir()) == [checkpoint]
 
 
 def test_bad_input(tmp_path, capsys):

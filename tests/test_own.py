@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from data.arithmetic import Arithmetic
-from data.own import SIDES, OwnCorpus, OwnProblems, documents, fingerprint, number, path_of
+from data.own import SIDES, OwnCorpus, OwnProblems, Problem, documents, fingerprint, number, path_of
 from data.tokenizer import get_tokenizer
 from rewards import accuracy_reward
-from train import load_corpus, main
+from train import load_corpus, main, majority
 
 QUICK = ["--preset=tiny", "--device=cpu", "--threads=1", "--base_tokens=40000", "--student_base_tokens=40000",
          "--rl_steps=2", "--distill_steps=1", "--distill_prompts=32", "--rl_max_new_tokens=40", "--eval_problems=8"]
@@ -44,6 +44,23 @@ def test_answers_are_compared_exactly(tmp_path, answer, right, wrong):
     problem = OwnProblems(Arithmetic(), write(tmp_path / "p.jsonl", rows), 40, 120).parse("q")
     assert all(map(problem.check, right))
     assert not any(map(problem.check, wrong))
+
+
+@pytest.mark.parametrize("given, same", [
+    ("1e-5", "0.00001"), ("1E16", "10000000000000000"), ("0.12345678901234567891", "0.12345678901234567891"),
+    ("-2.50", "-5/2"), ("12345678901234567890123", "12345678901234567890123"), ("7.0", "7")])
+def test_json_numbers_keep_their_digits(tmp_path, given, same):
+    """A JSON number read as a float: 0.00001 becomes the text 1e-05, which no answer equals."""
+    rows = [f'{{"prompt": "Q", "answer": {given}, "split": "train"}}', *numbered(2, split="test")]
+    problem = OwnProblems(Arithmetic(), write(tmp_path / "p.jsonl", rows), 40, 120).parse("Q")
+    assert problem.check(same) and not problem.check(same + "1")
+
+
+def test_equal_answers_vote_together():
+    """Six votes for 0.5 and five for 1/2 lose against seven for 3."""
+    problem = Problem("A half?", "1/2")
+    answers = ["0.5"] * 6 + ["1/2"] * 5 + ["3"] * 7
+    assert problem.check(majority([problem.canonical(answer) for answer in answers])) and not problem.check("3")
 
 
 def test_numbers_are_read_in_linear_time():
@@ -108,7 +125,12 @@ def test_what_cannot_be_used_is_left_out_and_counted(tmp_path):
     ('{"prompt": "a", "answer": "1"', "not JSON"), ("hello", "not JSON"), ("[" * 100_000, "not JSON"),
     ('["a", "1"]', "not a JSON object"), ('"a"', "not a JSON object"),
     ('{"answer": "1"}', '"prompt" must be given, as text'),
-    ('{"prompt": 1, "answer": "1"}', '"prompt" must'), ('{"prompt": "a"}', '"answer" must be given, as text or number'),
+    ('{"prompt": 1, "answer": "1"}', '"prompt" must'),
+    ('{"prompt": "a"}', '"answer" must be given, as text or a number'),
+    ('{"prompt": "a", "answer": NaN}', "not JSON"), ('{"prompt": "a", "answer": -Infinity}', "not JSON"),
+    ('{"prompt": "a\\ud800", "answer": "1"}', "half of a character"),
+    ('{"prompt": "a", "answer": "\\ud800"}', "half of a character"),
+    ('{"prompt": "a", "answer": "1", "split": false}', "train, test"),
     ('{"prompt": "a", "answer": true}', '"answer" must'), ('{"prompt": "a", "answer": ["1"]}', '"answer" must'),
     ('{"prompt": "a", "answer": "1", "split": "dev"}', "train, test"),
     ('{"prompt": "a", "answer": "1", "split": 1}', "train, test"),
@@ -186,25 +208,45 @@ def test_too_little_text_is_read_again_in_another_order(tmp_path):
 
 
 @pytest.mark.parametrize("share", (0.25, 0.5, 0.9))
-def test_the_share_is_of_tokens_and_everywhere_the_same(tmp_path, share):
-    """A share of documents, or all of the own text first: of a corpus only the beginning may be read."""
-    path = write(tmp_path / "t.jsonl", [{"text": text} for text in make_text()])
-    mixed = OwnCorpus(Arithmetic(), path, share).make_corpus(100_000, seed=0)
+@pytest.mark.parametrize("size", (1, 60, 100_000))
+def test_the_share_is_of_tokens_and_everywhere_the_same(tmp_path, share, size):
+    """A share of documents, whatever their size, or all of the own text first: only the beginning may be read."""
+    texts = make_text()
+    texts = ["\n".join(texts[i:i + size]) for i in range(0, len(texts), size)]
+    mixed = OwnCorpus(Arithmetic(), write(tmp_path / "t.jsonl", [{"text": text} for text in texts]), share).make_corpus(
+        100_000, seed=0)
     assert len(mixed) >= 100_000
     for part in np.split(mixed[:100_000], 4):
-        own = [len(d) for d in documents(part)[1:] if get_tokenizer().decode(d[:9].tolist()).startswith("Document")]
-        assert sum(own) / len(part) == pytest.approx(share, abs=0.02)
+        own = [len(d) for d in documents(part) if not re.match("User: |Facts:", get_tokenizer().decode(d[:9].tolist()))]
+        assert sum(own) / len(part) == pytest.approx(share, abs=0.1)
     built_in = {d.tobytes() for d in documents(Arithmetic().make_corpus(100_000, seed=0))}
-    others = {d.tobytes() for d in documents(mixed) if d[0] != ord("D")}
-    assert len(others - built_in) <= 1, "the document that the held-out text ends in"
+    others = [d for d in documents(mixed) if d.tobytes() in built_in]
+    assert sum(map(len, others)) / len(mixed) == pytest.approx(1 - share, abs=0.03)
 
 
 def test_long_documents_are_read_on_from_inside(tmp_path):
     """A book is one document: without it only its first row is read."""
-    (tmp_path / "book.txt").write_text("\n".join(f"{i} is a number, and so is {i + 1}." for i in range(2000)))
+    (tmp_path / "book.txt").write_text("\n".join(f"{i} is a number, and so is {i + 1}." for i in range(3000)))
     task = OwnCorpus(Arithmetic(), str(tmp_path / "book.txt"), 1.0)
-    tokens, starts = load_corpus(task, 30_000, 0, 129)
-    assert len(starts) >= 30_000 // 129 - 1 and starts[:3].tolist() == [0, 129, 258]
+    tokens, starts = load_corpus(task, 240, 0, 129)
+    assert starts[:3].tolist() == [0, 129, 258] and len(starts) == 240
+    assert len(task.kept[False]) > 240 * 129 and len(set(tokens[starts].tolist())) > 10
+
+
+@pytest.mark.parametrize("length", (100, 150, 250, 380, 600))
+def test_most_of_the_text_is_read(tmp_path, length):
+    """Rows that start at documents only: of paragraphs of a few rows each but the first row is never seen."""
+    rng = random.Random(0)
+    texts = ["".join(rng.choices("abcdefgh ", k=length)) for _ in range(60_000 // length)]
+    task = OwnCorpus(Arithmetic(), write(tmp_path / "t.jsonl", [{"text": text} for text in texts]), 1.0)
+    tokens, starts = load_corpus(task, 200, 0, 129)
+    read = np.zeros(len(tokens), dtype=bool)
+    for start in starts.tolist():
+        assert not read[start:start + 129].any(), "nothing is read twice"
+        read[start:start + 129] = True
+    assert read[:starts.max()].mean() > 0.5
+    more = load_corpus(task, 900, 0, 129)[1]
+    assert len(more) == 900 and np.array_equal(more[:200], starts)
 
 
 @pytest.mark.parametrize("name, content, words", [
@@ -227,11 +269,11 @@ def test_a_run_on_files(tmp_path, capsys):
     """The whole recipe on problems and text that are not ours; and files that change under a run."""
     problems = write(tmp_path / "p.jsonl", numbered(300))
     corpus = write(tmp_path / "t.jsonl", [{"text": f"User: Twice {i}?\nAssistant: <think>{i}+{i}={2 * i}</think>"
-                                           f"<answer>{2 * i}</answer>"} for i in range(300, 600)])
+                                           f"<answer>{2 * i}</answer>"} for i in range(300, 700)])
     args = [*QUICK, f"--problems={problems}", f"--corpus={corpus}", "--corpus_share=0.5", f"--out={tmp_path / 'out'}"]
     assert main(args) == 0
     printed = capsys.readouterr().out
-    assert " problems to train on" in printed and "300 documents" in printed
+    assert " problems to train on" in printed and "400 documents" in printed
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(found["models"]["student"]) == {"params", "test"} and found["models"]["zero"]["test"]["n_problems"] == 8
     assert "| zero |" in (tmp_path / "out" / "report.md").read_text()
@@ -242,9 +284,16 @@ def test_a_run_on_files(tmp_path, capsys):
     assert main([f"--out={tmp_path / 'out'}", "--ask=Why?"]) == 0
     assert capsys.readouterr().out.startswith("Why? = ?\nbase ")
 
-    write(tmp_path / "p.jsonl", numbered(301))
-    assert main(args) == 2
-    assert "zero.pt was made with problems=" in capsys.readouterr().err
+    moved = [arg.replace("p.jsonl", "q.jsonl") for arg in args]
+    (tmp_path / "p.jsonl").rename(tmp_path / "q.jsonl")
+    assert main(moved) == 0, "the same problems from another place"
+    write(tmp_path / "q.jsonl", numbered(301))
+    assert main(moved) == 2
+    error = capsys.readouterr().err
+    assert "zero.pt was made with problems=" in error and error.count("\n") == 1
+    assert main([f"--out={tmp_path / 'out'}", "--ask=Twice 7?"]) == 0
+    assert capsys.readouterr().out.startswith("Twice 7? = ?\nbase "), "of another file, no answer is known"
     write(tmp_path / "p.jsonl", numbered(300))
-    assert main(args) == 0
+    said = [re.sub("=.*p.jsonl$", f"={fingerprint(problems)}", arg) for arg in args]
+    assert main(said) == 0, "as the refusal says it"
     assert path_of(fingerprint(problems)) == problems and fingerprint("") == ""

@@ -180,7 +180,7 @@ def test_other_settings_are_refused(quick, refused):
     ("--n_embd=63", "n_embd"), ("--rl_samples=1", "2 or more"), ("--rl_max_new_tokens=1000", "at most"),
     ("--block_size=100", "multiple of 8"), ("--max_ops=1", "2 or more"), ("--micro_batch=100", "longest row"),
     ("--max_number=1000", "at most 999"), ("--max_factor=1", "2 or more"), ("--max_ops=40", "at most"),
-    ("--corpus_share=0.5", "needs a --corpus"),
+    ("--corpus_share=0.5", "needs a --corpus"), ("--max_number=2", "fewer than 256"),
     ("--problems=nowhere.jsonl", "nowhere.jsonl"), ("--corpus=nowhere.txt", "nowhere.txt"), ("--parentheses=1", "True"),
     ("--processes=40", "more than a batch's rows"),
     ("--ask=hello", "no expression"), ("--ask=__import__('os')", "no expression"), ("--ask=8*7", "no model"),
@@ -358,7 +358,7 @@ def test_the_gpu_preset_takes_a_step(tmp_path):
            "--rl_steps=1", "--rl_prompts=2", "--rl_samples=2", "--distill_steps=1", "--distill_prompts=2",
            "--distill_minibatches=1", "--on_policy=True", "--eval_problems=2", "--rl_max_new_tokens=9"]
     cfg, _ = parse_args(["--preset=gpu"])
-    check(cfg, make_task(cfg))
+    check(cfg), make_task(cfg)
     args = ["--preset=gpu", "--device=cpu", "--dtype=float32", "--compile=off", "--threads=1", "--micro_batch=1024"]
     assert main([*args, *few, f"--out={tmp_path}"]) == 0
     params = {name: model["params"] for name, model in results(tmp_path)["models"].items()}
