@@ -29,8 +29,8 @@ class GPTConfig:
     vocab_size: int
     block_size: int = 128  # longest sequence, in tokens
     n_layer: int = 4
-    n_head: int = 2
-    n_embd: int = 128
+    n_head: int = 3
+    n_embd: int = 96
 
     def __post_init__(self):
         if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:

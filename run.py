@@ -56,15 +56,15 @@ class Config:
     # the teacher's shape
     block_size: int = 128             # longest sequence, in tokens
     n_layer: int = 4
-    n_head: int = 2
-    n_embd: int = 128
+    n_head: int = 3
+    n_embd: int = 96
     # base: pretraining
     base_tokens: int = 6_500_000      # each read once
     base_batch: int = 32              # rows of block_size tokens
     base_muon_lr: float = 0.02        # of the student's base too
     base_adam_lr: float = 3e-3
     # zero: GRPO
-    rl_steps: int = 240               # rollouts
+    rl_steps: int = 200               # rollouts
     rl_prompts: int = 64              # P, a rollout's problems
     rl_samples: int = 8               # G, completions of each
     rl_minibatches: int = 2           # updates a rollout
@@ -80,10 +80,10 @@ class Config:
     # student
     student_n_layer: int = 3
     student_n_head: int = 2
-    student_n_embd: int = 64
-    student_base_tokens: int = 4_000_000
+    student_n_embd: int = 44
+    student_base_tokens: int = 6_000_000
     student_base_batch: int = 32
-    distill_steps: int = 80
+    distill_steps: int = 120
     distill_prompts: int = 512        # a step's problems, one completion each
     distill_minibatches: int = 8      # updates a step
     distill_muon_lr: float = 7e-3
