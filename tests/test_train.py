@@ -351,11 +351,11 @@ def test_reference_is_refreshed(tiny, tmp_path):
     assert [value == 0 for value in kl] == [True, False, True, False, True]
 
 
-def test_the_gpu_preset_takes_a_step(tmp_path):
+def test_the_gpu_preset_takes_its_steps(tmp_path):
     """A preset that nobody can try on a laptop: prompts that do not fit its rows, a shape that its heads do not divide.
-    A step of each stage, on a small batch for its full models."""
-    few = ["--base_batch=1", "--base_tokens=256", "--student_base_batch=1", "--student_base_tokens=256",
-           "--rl_steps=1", "--rl_prompts=2", "--rl_samples=2", "--distill_steps=1", "--distill_prompts=2",
+    A few steps of each stage, on small batches for its full models."""
+    few = ["--base_batch=1", "--base_tokens=512", "--student_base_batch=1", "--student_base_tokens=512",
+           "--rl_steps=2", "--rl_prompts=2", "--rl_samples=2", "--distill_steps=2", "--distill_prompts=2",
            "--distill_minibatches=1", "--on_policy=True", "--eval_problems=2", "--rl_max_new_tokens=9"]
     cfg, _ = parse_args(["--preset=gpu"])
     check(cfg), make_task(cfg)
@@ -363,7 +363,7 @@ def test_the_gpu_preset_takes_a_step(tmp_path):
     assert main([*args, *few, f"--out={tmp_path}"]) == 0
     params = {name: model["params"] for name, model in results(tmp_path)["models"].items()}
     assert 10e6 < params["zero"] < 30e6 and params["student"] * 5 < params["zero"]
-    assert [row["stage"] for row in rows(tmp_path)] == NAMES
+    assert [row["stage"] for row in rows(tmp_path)] == [name for name in NAMES for _ in range(2)]
 
 
 def test_a_log_of_something_else_is_kept(tmp_path, capsys):
