@@ -180,7 +180,7 @@ def test_other_settings_are_refused(quick, refused):
     ("--n_embd=63", "n_embd"), ("--rl_samples=1", "2 or more"), ("--rl_max_new_tokens=1000", "at most"),
     ("--block_size=100", "multiple of 8"), ("--max_ops=1", "2 or more"), ("--micro_batch=100", "longest row"),
     ("--max_number=1000", "at most 999"), ("--max_factor=1", "2 or more"), ("--max_ops=40", "at most"),
-    ("--corpus_share=0.5", "needs a --corpus"), ("--max_number=2", "fewer than 256"),
+    ("--corpus_share=0.5", "needs a --corpus"),
     ("--problems=nowhere.jsonl", "nowhere.jsonl"), ("--corpus=nowhere.txt", "nowhere.txt"), ("--parentheses=1", "True"),
     ("--processes=40", "more than a batch's rows"),
     ("--ask=hello", "no expression"), ("--ask=__import__('os')", "no expression"), ("--ask=8*7", "no model"),
@@ -192,6 +192,13 @@ def test_bad_input(tmp_path, capsys, arg, words):
     printed = capsys.readouterr()
     assert words in printed.err and printed.err.count("\n") == 1 and not printed.out
     assert not out.exists()
+
+
+def test_too_few_problems_are_found_out_at_once(tmp_path, refused):
+    """So easy a task that its test side lacks problems: found out after pretraining, or by a search without end."""
+    easy = ["--max_ops=2", "--max_number=1", "--max_factor=2"]
+    assert "fewer than 256 test problems" in refused(*easy, f"--out={tmp_path / 'out'}")
+    assert not (tmp_path / "out").exists()
 
 
 def test_out_that_cannot_be_written(tmp_path, refused):
