@@ -435,7 +435,7 @@ def evaluate(model: GPT, problems: list, reward_fn: Callable, *, max_new_tokens:
     if greedy:
         rollout = sample_rollout(model, problems, reward_fn, get_tokenizer(), samples=1, max_new_tokens=max_new_tokens,
                                  temperature=0.0)
-        found["greedy"] = rollout.column("accuracy").mean().item()
+        found["greedy"] = rollout.column("accuracy").double().mean().item()
     return found
 
 
