@@ -123,7 +123,7 @@ def path_of(text: str) -> str:
     return re.sub(r" \(crc32 [0-9a-f]{8}\)$", "", text)
 
 
-# What a run asks of a task: see "Your own task" in the README
+# What a run asks of a task: see "Your own problems, text, task" in the README
 
 
 class OwnProblems:
