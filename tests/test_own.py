@@ -10,10 +10,10 @@ from data.arithmetic import Arithmetic
 from data.own import SIDES, OwnCorpus, OwnProblems, Problem, documents, fingerprint, number, path_of
 from data.tokenizer import get_tokenizer
 from rewards import accuracy_reward
+from tests.conftest import QUICK as SETTINGS
 from train import load_corpus, main, majority
 
-QUICK = ["--preset=tiny", "--device=cpu", "--threads=1", "--base_tokens=40000", "--student_base_tokens=40000",
-         "--rl_steps=2", "--distill_steps=1", "--distill_prompts=32", "--rl_max_new_tokens=40", "--eval_problems=8"]
+QUICK = [*SETTINGS, "--rl_steps=2", "--distill_steps=1", "--distill_prompts=32", "--eval_problems=8"]
 
 
 def write(path, rows):

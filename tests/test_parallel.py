@@ -15,12 +15,11 @@ import parallel
 from data import arithmetic
 from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig, Optimizer
+from tests.conftest import QUICK as SETTINGS
 from train import main
 
 ROOT = Path(__file__).parent.parent
-QUICK = ["--preset=tiny", "--device=cpu", "--threads=1", "--save_every=0", "--base_tokens=40000",
-         "--student_base_tokens=40000", "--rl_steps=5", "--distill_steps=2", "--distill_prompts=64",
-         "--rl_max_new_tokens=40", "--eval_problems=3"]
+QUICK = [*SETTINGS, "--distill_steps=2"]
 
 
 def make_gpt(seed: int) -> GPT:

@@ -20,14 +20,10 @@ from data.tokenizer import get_tokenizer
 from model import GPT, generate, token_logprobs
 from rewards import accuracy_reward, extract_answer, format_reward, reflects
 from run import Config, build_model, load_checkpoint, parse_args
+from tests.conftest import QUICK
 from train import check, compiled, evaluate, main, majority, make_task, pass_at_k, reward_function, settle
 
 ROOT = Path(__file__).parent.parent
-# A run that passes through every stage in a few seconds and saves at every step. One thread, as this process has, so
-# that either may go on with what the other began.
-QUICK = ["--preset=tiny", "--device=cpu", "--threads=1", "--save_every=0", "--base_tokens=40000",
-         "--student_base_tokens=40000", "--rl_steps=5", "--distill_steps=9", "--distill_prompts=64",
-         "--rl_max_new_tokens=40", "--eval_problems=3"]
 NAMES = ["base", "zero", "student_base", "student"]
 
 
