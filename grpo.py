@@ -48,17 +48,22 @@ from parallel import add_up, gather, own, share
 NORMALIZE = ("sequence", "token", "constant")
 
 
-def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
+def group_advantages(rewards: Tensor, scale: str = "std", baseline: str = "group") -> Tensor:
     """How much better than its group each completion did: rewards (P, G) -> advantages (P, G).
 
     scale "std" divides by the group's standard deviation (ddof 1) + 1e-4 (DeepSeekMath), "none" does not (Dr. GRPO).
-    Raises ValueError for another scale, or groups of one.
+    baseline "batch" compares with all P * G rewards as one group: REINFORCE with the batch's mean as its baseline.
+    Raises ValueError for another scale or baseline, or groups of one.
 
     >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]]), scale="none").tolist()
     [[0.5, -0.5, -0.5, 0.5], [0.0, 0.0, 0.0, 0.0]]
     """
     if rewards.size(1) < 2:
         raise ValueError("an advantage compares the answers to one prompt: a group needs two or more")
+    if baseline == "batch":
+        return group_advantages(rewards.reshape(1, -1), scale).view(rewards.shape)
+    if baseline != "group":
+        raise ValueError(f"baseline must be 'group' or 'batch', not {baseline!r}")
     # subtle: the mean of equal rewards may be off in the last bit, which dividing by 1e-4 would make an advantage of.
     equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # (P, 1)
     centred = (rewards - rewards.mean(dim=1, keepdim=True)).masked_fill(equal, 0.0)
@@ -214,13 +219,13 @@ def cut(rollout: Rollout, rows: list[int], pad_id: int, max_tokens: int,
 
 def grpo_step(policy: GPT, reference: GPT | None, optimizer: Optimizer, problems: list, reward_fn, encoding, *,
               samples: int, max_new_tokens: int, minibatches: int, clip_low: float, clip_high: float, kl_coef: float,
-              normalize: str, scale: str, temperature: float = 1.0, lr_scale: float = 1.0,
-              max_tokens: int = 4_096,
+              normalize: str, scale: str, baseline: str = "group", shuffle: bool = False, temperature: float = 1.0,
+              lr_scale: float = 1.0, max_tokens: int = 4_096,
               generator: torch.Generator | None = None) -> tuple[dict[str, float], Rollout]:
     """One iteration of Algorithm 1 of DeepSeekMath: `samples` completions of each problem, then an update a minibatch.
 
     The first arguments are as in `sample_rollout`; the reference may be None if kl_coef is 0, and is not asked then;
-    max_tokens bounds a micro-batch. -> (metrics, the rollout). loss, grad_norm, kl (None without a penalty), ratio,
+    shuffle deals the rewards out at random inside each group, a control; max_tokens bounds a micro-batch. -> (metrics, the rollout). loss, grad_norm, kl (None without a penalty), ratio,
     clip_* and sampler_gap are of the completions trained on, the other metrics of all. Raises ValueError for a name
     that grpo_loss or group_advantages does not know.
     """
@@ -232,7 +237,10 @@ def grpo_step(policy: GPT, reference: GPT | None, optimizer: Optimizer, problems
     rewards = rollout.column("reward").view(-1, samples)  # (P, G)
 
     # 3) advantages: better or worse than the other answers to the same prompt
-    adv = group_advantages(rewards, scale).flatten()  # (N,)
+    if shuffle:
+        order = torch.rand(rewards.shape, generator=generator, device=device).argsort(dim=1)  # (P, G)
+        rewards = rewards.gather(1, order.cpu())
+    adv = group_advantages(rewards, scale, baseline).flatten()  # (N,)
 
     # 4) pi_ref, and pi_old of the minibatches that come after an update: the first one's training pass is its pi_old.
     # Without a KL penalty a completion of advantage 0 has no gradient: it counts in the average, but is not computed.
@@ -275,7 +283,7 @@ def grpo_step(policy: GPT, reference: GPT | None, optimizer: Optimizer, problems
         "length": sum(lengths) / len(lengths),
         "length_wrong": sum(wrong) / len(wrong) if wrong else None,
         "truncated": sum(rollout.truncated) / len(lengths),
-        "no_signal": (rewards == rewards[:, :1]).all(dim=1).float().mean().item(),  # groups whose advantages are all 0
+        "no_signal": (rewards == rewards[:, :1]).all(dim=1).float().mean().item(),  # groups of equal rewards
         "entropy": -sum(map(sum, rollout.logp)) / sum(lengths),  # its estimate from the samples, nats a token
         "grad_norm": grad_norm,
         **totals,

@@ -45,11 +45,14 @@ class Config:
     threads: int = 0                  # of each process, on the CPU; 0: as many as torch takes, divided among them
     micro_batch: int = 4_096          # tokens that a process computes at a time in training, which bounds its memory
     save_every: float = 20.0          # seconds between checkpoints inside a stage; 0: every step
-    # the task: see data/arithmetic.py; or your own problems and text, see data/own.py
+    # the task: see data/arithmetic.py and data/countdown.py; or your own problems and text, see data/own.py
+    task: Literal["arithmetic", "countdown"] = "arithmetic"
     max_ops: int = 4                  # most operations of a problem of RL and of "test"; "hard" has one or two more
     max_number: int = 20              # largest number that is added or subtracted
     max_factor: int = 9               # largest factor
     parentheses: bool = False
+    worked_share: float = 1.0         # may be 0; of the authors who show working; the others of them blurt
+    wait_share: float = 1.0           # may be 0; of the authors who look again; the others of them do not
     problems: str = ""                # a file of them, for RL and evaluation; none: the built-in ones
     corpus: str = ""                  # a file of text for both bases to read; none: the built-in corpus
     corpus_share: float = 1.0         # of what they read; the rest is the built-in corpus
@@ -70,7 +73,10 @@ class Config:
     rl_minibatches: int = 2           # updates a rollout
     rl_max_new_tokens: int = 80       # the generation budget; evaluation has the same
     rl_lr: float = 3e-4               # of AdamW
-    format_weight: float = 1.0        # may be 0; reward = accuracy + format_weight * format; R1 weighs them equally
+    accuracy_weight: float = 1.0      # may be 0; reward = accuracy_weight * accuracy + format_weight * format
+    format_weight: float = 1.0        # may be 0; R1 weighs them equally
+    shuffle_rewards: bool = False     # a control: each group's rewards are dealt out to its completions at random
+    baseline: Literal["group", "batch"] = "group"   # what a reward is compared with; batch: all of the rollout's
     clip_low: float = 0.2
     clip_high: float = 0.2
     kl_coef: float = 0.0              # may be 0: then there is no reference
@@ -109,13 +115,15 @@ PRESETS = {
                  distill_steps=8, distill_prompts=128, eval_problems=32,
                  on_policy=True),  # its teacher is too rarely right to learn from off policy
 }
-MAY_BE_ZERO = {"seed", "threads", "save_every", "format_weight", "kl_coef", "ref_every"}
+MAY_BE_ZERO = {"seed", "threads", "save_every", "worked_share", "wait_share", "accuracy_weight", "format_weight",
+               "kl_coef", "ref_every"}
 
 # Which fields shaped a stage's checkpoint (names, or beginnings of names that end in _): they may not change after it.
-SHARED = ("seed", "device", "dtype", "compile", "micro_batch", "max_ops", "max_number", "max_factor", "parentheses",
-          "corpus", "corpus_share", "block_size")
-TEACHER = SHARED + ("problems", "n_", "base_", "rl_", "format_weight", "clip_", "kl_coef", "ref_every", "normalize",
-                    "scale")
+POSED = ("seed", "task", "max_ops", "max_number", "max_factor", "parentheses")
+SHARED = POSED + ("device", "dtype", "compile", "micro_batch", "worked_share", "wait_share", "corpus", "corpus_share",
+                  "block_size")
+TEACHER = SHARED + ("problems", "n_", "base_", "rl_", "accuracy_weight", "format_weight", "shuffle_rewards", "baseline",
+                    "clip_", "kl_coef", "ref_every", "normalize", "scale")
 SHAPED_BY = {
     "base": SHARED + ("n_", "base_"),
     "zero": TEACHER,
@@ -124,8 +132,7 @@ SHAPED_BY = {
     "student_rl": TEACHER + ("student_n_", "student_base_", "distill_steps", "distill_prompts",
                    "distill_minibatches"),
 }
-EVALUATED_BY = ("seed", "max_ops", "max_number", "max_factor", "parentheses", "problems", "eval_",
-                "rl_max_new_tokens")
+EVALUATED_BY = POSED + ("problems", "eval_", "rl_max_new_tokens")
 STAGES = {"base": ["base"], "zero": ["zero"], "student": ["student_base", "student", "student_rl"]}  # what --stage runs
 SHOWN = ("loss", "heldout_loss", "reward", "accuracy", "format", "length", "reflection", "kl", "entropy", "no_signal",
          "accepted", "tokens_per_s")  # the metrics on a terminal line; log.jsonl has them all

@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.arithmetic import Arithmetic
+from data.countdown import LARGEST, Countdown
 from data.own import OwnCorpus, OwnProblems, Problem, fingerprint, path_of
 from data.tokenizer import get_tokenizer
 from distill import distill_step
@@ -57,7 +58,11 @@ EVAL_SAMPLES = 16  # completions of each evaluated problem: maj@16, pass@16
 def make_task(cfg: Config):
     """The problems and the corpus that the settings ask for; a fork's own task takes its place here. Raises Fault for a
     file that is not as it should be, and if there are too few problems or they do not fit."""
-    task = Arithmetic(cfg.max_ops, cfg.max_number, cfg.max_factor, cfg.parentheses)
+    if cfg.task == "countdown":
+        task = Countdown(cfg.max_number, cfg.worked_share, cfg.wait_share)
+    else:
+        task = Arithmetic(cfg.max_ops, cfg.max_number, cfg.max_factor, cfg.parentheses, cfg.worked_share,
+                          cfg.wait_share)
     try:
         if cfg.problems:
             answer = cfg.rl_max_new_tokens - 6  # less the tags, a thought of one token, and the end
@@ -83,10 +88,15 @@ def check(cfg: Config) -> None:
     except ValueError as error:
         raise Fault(str(error)) from None
     for wrong, line in (
+        (cfg.task == "countdown" and (cfg.max_ops, cfg.max_factor, cfg.parentheses) != (4, 9, False),
+         "--max_ops, --max_factor and --parentheses are settings of --task=arithmetic"),
+        (cfg.task == "countdown" and cfg.max_number > LARGEST, f"--max_number is at most {LARGEST} in countdown"),
         (cfg.max_ops < 2, "--max_ops must be 2 or more: test problems have at least two operations"),
         (cfg.max_factor < 2, "--max_factor must be 2 or more"),
         (max(cfg.max_number, cfg.max_factor) > 999, "--max_number and --max_factor are at most 999"),
-        (cfg.corpus_share > 1, "--corpus_share is at most 1"),
+        (max(cfg.corpus_share, cfg.worked_share, cfg.wait_share) > 1,
+         "--corpus_share, --worked_share and --wait_share are at most 1"),
+        (not cfg.accuracy_weight and not cfg.format_weight, "--accuracy_weight and --format_weight cannot both be 0"),
         (cfg.corpus_share < 1 and not cfg.corpus, "--corpus_share needs a --corpus"),
         (cfg.micro_batch < cfg.block_size, "--micro_batch must be --block_size at least: the longest row"),
         (cfg.block_size % 8, "--block_size must be a multiple of 8, as the lengths of micro-batches are"),
@@ -295,8 +305,8 @@ def reward_function(cfg: Config) -> Callable:
     """What GRPO maximises, and what is counted beside it."""
     def reward(completion: str, problem) -> dict[str, float]:
         accuracy, well_formed = accuracy_reward(completion, problem), format_reward(completion)
-        return {"reward": accuracy + cfg.format_weight * well_formed, "accuracy": accuracy, "format": well_formed,
-                "reflection": float(reflects(completion))}
+        return {"reward": cfg.accuracy_weight * accuracy + cfg.format_weight * well_formed, "accuracy": accuracy,
+                "format": well_formed, "reflection": float(reflects(completion))}
     return reward
 
 
@@ -316,6 +326,7 @@ def reinforce(run: Run, name: str, start: str, steps: int, prompts: int) -> None
             policy, reference, parts["optimizer"], problems, reward_function(cfg), encoding, samples=cfg.rl_samples,
             max_new_tokens=cfg.rl_max_new_tokens, minibatches=cfg.rl_minibatches, clip_low=cfg.clip_low,
             clip_high=cfg.clip_high, kl_coef=cfg.kl_coef, normalize=cfg.normalize, scale=cfg.scale,
+            baseline=cfg.baseline, shuffle=cfg.shuffle_rewards,
             lr_scale=lr_scale(number, steps, hold=0.0), max_tokens=cfg.micro_batch, generator=generator)
         if cfg.ref_every and number % cfg.ref_every == 0:
             reference.load_state_dict(policy.state_dict())

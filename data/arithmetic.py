@@ -17,6 +17,7 @@ ever the `User:` line of a document or a prompt of RL.
 
     python -m data.arithmetic      prints the styles with their share, their share of correct answers and an example
 """
+import functools
 import operator
 import random
 import re
@@ -40,6 +41,7 @@ STYLES = {           # share of the forum's answers
     "worked": 0.24,        # <think>8*7=56, 56-19=37</think><answer>37</answer>
     "rechecked": 0.04,     # <think>8*7=54, wait, 8*7=56, 56-19=37</think><answer>37</answer>
 }
+WORKED = ("plain working", "lost tag", "worked", "rechecked")  # the styles that show working
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
@@ -169,21 +171,44 @@ def write_working(rng: random.Random, question: str, style: str) -> tuple[str, i
     return ", ".join(steps), value
 
 
-def write_answer(rng: random.Random, question: str, style: str) -> tuple[str, int]:
-    """What an author of this style answers, and the number that it comes to."""
-    if style in ("blurt", "answer tag", "empty thought"):
-        value = solve(question)[1]
-        if rng.random() >= BLURT_RIGHT:
-            value = near(rng, value)
-        text = str(value) if style == "blurt" else f"<answer>{value}</answer>"
-        return ("<think></think>" if style == "empty thought" else "") + text, value
-    steps, value = write_working(rng, question, style)
+def dress(rng: random.Random, working: str, answer: str, style: str) -> str:
+    """Working and an answer as an author of this style writes them."""
+    if style == "blurt":
+        return answer
+    if style == "answer tag":
+        return f"<answer>{answer}</answer>"
     if style == "plain working":
-        return f"{steps}, so {value}", value
-    text = f"<think>{steps}</think><answer>{value}</answer>"
+        return f"{working}, so {answer}"
+    text = f"<think>{working}</think><answer>{answer}</answer>"
     if style == "lost tag":
         text = text.replace(rng.choice(("<think>", "</think>", "<answer>", "</answer>")), "")
-    return text, value
+    return text
+
+
+def write_answer(rng: random.Random, question: str, style: str) -> tuple[str, int]:
+    """What an author of this style answers, and the number that it comes to."""
+    if style in WORKED:
+        working, value = write_working(rng, question, style)
+    else:
+        working, value = "", solve(question)[1]
+        if rng.random() >= BLURT_RIGHT:
+            value = near(rng, value)
+    return dress(rng, working, str(value), style), value
+
+
+def mixture(styles: dict[str, float], worked_share: float, wait_share: float) -> dict[str, float]:
+    """The shares of styles when only a share of the authors who look again does ("rechecked"; the others are "worked"),
+    and then only a share of all who show working does (the others blurt).
+
+    >>> round(mixture(STYLES, 0.0, 1.0)["blurt"], 2), mixture(STYLES, 1.0, 1.0) == STYLES
+    (0.84, True)
+    """
+    styles = dict(styles)
+    for style, share, instead in [("rechecked", wait_share, "worked")] + [(w, worked_share, "blurt") for w in WORKED]:
+        moved = styles[style] * (1 - share)
+        styles[style] -= moved
+        styles[instead] += moved
+    return styles
 
 
 # The task
@@ -201,6 +226,8 @@ class Arithmetic:
     max_number: int = 20       # largest number that is added or subtracted
     max_factor: int = 9        # largest factor
     parentheses: bool = False  # a sum in parentheses in half of all problems that have room for one
+    worked_share: float = 1.0  # of the authors who show working
+    wait_share: float = 1.0    # of the authors who look again
 
     notes = ()  # lines about the task to print when a run begins
 
@@ -208,6 +235,11 @@ class Arithmetic:
     def held_out(self) -> dict[str, tuple[int, int]]:
         """The kinds of held-out problems: fewest and most operations of each."""
         return {"test": (2, self.max_ops), "hard": (self.max_ops + 1, self.max_ops + 2)}
+
+    @functools.cached_property
+    def styles(self) -> dict[str, float]:
+        """The share of each style."""
+        return mixture(STYLES, self.worked_share, self.wait_share)
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -262,7 +294,7 @@ class Arithmetic:
     def write_thread(self, rng: random.Random) -> tuple[str, str, bool]:
         """A forum thread -> (its text, the style of its answer, is the answer right)."""
         problem = self.make_problem(rng, (1, self.max_ops + 2))
-        style, = rng.choices(tuple(STYLES), tuple(STYLES.values()))
+        style, = rng.choices(tuple(self.styles), tuple(self.styles.values()))
         text, value = write_answer(rng, problem.question, style)
         return problem.prompt + text, style, problem.check(str(value))
 
@@ -276,23 +308,27 @@ class Arithmetic:
     def make_corpus(self, n_tokens: int, seed: int, heldout: bool = False) -> np.ndarray:
         """At least n_tokens token ids, uint16 (n,): documents in random order, each followed by end of text. The
         held-out corpus of a seed has other documents."""
-        rng, encoding = random.Random(f"corpus/{seed}" + "/heldout" * heldout), get_tokenizer()
-        parts, size = [], 0
-        while size < n_tokens:
-            documents = [self.write_page(rng) if rng.random() < PAGE_SHARE else self.write_thread(rng)[0]
-                         for _ in range(1000)]
-            text = "".join(document + END_OF_TEXT for document in documents)
-            parts.append(np.array(encoding.encode(text, allowed_special="all"), dtype=np.uint16))
-            size += len(parts[-1])
-        return np.concatenate(parts)
+        return write_corpus(self, n_tokens, random.Random(f"corpus/{seed}" + "/heldout" * heldout))
+
+
+def write_corpus(task, n_tokens: int, rng: random.Random) -> np.ndarray:
+    """At least n_tokens token ids, uint16 (n,), of a task's pages and threads."""
+    parts, size, encoding = [], 0, get_tokenizer()
+    while size < n_tokens:
+        documents = [task.write_page(rng) if rng.random() < PAGE_SHARE else task.write_thread(rng)[0]
+                     for _ in range(1000)]
+        text = "".join(document + END_OF_TEXT for document in documents)
+        parts.append(np.array(encoding.encode(text, allowed_special="all"), dtype=np.uint16))
+        size += len(parts[-1])
+    return np.concatenate(parts)
 
 
 make_problem = Arithmetic().make_problem
 
 
-def style_table(n: int = 20_000, seed: int = 0) -> str:
-    """A Markdown table of the forum's styles, counted over n threads."""
-    task, rng, rows = Arithmetic(), random.Random(f"table/{seed}"), {style: [] for style in STYLES}
+def style_table(task, n: int = 20_000, seed: int = 0) -> str:
+    """A Markdown table of the styles in a task's forum, counted over n threads."""
+    rng, rows = random.Random(f"table/{seed}"), {style: [] for style in task.styles}
     for _ in range(n):
         text, style, right = task.write_thread(rng)
         rows[style].append((right, text.split("Assistant: ")[1]))
@@ -306,4 +342,4 @@ def style_table(n: int = 20_000, seed: int = 0) -> str:
 
 
 if __name__ == "__main__":
-    print(style_table())
+    print(style_table(Arithmetic()))

@@ -287,7 +287,7 @@ def test_text_from_outside_cannot_end_itself():
 
 def test_style_table_shows_every_style():
     """The README's table of what the base reads: a style left out, shares that do not add up."""
-    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in style_table(2000).split("\n")]
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in style_table(TASK, 2000).split("\n")]
     header, line, *table = rows
     assert [row[0] for row in table] == list(STYLES)
     assert sum(float(row[1].rstrip("%")) for row in table) == pytest.approx(100, abs=0.5)

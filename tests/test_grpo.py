@@ -233,6 +233,16 @@ def test_advantages_are_trls(scale):
         group_advantages(rewards, "variance")
 
 
+def test_the_batch_as_baseline():
+    """REINFORCE with the batch's mean: a group's own mean, which would make an easy prompt's right answers worth nothing."""
+    rewards = torch.tensor([[1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
+    assert group_advantages(rewards, "none", "batch").tolist() == (rewards - 0.5).tolist()
+    everything = rewards.flatten()
+    assert torch.allclose(group_advantages(rewards, "std", "batch"), (rewards - 0.5) / (everything.std() + 1e-4))
+    with pytest.raises(ValueError, match="baseline"):
+        group_advantages(rewards, baseline="prompt")
+
+
 def test_a_group_of_one_is_refused():
     """The deviation of one number is NaN, and so would the weights be."""
     with pytest.raises(ValueError, match="two or more"):
@@ -406,10 +416,11 @@ def test_equal_rewards_change_nothing(make_gpt):
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("honest", (True, False))
-def test_bandit(make_gpt, honest):
+@pytest.mark.parametrize("honest, shuffle, baseline", (
+    (True, False, "group"), (True, False, "batch"), (False, False, "group"), (True, True, "group")))
+def test_bandit(make_gpt, honest, shuffle, baseline):
     """One token, a reward for letters: a few steps must find them. The wrong sign, or credit given to the wrong row,
-    cannot; and a reward dealt at random must not."""
+    cannot; and a reward dealt at random, or to another answer than the one that earned it, must not."""
     encoding, rng = get_tokenizer(), random.Random(0)
     model, prompt = make_gpt(encoding.n_vocab), encoding.encode_ordinary(parse("1+2").prompt)
 
@@ -429,6 +440,7 @@ def test_bandit(make_gpt, honest):
     optimizer = Optimizer(model, adam_lr=0.01, muon_lr=0.02)
     for seed in range(12):
         grpo_step(model, None, optimizer, [parse("1+2")], reward_fn, encoding,
-                  generator=torch.Generator().manual_seed(seed), **STEP | {"samples": 64, "max_new_tokens": 1})
+                  generator=torch.Generator().manual_seed(seed), baseline=baseline, shuffle=shuffle,
+                  **STEP | {"samples": 64, "max_new_tokens": 1})
     after = chance()
-    assert 0.1 < before < 0.3 and (after > 0.9 if honest else after < 0.5), (before, after)
+    assert 0.1 < before < 0.3 and (after > 0.9 if honest and not shuffle else after < 0.5), (before, after)

@@ -168,6 +168,16 @@ def test_other_settings_are_refused(quick, refused):
     assert (quick / "zero.pt").read_bytes() == before
 
 
+@pytest.mark.parametrize("args, words", [
+    (["--task=countdown", "--max_ops=5"], "--task=arithmetic"), (["--task=countdown", "--max_number=100"], "at most 99"),
+    (["--accuracy_weight=0", "--format_weight=0"], "both"),
+])
+def test_settings_that_do_not_go_together(tmp_path, refused, args, words):
+    """A setting that another one silently makes void."""
+    assert words in refused(*args, f"--out={tmp_path / 'out'}")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("arg, words", [
     ("--rl_step=3", "did you mean --rl_steps"), ("--zzz=3", "unknown argument"), ("rl_steps=3", "unknown argument"),
     ("--rl_steps", "needs a value"), ("--rl_steps=1.5", "whole number"), ("--rl_steps=0", "above 0"),
@@ -176,7 +186,7 @@ def test_other_settings_are_refused(quick, refused):
     ("--n_embd=63", "n_embd"), ("--rl_samples=1", "2 or more"), ("--rl_max_new_tokens=1000", "at most"),
     ("--block_size=100", "multiple of 8"), ("--max_ops=1", "2 or more"), ("--micro_batch=100", "longest row"),
     ("--max_number=1000", "at most 999"), ("--max_factor=1", "2 or more"), ("--max_ops=40", "at most"),
-    ("--corpus_share=0.5", "needs a --corpus"),
+    ("--corpus_share=0.5", "needs a --corpus"), ("--wait_share=1.5", "at most 1"), ("--worked_share=-1", "0 or more"),
     ("--problems=nowhere.jsonl", "nowhere.jsonl"), ("--corpus=nowhere.txt", "nowhere.txt"), ("--parentheses=1", "True"),
     ("--processes=40", "more than a batch's rows"),
     ("--ask=hello", "no expression"), ("--ask=__import__('os')", "no expression"), ("--ask=8*7", "no model"),
@@ -367,6 +377,16 @@ def test_the_gpu_preset_takes_its_steps(tmp_path):
     params = {name: model["params"] for name, model in results(tmp_path)["models"].items()}
     assert 10e6 < params["zero"] < 30e6 and params["student"] * 5 < params["zero"]
     assert [row["stage"] for row in rows(tmp_path)] == ["base", "base", "zero", "zero", "student_base", "student"]
+
+
+def test_countdown_passes_through_every_stage(tmp_path, capsys):
+    """A task that only the default's stages fit; a model asked with the other task's parser."""
+    assert main([*QUICK, "--task=countdown", f"--out={tmp_path}"]) == 0
+    assert list(results(tmp_path)["models"]) == NAMES
+    capsys.readouterr()
+    assert main(["--ask=3 4 7 = 25", f"--out={tmp_path}"]) == 0
+    assert capsys.readouterr().out.startswith("3 4 7 = 25 = 3*7+4\nbase")
+    assert main(["--ask=8*7", f"--out={tmp_path}"]) == 2 and "no countdown" in capsys.readouterr().err
 
 
 def test_a_log_of_something_else_is_kept(tmp_path, capsys):
