@@ -1,0 +1,202 @@
+"""What findings.py measures of a run's models beside what train.py does: python experiments/measures.py MEASURE OUT THREADS
+prints it as JSON.
+
+All samples are drawn at temperature 1, from generators seeded by the run's seed and the measure.
+"""
+import dataclasses
+import json
+import random
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+
+from data.arithmetic import OPERATIONS  # noqa: E402
+from data.countdown import evaluate  # noqa: E402
+from data.tokenizer import get_tokenizer  # noqa: E402
+from grpo import sample_rollout  # noqa: E402
+from model import GPT  # noqa: E402
+from rewards import extract_answer, format_reward, reflects  # noqa: E402
+from run import Config, build_model, draws, load_checkpoint  # noqa: E402
+from train import bound_kernels, make_task, pass_at_k, reward_function  # noqa: E402
+
+CHUNK = 1024  # completions sampled at a time
+
+
+@dataclasses.dataclass
+class Sampler:
+    """A run's settings and task, and samples of its models."""
+    out: Path
+    name: str  # of the measure: what is drawn depends on it
+
+    def __post_init__(self):
+        self.cfg = Config(**json.loads((self.out / "results.json").read_text())["config"])
+        self.task = make_task(self.cfg)
+
+    def model(self, name: str) -> GPT:
+        return build_model(load_checkpoint(self.out / f"{name}.pt", name)).to(self.cfg.device)
+
+    def draws(self, what: str = "") -> tuple[random.Random, torch.Generator]:
+        return draws(SimpleNamespace(cfg=self.cfg), f"{self.name} {what}", 0)
+
+    def sample(self, model: GPT, problems: list, samples: int) -> list[list[tuple[str, bool]]]:
+        """`samples` completions of each problem: their texts, and are they right?"""
+        generator, groups = self.draws("samples")[1], []
+        step = max(1, CHUNK // samples)
+        for at in range(0, len(problems), step):
+            rollout = sample_rollout(model, problems[at:at + step], reward_function(self.cfg), get_tokenizer(),
+                                     samples=samples, max_new_tokens=self.cfg.rl_max_new_tokens, generator=generator)
+            rows = [(text, score["accuracy"] == 1) for text, score in zip(rollout.texts, rollout.scores)]
+            groups += [rows[i:i + samples] for i in range(0, len(rows), samples)]
+        return groups
+
+    def accuracy(self, model: GPT, problems: list, samples: int = 16) -> float:
+        return share(right for group in self.sample(model, problems, samples) for _, right in group)
+
+
+def share(values) -> float | None:
+    """The share of what is true; None of nothing."""
+    values = list(values)
+    return round(sum(values) / len(values), 5) if values else None
+
+
+def conditional(run: Sampler) -> dict:
+    """How often the base's well-formed answers to test problems are right, and its answers that reflect."""
+    problems = run.task.heldout_problems(256, "test", run.cfg.seed)
+    rows = [row for group in run.sample(run.model("base"), problems, 16) for row in group]
+    return {"right if well formed": share(right for text, right in rows if format_reward(text))}
+
+
+def operations(run: Sampler) -> dict:
+    """pass@1 of base and zero on unseen problems by their number of operations."""
+    rng, found = run.draws()[0], {"base": {}, "zero": {}}
+    for n in range(1, run.cfg.max_ops + 3):
+        problems = [run.task.make_problem(rng, (n, n), test=True) for _ in range(256)]
+        for name in found:
+            found[name][str(n)] = run.accuracy(run.model(name), problems)
+    return found
+
+
+def many_samples(run: Sampler) -> dict:
+    """pass@k of base and zero for k = 1, 2, 4 .. 256, from 256 samples of each of 128 problems of a kind."""
+    found, n = {}, 256
+    for kind in run.task.held_out:
+        problems = run.task.heldout_problems(128, kind, run.cfg.seed)
+        for name in ("base", "zero"):
+            right = [sum(right for _, right in group) for group in run.sample(run.model(name), problems, n)]
+            found[f"{name} {kind}"] = {str(2 ** i): round(sum(pass_at_k(n, c, 2 ** i) for c in right) / len(right), 5)
+                                       for i in range(9)}
+    return found
+
+
+def distributions(run: Sampler) -> dict:
+    """pass@1 on problems that distillation trained on, on unseen ones of as many operations (test), longer ones (hard),
+    and with larger numbers."""
+    trained = {}
+    for step in range(1, 20):
+        rng, _ = draws(run, "student", step)
+        for _ in range(run.cfg.distill_prompts):
+            problem = run.task.make_problem(rng)
+            if len(re.findall("[-+*]", problem.question)) > 1:  # as the test problems
+                trained[problem.question] = problem
+    larger = dataclasses.replace(run.task, max_number=99)
+    problems = {"trained": list(trained.values())[:256], "larger numbers": larger.heldout_problems(256, "test", 0)}
+    problems |= {kind: run.task.heldout_problems(256, kind, run.cfg.seed) for kind in run.task.held_out}
+    return {name: {kind: run.accuracy(run.model(name), problems[kind]) for kind in problems}
+            for name in ("zero", "student", "student_rl")}
+
+
+def signal(run: Sampler) -> dict:
+    """Of groups of G answers of the base to training problems: the share with right and wrong ones, counted, and as
+    1 - p^G - (1-p)^G says, estimated without bias for each problem from 64 samples, and at the mean p."""
+    G, rng, n = run.cfg.rl_samples, run.draws()[0], 64
+    problems = [run.task.make_problem(rng) for _ in range(256)]
+    groups = [[right for _, right in group] for group in run.sample(run.model("base"), problems, n)]
+    right = [sum(group) for group in groups]
+    p = sum(right) / (n * len(right))
+    parts = [group[i:i + G] for group in groups for i in range(0, n, G)]
+    return {"mean p": round(p, 5), "counted": share(0 < sum(part) < G for part in parts),
+            "predicted": round(sum(mixed(n, c, G) for c in right) / len(right), 5),
+            "at the mean p": round(1 - p ** G - (1 - p) ** G, 5)}
+
+
+def mixed(n: int, c: int, G: int) -> float:
+    """Unbiased chance that G answers are neither all right nor all wrong, from n answers of which c were right: both
+    one of G is right (`pass_at_k`), and one is wrong.
+
+    >>> round(mixed(4, 2, 2), 3)  # four of the six pairs
+    0.667
+    """
+    return pass_at_k(n, c, G) + pass_at_k(n, n - c, G) - 1
+
+
+def reflections(run: Sampler) -> dict:
+    """What looking again does, in base and zero, on test problems.
+
+    A reflection is a "wait" in an answer. What stands before and after it is right in countdown if the attempt comes to the
+    target, in arithmetic if the step is a true equation.
+    """
+    problems, found = run.task.heldout_problems(256, "test", run.cfg.seed), {}
+    for name in ("base", "zero"):
+        rows = [(problem, text, right) for problem, group in zip(problems, run.sample(run.model(name), problems, 16))
+                for text, right in group]
+        worked = [row for row in rows if "=" in row[1].split("<answer>")[0] and "<think>" in row[1]]
+        turns = Counter(turn for problem, text, _ in worked for turn in turns_of(problem, text))
+        found[name] = {
+            "reflection": share(reflects(text) for _, text, _ in rows),
+            "works": len(worked) / len(rows),
+            "right, looking again": share(right for _, text, right in worked if reflects(text)),
+            "right, not looking again": share(right for _, text, right in worked if not reflects(text)),
+            "reflections an answer": round(sum(turns.values()) / len(rows), 5),
+            **{turn: turns[turn] for turn in ("wrong to right", "right to wrong", "wrong to wrong", "right to right")},
+        }
+        if run.cfg.task == "countdown":
+            first = [last_value(re.split("wait|</think>", text)[0]) == problem.target for problem, text, _ in worked]
+            answers = [(problem, extract_answer(text)) for problem, text, _ in worked]
+            found[name] |= {"first attempt right": share(first),
+                            "uses the numbers": share(evaluate(a, p.numbers) is not None for p, a in answers if a)}
+    return found
+
+
+def last_value(text: str) -> str | None:
+    """What the last equation in a text comes to."""
+    values = re.findall("=(-?[0-9]+)", text)
+    return values[-1] if values else None
+
+
+def true_step(text: str) -> bool:
+    """Is this text an equation such as 3*4=12 that holds?"""
+    found = re.fullmatch(r"(-?[0-9]+)([-+*])([0-9]+)=(-?[0-9]+)", text)
+    return bool(found) and OPERATIONS[found[2]](int(found[1]), int(found[3])) == int(found[4])
+
+
+def turns_of(problem, text: str) -> list[str]:
+    """For each "wait" in the text, what it turned into what.
+
+    >>> from data import arithmetic, countdown
+    >>> turns_of(arithmetic.parse("13-8"), "<think>13-8=6, wait, 13-8=5</think><answer>5</answer>")
+    ['wrong to right']
+    >>> turns_of(countdown.parse("3 4 7 = 25"), "<think>3*7=21, 21+4=25, wait, 3+4=7, 7+7=14</think><answer>3")
+    ['right to wrong']
+    """
+    parts = text.split("<think>")[-1].split("</think>")[0].split(", wait, ")
+    if hasattr(problem, "target"):
+        right = [last_value(part) == problem.target for part in parts]
+        pairs = list(zip(right, right[1:]))
+    else:
+        pairs = [(true_step(a.split(", ")[-1]), true_step(b.split(", ")[0])) for a, b in zip(parts, parts[1:])]
+    word = {True: "right", False: "wrong"}
+    return [f"{word[before]} to {word[after]}" for before, after in pairs]
+
+
+MEASURES = {f.__name__: f for f in (conditional, operations, many_samples, distributions, signal, reflections)}
+
+if __name__ == "__main__":
+    bound_kernels()
+    torch.set_num_threads(int(sys.argv[3]))
+    print(json.dumps(MEASURES[sys.argv[1]](Sampler(Path(sys.argv[2]), sys.argv[1]))))

@@ -1,0 +1,118 @@
+"""One problem, as the model answers it at steps 0, 5, 20 and the last of RL: experiments/walkthrough.md.
+
+    python experiments/walkthrough.py OUT [PROBLEM]     OUT holds the base.pt of a run of train.py; default 5-3*6+11
+
+It trains zero once more, by train.py with the run's own settings, in a folder of its own that it removes, and looks in
+before some steps; the run itself is not touched.
+"""
+import itertools
+import re
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import fields
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+import train  # noqa: E402
+from data.tokenizer import get_tokenizer  # noqa: E402
+from grpo import group_advantages, grpo_step, sample_rollout  # noqa: E402
+from model import GPT  # noqa: E402
+from run import Config, Fault, build_model, load_checkpoint, write_file  # noqa: E402
+
+PAGE = ROOT / "experiments" / "walkthrough.md"
+LOOKS = {0: "before RL: the base", 5: "after 5 steps", 20: "after 20 steps"}
+SAMPLES, GROUP, SHOWN = 256, 8, 6
+
+INTRODUCTION = """# One problem, step by step
+
+`{command}` writes this page: {seconds} The problem is `{question}`, which no model was trained on; its answer is {answer}.
+At each step the model as it is then answers it {samples} times at temperature 1. *Likeliest* are its most frequent
+answers, with the reward of each. *A group* is what one GRPO step would see of this problem: {group} answers, their
+rewards (accuracy + format), and the advantages, which are the rewards less the group's mean, divided by its deviation.
+Tokens of answers with a positive advantage become likelier, those with a negative one less likely; nobody shows the model
+a solution.
+"""
+
+
+def style(text: str) -> str:
+    """How an answer is written, in words.
+
+    >>> [style(t) for t in ("37", "<think></think><answer>37</answer>", "<think>8*7=56</think><answer>56</answer>")]
+    ['no working', 'no working', 'works inside the tags']
+    """
+    if not re.search("[0-9]=", text):
+        return "no working"
+    return "works inside the tags" if train.format_reward(text) else "works, but the tags are not right"
+
+
+def look(title: str, policy: GPT, problem, cfg: Config) -> list[str]:
+    """The page's lines on what the policy answers."""
+    reward_fn = train.reward_function(cfg)
+    rollout = sample_rollout(policy, [problem], reward_fn, get_tokenizer(), samples=SAMPLES,
+                             max_new_tokens=cfg.rl_max_new_tokens,
+                             generator=torch.Generator(cfg.device).manual_seed(cfg.seed))
+    mean = lambda name: rollout.column(name).mean().item()
+    styles = Counter(map(style, rollout.texts))
+    scores = dict(zip(rollout.texts, rollout.scores))
+    lines = [f"## {title}", "", f"Right {mean('accuracy'):.0%}, well formed {mean('format'):.0%}, "
+             f"{sum(map(len, rollout.completions)) / SAMPLES:.1f} tokens on average; "
+             + ", ".join(f"{name} {n / SAMPLES:.0%}" for name, n in styles.most_common()) + ".", "",
+             "| likeliest | share | reward |", "|---|---|---|"]
+    for text, n in Counter(rollout.texts).most_common(SHOWN):
+        lines.append(f"| `{' '.join(text.split())}` | {n / SAMPLES:.1%} | {scores[text]['reward']:g} |")
+    rewards = rollout.column("reward")[:GROUP]
+    lines += ["", "| a group | reward | advantage |", "|---|---|---|"]
+    for text, reward, adv in zip(rollout.texts, rewards, group_advantages(rewards[None], cfg.scale)[0]):
+        lines.append(f"| `{' '.join(text.split())}` | {reward:g} | {adv:+.2f} |")
+    return lines + [""]
+
+
+def walk(out: Path, text: str) -> list[str]:
+    """Train zero from the base in `out`, looking in before some steps -> the page's lines. Raises Fault if it cannot."""
+    content = load_checkpoint(out / "base.pt", "base")
+    known = {field.name: field for field in fields(Config)}
+    cfg = Config(**{key: value for key, value in content["config"].items() if key in known})
+    problem, calls, lines = train.make_task(cfg).parse(text), itertools.count(), []
+
+    def watched(policy, *args, **kwargs):
+        done = next(calls)
+        if done in LOOKS:
+            lines.extend(look(LOOKS[done], policy, problem, cfg))
+        return grpo_step(policy, *args, **kwargs)
+
+    flags = [f"--{key}={value}" for key, value in vars(cfg).items() if value != known[key].default]
+    with tempfile.TemporaryDirectory(dir=out) as folder, mock.patch.object(train, "grpo_step", watched):
+        shutil.copy(out / "base.pt", folder)
+        if train.main(["--stage=zero", f"--out={folder}", *flags]):
+            raise Fault("training zero failed")
+        zero = build_model(load_checkpoint(Path(folder) / "zero.pt", "zero")).to(cfg.device)
+        lines += look(f"after {cfg.rl_steps} steps: zero", zero, problem, cfg)
+    head = INTRODUCTION.format(command=f"python experiments/walkthrough.py {out}", question=problem.question,
+                               seconds=f"it trains zero from the base of `python train.py` (seed {cfg.seed}), and looks in.",
+                               answer=problem.answer, samples=SAMPLES, group=GROUP)
+    return [*head.splitlines(), "", *lines]
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line -> exit code."""
+    try:
+        if not 1 <= len(argv) <= 2:
+            raise Fault("python experiments/walkthrough.py OUT [PROBLEM]")
+        lines = walk(Path(argv[0]), argv[1] if len(argv) == 2 else "5-3*6+11")
+        write_file(PAGE, "\n".join(lines).encode())
+        print(f"wrote {PAGE.relative_to(ROOT)}")
+        return 0
+    except (Fault, ValueError, OSError) as fault:
+        print(f"walkthrough.py: {fault}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
