@@ -55,13 +55,13 @@ class Problem(arithmetic.Problem):
         return self.question.split(" = ")[1]
 
     def canonical(self, answer: str) -> str:
-        """The same for expressions of the same value that use the numbers as they should; others stand for themselves.
+        """The same for expressions of the same value that use the numbers as they should; any other text stands for itself.
 
-        >>> [parse("3 4 7 = 25").canonical(a) for a in ("3*7+4", "4+7*3", "25")]
-        ['25', '25', '25?']
+        >>> [parse("3 4 7 = 25").canonical(a) for a in ("4+7*3", "3*4+7", "7+3*4", "25")]
+        ['3*7+4', '= 19', '= 19', '25']
         """
         value = evaluate(answer, self.numbers)
-        return f"{answer}?" if value is None else str(value)
+        return answer if value is None else self.answer if value == int(self.target) else f"= {value}"
 
     def check(self, answer: str) -> bool:
         """Does this expression use each number once, and come to the target? Nothing is executed.
@@ -69,7 +69,7 @@ class Problem(arithmetic.Problem):
         >>> [parse("3 4 7 = 25").check(a) for a in ("3*7+4", "4 + (7*3)", "25", "3*7+4+0", "(3*7+4", "3**7")]
         [True, True, False, False, False, False]
         """
-        return self.canonical(answer) == self.target
+        return evaluate(answer, self.numbers) == int(self.target)
 
 
 def evaluate(expression: str, numbers: list[str]) -> int | None:

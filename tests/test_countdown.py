@@ -37,10 +37,11 @@ def test_the_verifier(answer, right):
 
 
 def test_equal_values_vote_together_and_only_they():
-    """A wrong answer whose text is the target would vote for it."""
+    """A wrong answer whose text is the target would vote for it; a majority that is right and not counted as such."""
     problem = parse("3 4 7 = 25")
-    assert problem.canonical("3*7+4") == problem.canonical("4+3*7") == problem.target
-    assert len({problem.canonical(a) for a in ("3*7+4", "25", "3+4+7", "3*7", "")}) == 5
+    assert problem.canonical("3*7+4") == problem.canonical("4+3*7") and problem.check(problem.canonical("4+3*7"))
+    others = [problem.canonical(a) for a in ("25", "3+4+7", "3*7", "", "3*4+7")]
+    assert len({*others, problem.canonical("3*7+4")}) == 6 and not any(map(problem.check, others))
 
 
 @pytest.mark.parametrize("n", (3, 4))
