@@ -225,9 +225,9 @@ def grpo_step(policy: GPT, reference: GPT | None, optimizer: Optimizer, problems
     """One iteration of Algorithm 1 of DeepSeekMath: `samples` completions of each problem, then an update a minibatch.
 
     The first arguments are as in `sample_rollout`; the reference may be None if kl_coef is 0, and is not asked then;
-    shuffle deals the rewards out at random inside each group, a control; max_tokens bounds a micro-batch. -> (metrics, the rollout). loss, grad_norm, kl (None without a penalty), ratio,
-    clip_* and sampler_gap are of the completions trained on, the other metrics of all. Raises ValueError for a name
-    that grpo_loss or group_advantages does not know.
+    shuffle deals the rewards out at random inside each group, a control; max_tokens bounds a micro-batch. -> (metrics,
+    the rollout). loss, grad_norm, kl (None without a penalty), ratio, clip_* and sampler_gap are of the completions
+    trained on, the other metrics of all. Raises ValueError for a name that grpo_loss or group_advantages does not know.
     """
     start, device = time.perf_counter(), policy.embedding.weight.device
 

@@ -1,16 +1,16 @@
-"""A task where looking again pays: make the target from three or four numbers, each used once, with + - * and
-parentheses.
+"""A task where looking again pays: make the target from three or four numbers, each used once, with + - * and ( ).
 
     User: 3 4 7 = 25
     Assistant: <think>3+7=10, 10*4=40, 25?, wait, 3*7=21, 21+4=25, 25?</think><answer>3*7+4</answer>
 
-Nobody sees the solution at once: who tries, compares with the target, says "wait" and tries again, gets further than who
-answers what came out first. The corpus has the styles of data/arithmetic.py. Whoever works in it tries an expression at
-random, and in TRY_RIGHT of the cases one that is right; most answer it whatever it comes to; those who look again ("rechecked") go
-on until they have hit the target, for at most MAX_TRIES.
+Nobody sees the solution at once: who tries, compares with the target, says "wait" and tries again gets further than
+who answers what came out first. The corpus has the styles of data/arithmetic.py. Whoever works in it tries an expression
+at random, or in TRY_RIGHT of the cases one that is known to be right. Most answer it whatever it comes to; those who look
+again ("rechecked") write the target beside it, "25?", and go on until they have hit it, for at most MAX_TRIES. How values
+and targets are compared the textbook pages show: half of them are homework that somebody has marked.
 
-RL sees three numbers, and so does "test"; "hard" has four. Train and test never meet: a hash of the numbers, in order of
-size, and the target decides which side a problem is on.
+RL sees three numbers, and so does "test"; "hard" has four. Train and test never meet: a hash of the numbers, in
+whatever order, and the target decides which side a problem is on.
 
     python -m data.countdown      prints the styles with their share, their share of correct answers and an example
 """
@@ -55,7 +55,7 @@ class Problem(arithmetic.Problem):
         return self.question.split(" = ")[1]
 
     def canonical(self, answer: str) -> str:
-        """The same for expressions of the same value that use the numbers as they should; any other text stands for itself.
+        """The same for expressions of the same value that use the numbers as they should; other text stands for itself.
 
         >>> [parse("3 4 7 = 25").canonical(a) for a in ("4+7*3", "3*4+7", "7+3*4", "25")]
         ['3*7+4', '= 19', '= 19', '25']
@@ -143,7 +143,7 @@ def parse(text: str) -> Problem:
 
 
 def is_test(problem: Problem) -> bool:
-    """True for the tenth of all problems that neither the corpus nor RL ever poses, in whatever order of the numbers."""
+    """True for the tenth of all problems that neither corpus nor RL ever poses, whatever the order of the numbers."""
     return zlib.crc32(f"{sorted(problem.numbers)} {problem.target}".encode()) % 10 == 0
 
 
@@ -251,8 +251,8 @@ class Countdown:
         return problem.prompt + text, style, attempt[-1][2] == solution[-1][2]
 
     def write_page(self, rng: random.Random) -> str:
-        """A textbook page, the right steps of a few attempts in any order, or homework that somebody has marked: attempts
-        at one problem, each right or not."""
+        """A textbook page: the right steps of a few attempts in any order, or homework that somebody has marked,
+        attempts at one problem that are right or not."""
         if rng.random() < MARKED_SHARE:
             problem, solution = self.make_seen(rng, rng.choice((3, 4)))
             attempts = [solution if rng.random() < MARKED_RIGHT else another(rng, solution) for _ in range(4)]

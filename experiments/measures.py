@@ -1,5 +1,6 @@
-"""What findings.py measures of a run's models beside what train.py does: python experiments/measures.py MEASURE OUT THREADS
-prints it as JSON.
+"""What findings.py measures of a run's models beside what train.py does, printed as JSON:
+
+    python experiments/measures.py MEASURE OUT THREADS
 
 All samples are drawn at temperature 1, from generators seeded by the run's seed and the measure.
 """
@@ -138,8 +139,8 @@ def mixed(n: int, c: int, G: int) -> float:
 def reflections(run: Sampler) -> dict:
     """What looking again does, in base and zero, on test problems.
 
-    A reflection is a "wait" in an answer. What stands before and after it is right in countdown if the attempt comes to the
-    target, in arithmetic if the step is a true equation.
+    A reflection is a "wait" in an answer. What stands before and after it is right in countdown if the attempt comes to
+    the target, in arithmetic if the step is a true equation.
     """
     problems, found = run.task.heldout_problems(256, "test", run.cfg.seed), {}
     for name in ("base", "zero"):

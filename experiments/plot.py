@@ -1,7 +1,8 @@
 """A run's RL stage as a figure: python experiments/plot.py OUT FIGURE.png, with OUT a finished run of train.py.
 
-Four panels over the RL steps, from OUT/log.jsonl: accuracy, format, length and reflection of the sampled answers, on training
-problems. The levels of base, zero and student on test problems, from OUT/results.json, are drawn across.
+Four panels over the RL steps, from OUT/log.jsonl: accuracy, format, length and reflection of the answers that were
+sampled to training problems. The levels of base, zero and student on test problems, from OUT/results.json, are drawn
+across.
 """
 import json
 import sys

@@ -32,12 +32,12 @@ SAMPLES, GROUP, SHOWN = 256, 8, 6
 
 INTRODUCTION = """# One problem, step by step
 
-`{command}` writes this page: {seconds} The problem is `{question}`, which no model was trained on; its answer is {answer}.
-At each step the model as it is then answers it {samples} times at temperature 1. *Likeliest* are its most frequent
-answers, with the reward of each. *A group* is what one GRPO step would see of this problem: {group} answers, their
-rewards (accuracy + format), and the advantages, which are the rewards less the group's mean, divided by its deviation.
-Tokens of answers with a positive advantage become likelier, those with a negative one less likely; nobody shows the model
-a solution.
+`{command}` writes this page: it trains zero once more from the base in {out}/ (seed {seed}), and looks in. The problem
+is `{question}`, on which no model was trained; its answer is {answer}. At each step the model as it is then answers it
+{samples} times at temperature 1. *Likeliest* are its most frequent answers, with the reward of each. *A group* is what
+one GRPO step would see of this problem: {group} answers, their rewards (accuracy + format), and the advantages, which are
+the rewards less the group's mean, divided by its deviation. Tokens of answers with a positive advantage become likelier,
+those with a negative one less likely; nobody shows the model a solution.
 """
 
 
@@ -75,7 +75,8 @@ def look(title: str, policy: GPT, problem, cfg: Config) -> list[str]:
 
 
 def walk(out: Path, text: str) -> list[str]:
-    """Train zero from the base in `out`, looking in before some steps -> the page's lines. Raises Fault if it cannot."""
+    """Train zero from the base in `out`, looking in before some steps -> the page's lines. Raises Fault if that
+    fails."""
     content = load_checkpoint(out / "base.pt", "base")
     known = {field.name: field for field in fields(Config)}
     cfg = Config(**{key: value for key, value in content["config"].items() if key in known})
@@ -94,9 +95,8 @@ def walk(out: Path, text: str) -> list[str]:
             raise Fault("training zero failed")
         zero = build_model(load_checkpoint(Path(folder) / "zero.pt", "zero")).to(cfg.device)
         lines += look(f"after {cfg.rl_steps} steps: zero", zero, problem, cfg)
-    head = INTRODUCTION.format(command=f"python experiments/walkthrough.py {out}", question=problem.question,
-                               seconds=f"it trains zero from the base of `python train.py` (seed {cfg.seed}), and looks in.",
-                               answer=problem.answer, samples=SAMPLES, group=GROUP)
+    head = INTRODUCTION.format(command=f"python experiments/walkthrough.py {out}", out=out, seed=cfg.seed,
+                               question=problem.question, answer=problem.answer, samples=SAMPLES, group=GROUP)
     return [*head.splitlines(), "", *lines]
 
 

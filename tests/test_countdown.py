@@ -1,4 +1,4 @@
-"""The task where looking again pays: its verifier against Python's own grammar, its corpus against its documentation."""
+"""The task where looking again pays: its verifier against Python's grammar, its corpus against its documentation."""
 import random
 import re
 from collections import Counter

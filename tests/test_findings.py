@@ -25,7 +25,7 @@ def small(tmp_path, monkeypatch):
 
 
 def test_cells_are_run_once_and_again_when_their_settings_change(small, monkeypatch, capsys):
-    """A base trained twice; a stale result kept after a flag has changed; a default's new field that makes all stale."""
+    """A base trained twice; a stale result kept after a flag has changed; a new field that makes all stale."""
     findings.run_cells(["first", "second, other"], jobs=2)
     files = {path.name: path.stat().st_mtime_ns for path in (small / "results").iterdir()}
     assert set(files) == {f"{name}-{seed}.json" for name in ("first", "second_other") for seed in (0, 1)}
@@ -59,7 +59,8 @@ def test_a_run_that_fails_is_one_line(small, capsys):
 
 
 def test_bad_input(capsys):
-    for arg, words in (("--only=11", "1 to 10"), ("--only=", "unknown"), ("--rows=3", "unknown"), ("--jobs=0", "unknown")):
+    for arg, words in (("--only=11", "1 to 10"), ("--only=", "unknown"), ("--rows=3", "unknown"),
+                       ("--jobs=0", "unknown")):
         assert findings.main([arg]) == 2
         line = capsys.readouterr().err
         assert words in line and line.count("\n") == 1

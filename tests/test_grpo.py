@@ -234,7 +234,7 @@ def test_advantages_are_trls(scale):
 
 
 def test_the_batch_as_baseline():
-    """REINFORCE with the batch's mean: a group's own mean, which would make an easy prompt's right answers worth nothing."""
+    """REINFORCE with the batch's mean, and not a group's own."""
     rewards = torch.tensor([[1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
     assert group_advantages(rewards, "none", "batch").tolist() == (rewards - 0.5).tolist()
     everything = rewards.flatten()

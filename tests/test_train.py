@@ -169,7 +169,8 @@ def test_other_settings_are_refused(quick, refused):
 
 
 @pytest.mark.parametrize("args, words", [
-    (["--task=countdown", "--max_ops=5"], "--task=arithmetic"), (["--task=countdown", "--max_number=100"], "at most 99"),
+    (["--task=countdown", "--max_ops=5"], "--task=arithmetic"),
+    (["--task=countdown", "--max_number=100"], "at most 99"),
     (["--accuracy_weight=0", "--format_weight=0"], "both"),
 ])
 def test_settings_that_do_not_go_together(tmp_path, refused, args, words):
