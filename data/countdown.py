@@ -4,10 +4,11 @@
     Assistant: <think>3+7=10, 10*4=40, 25?, wait, 3*7=21, 21+4=25, 25?</think><answer>3*7+4</answer>
 
 Nobody sees the solution at once: who tries, compares with the target, says "wait" and tries again gets further than
-who answers what came out first. The corpus has the styles of data/arithmetic.py. Whoever works in it tries an expression
-at random, or in TRY_RIGHT of the cases one that is known to be right. Most answer it whatever it comes to; those who look
-again ("rechecked") write the target beside it, "25?", and go on until they have hit it, for at most MAX_TRIES. How values
-and targets are compared the textbook pages show: half of them are homework that somebody has marked.
+who answers what came out first. The corpus has the styles of data/arithmetic.py. Whoever works in it tries an
+expression at random, or in TRY_RIGHT of the cases one that is known to be right. Most answer it whatever it comes to;
+those who look again ("rechecked") write the target beside it, "25?", and go on until they have hit it, for at most
+MAX_TRIES. How values and targets are compared the textbook pages show: half of them are homework that somebody has
+marked.
 
 RL sees three numbers, and so does "test"; "hard" has four. Train and test never meet: a hash of the numbers, in
 whatever order, and the target decides which side a problem is on.

@@ -14,7 +14,6 @@ error over problems. A difference is taken seed by seed; one that is not larger 
 """
 import dataclasses
 import json
-import math
 import os
 import shutil
 import statistics
@@ -29,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS, OUT, PAGE = (ROOT / name for name in ("experiments/results", "out/findings", "experiments/findings.md"))
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
-from rows import ROWS, Figure, figure, table  # noqa: E402
+from rows import ROWS, Known, table  # noqa: E402
 from run import EVALUATED_BY, SHAPED_BY, Config, Fault, parse_args, write_file  # noqa: E402
 
 SEEDS = (0, 1, 2)
@@ -210,42 +209,13 @@ def run_cells(names: list[str], jobs: int) -> None:
             list(pool.map(work, keys))
 
 
-# What is known
-
-
-class Known:
-    """The stored cells, and figures of them."""
-
-    def cell(self, name: str) -> list[dict]:
-        """One for each seed. Raises KeyError if one is missing."""
-        found = [stored(name, seed) for seed in SEEDS]
-        if None in found:
-            raise KeyError(name)
-        return found
-
-    def values(self, name: str, *path: str) -> list[float]:
-        """What stands at a path in the results, for each seed."""
-        found = self.cell(name)
-        for key in path:
-            found = [cell[key] for cell in found]
-        return found
-
-    def errors(self, name: str, model: str, kind: str) -> list[float]:
-        """The standard errors of pass@1."""
-        return self.values(name, "models", model, kind, "pass@1_se")
-
-    def score(self, name: str, model: str = "zero", kind: str = "test", what: str = "pass@1") -> Figure:
-        return figure(self.values(name, "models", model, kind, what),
-                      self.errors(name, model, kind) if what == "pass@1" else None)
-
-    def gain(self, before: tuple[str, str, str], after: tuple[str, str, str]) -> Figure:
-        """What pass@1 gains, seed by seed, between two (cell, model, kind)."""
-        pairs = [self.values(name, "models", model, kind, "pass@1") for name, model, kind in (before, after)]
-        errors = zip(self.errors(*before), self.errors(*after))
-        return figure([b - a for a, b in zip(*pairs)], [math.hypot(a, b) for a, b in errors])
-
-
 # The page
+
+
+def known() -> Known:
+    """The cells that have been run with all seeds."""
+    found = {name: [stored(name, seed) for seed in SEEDS] for name in CELLS}
+    return Known({name: cells for name, cells in found.items() if None not in cells})
 
 
 def minutes(k: Known, cells: tuple[str, ...]) -> float:
@@ -266,11 +236,10 @@ def page(k: Known) -> str:
         commands = [f"    python train.py {CELLS[cell].flags}" for cell in row.cells]
         details += [f"## {number}. {row.claim}", "", f"`python experiments/findings.py --only={number}` runs, for "
                     f"seeds 0, 1 and 2, in {minutes(k, row.cells):.0f} minutes of a core:", "", *commands, *lines]
-    done = tuple(name for name in CELLS if all(stored(name, seed) for seed in SEEDS))
     head = ["# Findings", "",
             "What is said of DeepSeek-R1, at toy scale, with controls. `python experiments/findings.py` writes this "
-            "page from experiments/results/, after running what is missing there; its first lines say what a spread is. "
-            f"All cells together: {minutes(k, done) / 60:.1f} hours of a core, two at a time on two cores.", "",
+            "page from experiments/results/, after running what is missing there; its first lines say what a spread "
+            f"is. All cells together: {minutes(k, tuple(k.cells)) / 60:.1f} hours of a core, two cells at a time on two.", "",
             "Seeds 0, 1, 2; 256 problems x 16 samples at temperature 1 unless a table says otherwise.",
             *table(["#", "claim", "paper", "bar, fixed before", "measured", ""], rows)]
     return "\n".join(head + details).rstrip() + "\n"
@@ -292,7 +261,7 @@ def main(argv: list[str]) -> int:
             raise Fault(f"--only={options['only']}: rows are 1 to {len(ROWS)}")
         rows = [ROWS[options["only"]]] if options["only"] else ROWS.values()
         run_cells([name for name in CELLS if any(name in row.cells for row in rows)], options["jobs"])
-        write_file(PAGE, page(Known()).encode())
+        write_file(PAGE, page(known()).encode())
         print(f"wrote {PAGE.relative_to(ROOT)}")
         return 0
     except (Fault, OSError) as fault:

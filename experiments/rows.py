@@ -31,6 +31,33 @@ def figure(values: list[float], errors: list[float] | None = None) -> Figure:
     return Figure(statistics.fmean(values), max(statistics.stdev(values), statistics.fmean(errors or [0.0])))
 
 
+@dataclass(frozen=True)
+class Known:
+    """The stored cells, and figures of them. Raises KeyError for one that has not been run."""
+    cells: dict[str, list[dict]]  # by name: what is stored for each seed
+
+    def values(self, name: str, *path: str) -> list[float]:
+        """What stands at a path in the results, for each seed."""
+        found = self.cells[name]
+        for key in path:
+            found = [cell[key] for cell in found]
+        return found
+
+    def errors(self, name: str, model: str, kind: str) -> list[float]:
+        """The standard errors of pass@1."""
+        return self.values(name, "models", model, kind, "pass@1_se")
+
+    def score(self, name: str, model: str = "zero", kind: str = "test", what: str = "pass@1") -> Figure:
+        return figure(self.values(name, "models", model, kind, what),
+                      self.errors(name, model, kind) if what == "pass@1" else None)
+
+    def gain(self, before: tuple[str, str, str], after: tuple[str, str, str]) -> Figure:
+        """What pass@1 gains, seed by seed, between two (cell, model, kind)."""
+        pairs = [self.values(name, "models", model, kind, "pass@1") for name, model, kind in (before, after)]
+        errors = zip(self.errors(*before), self.errors(*after))
+        return figure([b - a for a, b in zip(*pairs)], [math.hypot(a, b) for a, b in errors])
+
+
 def table(head: list[str], rows: list[list]) -> list[str]:
     """A Markdown table's lines."""
     return ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head),
@@ -115,9 +142,9 @@ def row_4(k: Known) -> tuple[str, bool, list[str]]:
     line = (f"countdown: reflection {k.score('countdown', 'base', what='reflection')} -> "
             f"{k.score('countdown', what='reflection')} % of answers, {ratio:.1f} times; from a corpus without a "
             f"single \"wait\" {without} %; of zero's {total:,} reflections {turns['wrong to right'] / total:.1%} turn "
-            f"wrong into right, {turns['right to wrong'] / total:.1%} right into wrong; pass@1 {k.score('countdown', 'base')} -> "
-            f"{k.score('countdown')}, without \"wait\" {k.score('countdown, no wait', 'base')} -> "
-            f"{k.score('countdown, no wait')} %")
+            f"wrong into right, {turns['right to wrong'] / total:.1%} right into wrong; pass@1 "
+            f"{k.score('countdown', 'base')} -> {k.score('countdown')}, without \"wait\" "
+            f"{k.score('countdown, no wait', 'base')} -> {k.score('countdown, no wait')} %")
     rows = []
     for cell in ("countdown", "countdown, no wait", "default"):
         for model in ("base", "zero"):
@@ -232,8 +259,8 @@ def row_10(k: Known) -> tuple[str, bool, list[str]]:
              for model in ("zero", "student")}
     easy, hard, larger = (drops["student"][kind] for kind in ("trained", "hard", "larger numbers"))
     line = (f"from problems it was trained on to unseen ones the student loses "
-            f"{differs(Figure(-easy.mean, easy.spread))}, to longer ones {hard}, to larger numbers {larger} (its teacher {drops['zero']['hard']} and "
-            f"{drops['zero']['larger numbers']})")
+            f"{differs(Figure(-easy.mean, easy.spread))}, to longer ones {hard}, to larger numbers {larger} "
+            f"(its teacher {drops['zero']['hard']} and {drops['zero']['larger numbers']})")
     return line, hard.mean > hard.spread and larger.mean > larger.spread, table(["model", *found[0]["student"]], rows)
 
 

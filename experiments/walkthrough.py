@@ -35,8 +35,8 @@ INTRODUCTION = """# One problem, step by step
 `{command}` writes this page: it trains zero once more from the base in {out}/ (seed {seed}), and looks in. The problem
 is `{question}`, on which no model was trained; its answer is {answer}. At each step the model as it is then answers it
 {samples} times at temperature 1. *Likeliest* are its most frequent answers, with the reward of each. *A group* is what
-one GRPO step would see of this problem: {group} answers, their rewards (accuracy + format), and the advantages, which are
-the rewards less the group's mean, divided by its deviation. Tokens of answers with a positive advantage become likelier,
+one GRPO step would see of this problem: {group} answers, their rewards (accuracy + format), and the advantages: the
+rewards less the group's mean, divided by its deviation. Tokens of answers with a positive advantage become likelier,
 those with a negative one less likely; nobody shows the model a solution.
 """
 
