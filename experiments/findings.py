@@ -239,7 +239,7 @@ def page(k: Known) -> str:
     head = ["# Findings", "",
             "What is said of DeepSeek-R1, at toy scale, with controls. `python experiments/findings.py` writes this "
             "page from experiments/results/, after running what is missing there; its first lines say what a spread "
-            f"is. All cells together: {minutes(k, tuple(k.cells)) / 60:.1f} hours of a core, two cells at a time on two.", "",
+            f"is. All cells together: {minutes(k, tuple(k.cells)) / 60:.1f} hours of a core, two at a time on two.", "",
             "Seeds 0, 1, 2; 256 problems x 16 samples at temperature 1 unless a table says otherwise.",
             *table(["#", "claim", "paper", "bar, fixed before", "measured", ""], rows)]
     return "\n".join(head + details).rstrip() + "\n"

@@ -1,11 +1,12 @@
 """One problem, as the model answers it at steps 0, 5, 20 and the last of RL: experiments/walkthrough.md.
 
-    python experiments/walkthrough.py OUT [PROBLEM]     OUT holds the base.pt of a run of train.py; default 5-3*6+11
+    python experiments/walkthrough.py OUT [PROBLEM]     OUT holds a run of train.py; default problem 5-3*6+11
 
 It trains zero once more, by train.py with the run's own settings, in a folder of its own that it removes, and looks in
 before some steps; the run itself is not touched.
 """
 import itertools
+import json
 import re
 import shutil
 import sys
@@ -77,9 +78,9 @@ def look(title: str, policy: GPT, problem, cfg: Config) -> list[str]:
 def walk(out: Path, text: str) -> list[str]:
     """Train zero from the base in `out`, looking in before some steps -> the page's lines. Raises Fault if that
     fails."""
-    content = load_checkpoint(out / "base.pt", "base")
     known = {field.name: field for field in fields(Config)}
-    cfg = Config(**{key: value for key, value in content["config"].items() if key in known})
+    settings = json.loads((out / "results.json").read_text())["config"]
+    cfg = Config(**{key: value for key, value in settings.items() if key in known})
     problem, calls, lines = train.make_task(cfg).parse(text), itertools.count(), []
 
     def watched(policy, *args, **kwargs):
