@@ -11,7 +11,8 @@ MAX_TRIES. How values and targets are compared the textbook pages show: half of 
 marked.
 
 RL sees three numbers, and so does "test"; "hard" has four. Train and test never meet: a hash of the numbers, in
-whatever order, and the target decides which side a problem is on.
+whatever order, and the target decides which side a problem is on. The same numbers may stand on both sides with
+different targets, and an attempt that misses one target hits another: what is held out is the question.
 
     python -m data.countdown      prints the styles with their share, their share of correct answers and an example
 """
@@ -128,7 +129,7 @@ def write_expression(attempt: Attempt) -> str:
 
 def parse(text: str) -> Problem:
     """The problem that a text such as "3 4 7 = 25" states. Raises ValueError if it is not three or four numbers from 1
-    to LARGEST and a target that they reach.
+    to LARGEST and a target that one of their `attempts` hits.
 
     >>> parse(" 3 4  7 = 25").answer
     '3*7+4'

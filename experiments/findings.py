@@ -9,7 +9,7 @@ its first stages. What the rows (rows.py) need of a cell is kept in experiments/
 settings that shaped it: a cell is run again when these have changed, and the page is written from the files alone.
 Checkpoints and logs go to out/findings/, where a run that was stopped goes on. There is no training loop here.
 
-Each figure is a mean over the seeds ± the larger of two spreads: the standard deviation over seeds, and the standard
+Each figure is a mean over the seeds ± its standard deviation over them; of pass@1, if that is larger, ± its standard
 error over problems. A difference is taken seed by seed; one that is not larger than its spread is no difference.
 """
 import dataclasses
@@ -32,6 +32,7 @@ from rows import ROWS, Known, table  # noqa: E402
 from run import EVALUATED_BY, SHAPED_BY, Config, Fault, parse_args, write_file  # noqa: E402
 
 SEEDS = (0, 1, 2)
+NEEDS = {"zero": ("base",), "student": ("zero", "student_base")}  # the checkpoints that a cell takes from its start
 NOT_THE_CELL = ("device", "dtype", "compile", "micro_batch", "seed")  # the machine's fields, and what differs in a cell
 
 
@@ -117,7 +118,8 @@ def stored(name: str, seed: int) -> dict | None:
         return None
     found, cell = json.loads(path.read_text()), CELLS[name]
     before = {key: getattr(Config, key) for key in settings(cell)} | found["settings"]  # fields that were added since
-    return found if before == settings(cell) and set(found["measures"]) == set(cell.measures) else None
+    complete = set(found["models"]) >= set(cell.trains) and set(found["measures"]) >= set(cell.measures)
+    return found if complete and before == settings(cell) else None
 
 
 def train(name: str, seed: int, threads: int) -> None:
@@ -127,10 +129,10 @@ def train(name: str, seed: int, threads: int) -> None:
     flags = [f"--seed={seed}", f"--threads={threads}", f"--out={out}", *cell.flags.split()]
     if cell.start:
         parent = folder(cell.start, seed)
-        for path in parent.glob("*.pt"):
-            if path.stem not in ("resume", *cell.trains) and not (out / path.name).exists():
-                shutil.copy(path, out / "copying")
-                os.replace(out / "copying", out / path.name)
+        for needed in NEEDS[cell.trains[0]]:
+            if not (out / f"{needed}.pt").exists():
+                shutil.copy(parent / f"{needed}.pt", out / "copying")
+                os.replace(out / "copying", out / f"{needed}.pt")
         made_with = json.loads((parent / "results.json").read_text())["config"]
         flags += [f"--{key}={made_with[key]}" for key in ("device", "dtype", "compile")]
     for stage in cell.stages():
@@ -144,20 +146,28 @@ def curve(rows: list[dict]) -> dict[str, list[float]]:
     """What an RL run logged, averaged over each tenth of it."""
     tenths = [rows[i * len(rows) // 10:(i + 1) * len(rows) // 10] for i in range(10)]
     means = {}
-    for key in ("accuracy", "format", "length", "length_wrong", "reflection", "no_signal", "entropy"):
+    for key in ("accuracy", "format", "length", "length_wrong", "reflection", "no_signal"):
         values = [[row[key] for row in tenth if row.get(key) is not None] for tenth in tenths]
         means[key] = [round(statistics.fmean(v), 4) if v else None for v in values]
     return means
 
 
-def student_work(rows: list[dict], cfg: Config, student_rl: bool) -> float:
-    """Tokens that the student's forward passes saw, a forward and backward pass counted as three: its FLOPs divided by
-    twice its parameters."""
-    prompt = 12  # tokens, about: small beside the answers
-    if student_rl:
-        per_step = cfg.distill_prompts / cfg.distill_minibatches * cfg.rl_minibatches
-        return sum(per_step * (row["length"] + prompt) * (1 + 3 * (1 - row["no_signal"])) for row in rows)
-    return sum(3 * row["accepted"] * cfg.distill_prompts * (row["length"] + prompt) for row in rows)
+def work(rows: list[dict], cfg: Config, name: str) -> dict[str, float]:
+    """Tokens that the student and the teacher saw in training a student, a forward and backward pass counted as three:
+    FLOPs divided by twice the model's parameters.
+
+    Distillation: the teacher samples, and reads what the student learns. RL: the student samples, trains on completions
+    with an advantage, and reads those of all minibatches but the first once more for pi_old.
+    """
+    prompt = 9  # tokens, on average
+    if name == "student_rl":
+        completions = cfg.distill_prompts / cfg.distill_minibatches * cfg.rl_minibatches
+        passes = 3 + (cfg.rl_minibatches - 1) / cfg.rl_minibatches
+        return {"student": sum(completions * (row["length"] + prompt) * (1 + passes * (1 - row["no_signal"]))
+                               for row in rows), "teacher": 0.0}
+    sampled = [cfg.distill_prompts * (row["length"] + prompt) for row in rows]
+    learnt = [row["accepted"] * n for row, n in zip(rows, sampled)]
+    return {"student": 3 * sum(learnt), "teacher": sum(sampled) + sum(learnt)}
 
 
 def collect(name: str, seed: int, threads: int) -> None:
@@ -165,24 +175,24 @@ def collect(name: str, seed: int, threads: int) -> None:
     cell, out = CELLS[name], folder(name, seed)
     results = json.loads((out / "results.json").read_text())
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    cfg, work = Config(**results["config"]), {}
-    for trained in cell.trains:
-        if trained in ("student", "student_rl"):
-            work[trained] = student_work([r for r in rows if r["stage"] == trained], cfg, trained == "student_rl")
-    measures = {}
+    cfg, measures = Config(**results["config"]), {}
+    of = {trained: [row for row in rows if row["stage"] == trained] for trained in cell.trains}
     for measure in cell.measures:
         command = [sys.executable, str(ROOT / "experiments/measures.py"), measure, str(out), str(threads)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise Fault(f"{name}, seed {seed}: measuring {measure} failed: {done.stderr.strip().splitlines()[-1]}")
+            why = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            raise Fault(f"{name}, seed {seed}: measuring {measure} failed: {why[-1]}")
         measures[measure] = json.loads(done.stdout)
     found = {
         "cell": name, "seed": seed, "settings": settings(cell),
+        "machine": {key: getattr(cfg, key) for key in ("device", "dtype", "compile", "threads")},
         "seconds": round(sum(s for key, s in results["seconds"].items() if key.split()[-1] in cell.trains)),
         "models": {trained: results["models"][trained] for trained in cell.trains},
-        "curves": {trained: curve([row for row in rows if row["stage"] == trained]) for trained in cell.trains
-                   if trained in ("zero", "student_rl")},
-        "student_work": work, "measures": measures,
+        "curves": {"zero": curve(of["zero"])} if "zero" in of else {},
+        "work": {trained: work(of[trained], cfg, trained) for trained in of if name == "default"
+                 and trained in ("student", "student_rl")},
+        "measures": measures,
     }
     RESULTS.mkdir(exist_ok=True)
     write_file(RESULTS / f"{slug(name)}-{seed}.json", json.dumps(found, indent=1).encode())
@@ -196,7 +206,7 @@ def run_cells(names: list[str], jobs: int) -> None:
     missing = [(name, seed) for name in names for seed in SEEDS if stored(name, seed) is None]
     starts = {(CELLS[name].start, seed) for name, seed in missing} - {(None, seed) for seed in SEEDS}
 
-    def work(key: tuple[str, int]) -> None:
+    def run(key: tuple[str, int]) -> None:
         if key in starts or key in missing:
             train(*key, threads)
         if stored(*key) is None:
@@ -206,7 +216,10 @@ def run_cells(names: list[str], jobs: int) -> None:
     then = [key for key in missing if key not in first]
     for keys in (first, then):
         with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(work, keys))
+            try:
+                list(pool.map(run, keys))
+            finally:  # after a fault, or Ctrl-C, which ends the runs under way, none is begun
+                pool.shutdown(cancel_futures=True)
 
 
 # The page
@@ -227,20 +240,23 @@ def page(k: Known) -> str:
     """experiments/findings.md, of the rows whose cells are all there."""
     rows, details = [], []
     for number, row in ROWS.items():
-        try:
-            line, passed, lines = row.measure(k)
-        except KeyError as missing:
-            print(f"row {number} is left out: {missing} has not been run")
+        missing = [cell for cell in row.cells if cell not in k.cells]
+        if missing:
+            print(f"row {number} is left out: {', '.join(missing)} has not been run")
             continue
-        rows.append([number, row.claim, row.paper, row.bar, line, "pass" if passed else "fail"])
+        line, passed, lines = row.measure(k)
+        rows.append([number, row.claim, row.paper, row.bar, line, "**pass**" if passed else "**fail**"])
         commands = [f"    python train.py {CELLS[cell].flags}" for cell in row.cells]
-        details += [f"## {number}. {row.claim}", "", f"`python experiments/findings.py --only={number}` runs, for "
-                    f"seeds 0, 1 and 2, in {minutes(k, row.cells):.0f} minutes of a core:", "", *commands, *lines]
+        details += [f"## {number}. {row.claim}", "", f"`python experiments/findings.py --only={number}`: "
+                    f"{minutes(k, row.cells):.0f} minutes of a thread for training and evaluating, with seeds 0, 1, 2,",
+                    "", *commands, *lines]
+    machines = {tuple(cell["machine"].values()) for cells in k.cells.values() for cell in cells}
     head = ["# Findings", "",
             "What is said of DeepSeek-R1, at toy scale, with controls. `python experiments/findings.py` writes this "
             "page from experiments/results/, after running what is missing there; its first lines say what a spread "
-            f"is. All cells together: {minutes(k, tuple(k.cells)) / 60:.1f} hours of a core, two at a time on two.", "",
-            "Seeds 0, 1, 2; 256 problems x 16 samples at temperature 1 unless a table says otherwise.",
+            f"is. All cells together trained and evaluated for {minutes(k, tuple(k.cells)) / 60:.1f} hours of a thread "
+            f"({' and '.join(sorted(f'{device}, {dtype}' for device, dtype, *_ in machines))}). pass@1, format, length "
+            "and reflection are of 256 unseen problems x 16 samples at temperature 1, in %, unless a table says more.",
             *table(["#", "claim", "paper", "bar, fixed before", "measured", ""], rows)]
     return "\n".join(head + details).rstrip() + "\n"
 

@@ -17,12 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
+from data import countdown  # noqa: E402
 from data.arithmetic import OPERATIONS  # noqa: E402
-from data.countdown import evaluate  # noqa: E402
 from data.tokenizer import get_tokenizer  # noqa: E402
 from grpo import sample_rollout  # noqa: E402
 from model import GPT  # noqa: E402
-from rewards import extract_answer, format_reward, reflects  # noqa: E402
+from rewards import format_reward  # noqa: E402
 from run import Config, build_model, draws, load_checkpoint  # noqa: E402
 from train import bound_kernels, make_task, pass_at_k, reward_function  # noqa: E402
 
@@ -45,9 +45,9 @@ class Sampler:
     def draws(self, what: str = "") -> tuple[random.Random, torch.Generator]:
         return draws(SimpleNamespace(cfg=self.cfg), f"{self.name} {what}", 0)
 
-    def sample(self, model: GPT, problems: list, samples: int) -> list[list[tuple[str, bool]]]:
-        """`samples` completions of each problem: their texts, and are they right?"""
-        generator, groups = self.draws("samples")[1], []
+    def sample(self, model: GPT, problems: list, samples: int, what: str = "") -> list[list[tuple[str, bool]]]:
+        """`samples` completions of each problem: their texts, and are they right? `what` makes them others."""
+        generator, groups = self.draws(f"samples {what}")[1], []
         step = max(1, CHUNK // samples)
         for at in range(0, len(problems), step):
             rollout = sample_rollout(model, problems[at:at + step], reward_function(self.cfg), get_tokenizer(),
@@ -67,14 +67,15 @@ def share(values) -> float | None:
 
 
 def conditional(run: Sampler) -> dict:
-    """How often the base's well-formed answers to test problems are right, and its answers that reflect."""
+    """How often the base's well-formed answers to test problems are right."""
     problems = run.task.heldout_problems(256, "test", run.cfg.seed)
     rows = [row for group in run.sample(run.model("base"), problems, 16) for row in group]
     return {"right if well formed": share(right for text, right in rows if format_reward(text))}
 
 
 def operations(run: Sampler) -> dict:
-    """pass@1 of base and zero on unseen problems by their number of operations."""
+    """pass@1 of base and zero on 256 problems of the test side by their number of operations. Those of one operation
+    are fewer than 256, and repeat; the textbook pages hold them as facts."""
     rng, found = run.draws()[0], {"base": {}, "zero": {}}
     for n in range(1, run.cfg.max_ops + 3):
         problems = [run.task.make_problem(rng, (n, n), test=True) for _ in range(256)]
@@ -96,32 +97,31 @@ def many_samples(run: Sampler) -> dict:
 
 
 def distributions(run: Sampler) -> dict:
-    """pass@1 on problems that distillation trained on, on unseen ones of as many operations (test), longer ones (hard),
+    """pass@1 on problems of distillation's last step, on unseen ones of as many operations (test), longer ones (hard),
     and with larger numbers."""
-    trained = {}
-    for step in range(1, 20):
-        rng, _ = draws(run, "student", step)
-        for _ in range(run.cfg.distill_prompts):
-            problem = run.task.make_problem(rng)
-            if len(re.findall("[-+*]", problem.question)) > 1:  # as the test problems
-                trained[problem.question] = problem
+    rng, _ = draws(run, "student", run.cfg.distill_steps)
+    trained = {problem.question: problem for problem in (run.task.make_problem(rng)
+               for _ in range(run.cfg.distill_prompts)) if len(re.findall("[-+*]", problem.question)) > 1}
     larger = dataclasses.replace(run.task, max_number=99)
-    problems = {"trained": list(trained.values())[:256], "larger numbers": larger.heldout_problems(256, "test", 0)}
+    problems = {"trained on": list(trained.values())[:256],
+                "larger numbers": larger.heldout_problems(256, "test", run.cfg.seed)}
     problems |= {kind: run.task.heldout_problems(256, kind, run.cfg.seed) for kind in run.task.held_out}
     return {name: {kind: run.accuracy(run.model(name), problems[kind]) for kind in problems}
             for name in ("zero", "student", "student_rl")}
 
 
 def signal(run: Sampler) -> dict:
-    """Of groups of G answers of the base to training problems: the share with right and wrong ones, counted, and as
-    1 - p^G - (1-p)^G says, estimated without bias for each problem from 64 samples, and at the mean p."""
+    """Of groups of G answers of the base to 256 training problems: the share with right and wrong ones, counted over
+    two groups of each problem; and as 1 - p^G - (1-p)^G says, estimated without bias for each problem from 64 other
+    samples, and at the mean p."""
     G, rng, n = run.cfg.rl_samples, run.draws()[0], 64
     problems = [run.task.make_problem(rng) for _ in range(256)]
     groups = [[right for _, right in group] for group in run.sample(run.model("base"), problems, n)]
     right = [sum(group) for group in groups]
     p = sum(right) / (n * len(right))
-    parts = [group[i:i + G] for group in groups for i in range(0, n, G)]
-    return {"mean p": round(p, 5), "counted": share(0 < sum(part) < G for part in parts),
+    others = [[right for _, right in group] for group in run.sample(run.model("base"), problems, 2 * G, "counted")]
+    return {"mean p": round(p, 5), "counted": share(0 < sum(part) < G for group in others
+                                                    for part in (group[:G], group[G:])),
             "predicted": round(sum(mixed(n, c, G) for c in right) / len(right), 5),
             "at the mean p": round(1 - p ** G - (1 - p) ** G, 5)}
 
@@ -137,37 +137,36 @@ def mixed(n: int, c: int, G: int) -> float:
 
 
 def reflections(run: Sampler) -> dict:
-    """What looking again does, in base and zero, on test problems.
+    """What looking again does, in base and zero, on test problems, over the answers that work inside a thought.
 
-    A reflection is a "wait" in an answer. What stands before and after it is right in countdown if the attempt comes to
-    the target, in arithmetic if the step is a true equation.
+    A reflection is a "wait" in a thought; `turns_of` says what it turns into what. In countdown, where one looks again
+    only after an attempt that missed, those who do and who do not are compared over answers whose first attempt missed.
     """
     problems, found = run.task.heldout_problems(256, "test", run.cfg.seed), {}
     for name in ("base", "zero"):
-        rows = [(problem, text, right) for problem, group in zip(problems, run.sample(run.model(name), problems, 16))
-                for text, right in group]
-        worked = [row for row in rows if "=" in row[1].split("<answer>")[0] and "<think>" in row[1]]
-        turns = Counter(turn for problem, text, _ in worked for turn in turns_of(problem, text))
+        rows = [(problem, parts_of(text), right)
+                for problem, group in zip(problems, run.sample(run.model(name), problems, 16)) for text, right in group]
+        worked = [row for row in rows if "=" in row[1][0]]
+        attempts = run.cfg.task == "countdown"
+        missed = [row for row in worked if not (attempts and hits(row[0], row[1][0]))]
+        turns = Counter(turn for problem, parts, _ in worked for turn in turns_of(problem, parts))
         found[name] = {
-            "reflection": share(reflects(text) for _, text, _ in rows),
-            "works": len(worked) / len(rows),
-            "right, looking again": share(right for _, text, right in worked if reflects(text)),
-            "right, not looking again": share(right for _, text, right in worked if not reflects(text)),
-            "reflections an answer": round(sum(turns.values()) / len(rows), 5),
+            "looks again": share(len(parts) > 1 for _, parts, _ in worked),
+            "right, looking again": share(right for _, parts, right in missed if len(parts) > 1),
+            "right, not looking again": share(right for _, parts, right in missed if len(parts) == 1),
+            "first attempt right": share(hits(problem, parts[0]) for problem, parts, _ in worked) if attempts else None,
             **{turn: turns[turn] for turn in ("wrong to right", "right to wrong", "wrong to wrong", "right to right")},
         }
-        if run.cfg.task == "countdown":
-            first = [last_value(re.split("wait|</think>", text)[0]) == problem.target for problem, text, _ in worked]
-            answers = [(problem, extract_answer(text)) for problem, text, _ in worked]
-            found[name] |= {"first attempt right": share(first),
-                            "uses the numbers": share(evaluate(a, p.numbers) is not None for p, a in answers if a)}
     return found
 
 
-def last_value(text: str) -> str | None:
-    """What the last equation in a text comes to."""
-    values = re.findall("=(-?[0-9]+)", text)
-    return values[-1] if values else None
+def parts_of(text: str) -> list[str]:
+    """The thought of an answer, cut at each "wait".
+
+    >>> parts_of("<think>8*7=54, wait, 8*7=56</think><answer>56</answer>"), parts_of("56")
+    (['8*7=54', '8*7=56'], [''])
+    """
+    return re.split("</think>|<answer>", text.partition("<think>")[2])[0].split(", wait, ")
 
 
 def true_step(text: str) -> bool:
@@ -176,18 +175,24 @@ def true_step(text: str) -> bool:
     return bool(found) and OPERATIONS[found[2]](int(found[1]), int(found[3])) == int(found[4])
 
 
-def turns_of(problem, text: str) -> list[str]:
-    """For each "wait" in the text, what it turned into what.
+def hits(problem: countdown.Problem, attempt: str) -> bool:
+    """Does an attempt at a countdown come to the target, by steps that are all true?"""
+    steps = [step for step in attempt.split(", ") if "=" in step]
+    return bool(steps) and all(map(true_step, steps)) and steps[-1].endswith(f"={problem.target}")
 
-    >>> from data import arithmetic, countdown
-    >>> turns_of(arithmetic.parse("13-8"), "<think>13-8=6, wait, 13-8=5</think><answer>5</answer>")
+
+def turns_of(problem, parts: list[str]) -> list[str]:
+    """For each "wait" between the parts of a thought, what it turned into what: in countdown attempts, which are right
+    if they hit the target; in arithmetic the last step before it and the first one after it.
+
+    >>> from data import arithmetic
+    >>> turns_of(arithmetic.parse("13-8"), ["13-8=6", "13-8=5"])
     ['wrong to right']
-    >>> turns_of(countdown.parse("3 4 7 = 25"), "<think>3*7=21, 21+4=25, wait, 3+4=7, 7+7=14</think><answer>3")
-    ['right to wrong']
+    >>> turns_of(countdown.parse("3 4 7 = 25"), ["3*7=21, 21+4=25, 25?", "3+4=7, 7+7=14", "3*7=25"])
+    ['right to wrong', 'wrong to wrong']
     """
-    parts = text.split("<think>")[-1].split("</think>")[0].split(", wait, ")
-    if hasattr(problem, "target"):
-        right = [last_value(part) == problem.target for part in parts]
+    if isinstance(problem, countdown.Problem):
+        right = [hits(problem, part) for part in parts]
         pairs = list(zip(right, right[1:]))
     else:
         pairs = [(true_step(a.split(", ")[-1]), true_step(b.split(", ")[0])) for a, b in zip(parts, parts[1:])]

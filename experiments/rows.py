@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Figure:
-    """A mean over seeds, and the larger of its spreads over seeds and over problems."""
+    """A mean over seeds and its spread."""
     mean: float
     spread: float
 
@@ -23,7 +23,8 @@ class Figure:
 
 
 def figure(values: list[float], errors: list[float] | None = None) -> Figure:
-    """Of one value a seed, each with its standard error over problems if that is known.
+    """Of one value a seed: the spread is their standard deviation, or the mean of their standard errors over problems,
+    where these are given and larger.
 
     >>> f"{figure([0.5, 0.6, 0.7])}", f"{figure([1.0, 2.0, 3.0], [4.0, 4.0, 4.0]):.1f}"
     ('60.0 ± 10.0', '2.0 ± 4.0')
@@ -87,9 +88,11 @@ def row_1(k: Known) -> tuple[str, bool, list[str]]:
     shuffled, alone = k.gain(base, ("shuffled rewards", "zero", "test")), k.score("format alone")
     behind = k.gain(("format alone", "zero", "test"), zero)
     predicted = figure(k.values("default", "measures", "conditional", "right if well formed"))
+    curves = [curve["accuracy"] for curve in k.values("format alone", "curves", "zero")]
+    best = figure([max(curve) for curve in curves])
     line = (f"base {k.score('default', 'base')} -> zero {k.score('default')} %, {differs(gain)}; with shuffled rewards "
-            f"{differs(shuffled)}; with the format reward alone {alone} %, where the base's well-formed answers, "
-            f"{predicted} % right, predict as much")
+            f"{differs(shuffled)}; the format reward alone ends at {alone} %, after {best} % in its best tenth, where "
+            f"{predicted} % of the base's well-formed answers are right")
     details = table(["RL from the base with", "pass@1, %", "hard, %", "format, %", "length"], [
         [name, k.score(cell, model), k.score(cell, model, "hard"), k.score(cell, model, what="format"),
          f"{k.score(cell, model, what='length'):.1f}"]
@@ -125,8 +128,12 @@ def row_3(k: Known) -> tuple[str, bool, list[str]]:
         wrong[cell] = tail["length_wrong"]
         rows.append([name, k.score(cell), f"{k.score(cell, what='length'):.1f}", f"{tail['length']:.1f}",
                      f"{tail['length_wrong']:.1f}"])
+    alone, again = (figure([b / a for a, b in zip(k.values(start, "models", "base", "test", "length"),
+                                                  k.values(cell, "models", "zero", "test", "length"))])
+                    for start, cell in (("default", "format alone"), ("countdown", "countdown")))
     line = (f"{k.score('default', 'base', what='length'):.1f} -> {k.score('default', what='length'):.1f} tokens, "
-            f"{ratio:.2f} times; wrong answers late in RL have {wrong['sequence']:.1f} tokens with 1/\\|o_i\\|, "
+            f"{ratio:.2f} times; the format reward alone gives {alone:.2f} times, countdown {again:.2f}; wrong answers "
+            f"late in RL have {wrong['sequence']:.1f} tokens with 1/\\|o_i\\|, "
             f"{wrong['constant']:.1f} with the constant")
     return line, ratio.mean >= 1.3, table(["average (100 RL steps)", "pass@1", "length on test",
                                            "training: length, last 3 tenths", "of wrong answers"], rows)
@@ -150,15 +157,17 @@ def row_4(k: Known) -> tuple[str, bool, list[str]]:
         for model in ("base", "zero"):
             found = k.values(cell, "measures", "reflections", model)
             all_turns = sum(f[turn] for f in found for turn in turns)
-            row = [figure([f[key] for f in found]) if all(f.get(key) is not None for f in found) else "none"
-                   for key in ("reflection", "right, looking again", "right, not looking again", "first attempt right")]
+            shares = ([f[key] for f in found] for key in ("looks again", "right, looking again",
+                                                          "right, not looking again", "first attempt right"))
+            row = [figure(share) if None not in share else "none" for share in shares]
             row += [f"{sum(f[turn] for f in found) / all_turns:.0%}" if all_turns else "none"
                     for turn in ("wrong to right", "right to wrong")]
-            rows.append(["arithmetic" if cell == "default" else cell, model, k.score(cell, model), *row,
-                         f"{figure([f['reflections an answer'] for f in found]):.2f}"])
-    details = table(["task", "model", "pass@1", "answers that reflect", "worked answers right: looking again",
-                     "not looking again", "first attempt right", "wrong to right", "right to wrong",
-                     "reflections an answer"], rows)
+            rows.append(["arithmetic" if cell == "default" else cell, model, k.score(cell, model),
+                         k.score(cell, model, what="reflection"), *row])
+    details = ["", "\"Right\" is of worked answers; in countdown of those whose first attempt missed."]
+    details += table(["task", "model", "pass@1", "answers that reflect", "worked answers that look again",
+                      "right, looking again", "right, not looking again", "first attempt right",
+                      "reflections: wrong to right", "right to wrong"], rows)
     return line, ratio.mean >= 3 and without.mean < 0.01, details
 
 
@@ -179,17 +188,21 @@ def row_5(k: Known) -> tuple[str, bool, list[str]]:
     line = (f"gain by operations, in points: {', '.join(f'{100 * g.mean:.0f}' for g in points.values())} (1 to 6); in "
             f"log-odds: {', '.join(f'{g.mean:.1f}' for g in odds.values())}; the most at {most[0]} in points, at "
             f"{most[1]} in log-odds")
-    hardest, easiest = list(points)[-1], list(points)[0]
-    passed = points[hardest].mean - points[easiest].mean > math.hypot(points[hardest].spread, points[easiest].spread)
-    return line, passed, table(["operations", "base", "zero", "gain, points", "gain, log-odds"], rows)
+    ends = [[zero[n] - base[n] for n in (list(base)[0], list(base)[-1])] for base, zero in zip(*by.values())]
+    more = figure([hardest - easiest for easiest, hardest in ends])
+    return line, more.mean > more.spread, table(["operations", "base", "zero", "gain, points", "gain, log-odds"], rows)
 
 
 def row_6(k: Known) -> tuple[str, bool, list[str]]:
     gain = k.gain(("default", "student_rl", "test"), ("default", "student", "test"))
     hard = k.gain(("default", "student_rl", "hard"), ("default", "student", "hard"))
-    work = figure([w["student_rl"] / w["student"] for w in k.values("default", "student_work")])
+    work, params = k.values("default", "work"), k.values("default", "models")
+    of_student = figure([w["student_rl"]["student"] / w["student"]["student"] for w in work])
+    of_both = figure([(w["student"]["student"] + w["student"]["teacher"] * m["zero"]["params"] / m["student"]["params"])
+                      / w["student_rl"]["student"] for w, m in zip(work, params)])
     line = (f"student {k.score('default', 'student')} %, student_rl {k.score('default', 'student_rl')} %, "
-            f"{differs(gain)}, RL with {work:.2f} times the student's FLOPs; on hard {differs(hard)}")
+            f"{differs(gain)}, with {of_student:.2f} times the student's FLOPs in RL (the teacher's counted too, "
+            f"distillation takes {of_both:.1f} times as many as RL); on hard {differs(hard)}")
     rows = [[name, k.score(cell, model), k.score(cell, model, "hard"),
              differs(k.gain(("default", "student", "test"), (cell, model, "test")))]
             for name, cell, model in (("forward KL", "default", "student"), ("reverse KL", "reverse", "student"),
@@ -207,9 +220,9 @@ def row_7(k: Known) -> tuple[str, bool, list[str]]:
                      *(figure([f[key] for f in found]) for key in ("mean p", "counted", "predicted", "at the mean p")),
                      figure([1 - c["no_signal"][0] for c in start])])
     line = "zero after " + ", ".join(f"{cell}: {k.score(cell, 'base')} -> {k.score(cell)} %" for cell in cells)
-    weakest = min(cells, key=lambda cell: k.score(cell).mean)
+    weakest = min(cells, key=lambda cell: k.score(cell, "base").mean)
     passed = k.score("default").mean - k.score(weakest).mean >= 0.2
-    return line, passed, table(
+    return line, passed, ["", "Groups are of 8 answers of the base to a training problem."] + table(
         ["corpus", "base", "zero", "zero's format", "mean p of training problems",
          "groups with right and wrong: counted", "predicted", "at the mean p", "with any signal, first tenth of RL"],
         rows)
@@ -217,18 +230,18 @@ def row_7(k: Known) -> tuple[str, bool, list[str]]:
 
 def row_8(k: Known) -> tuple[str, bool, list[str]]:
     found = k.values("default", "measures", "many_samples")
-    rows, crossing = [], {}
+    rows, lines, passed = [], [], False
     for kind in ("test", "hard"):
-        for name in (f"base {kind}", f"zero {kind}"):
+        base, zero = f"base {kind}", f"zero {kind}"
+        for name in (base, zero):
             rows.append([name, *(f"{100 * statistics.fmean([f[name][n] for f in found]):.1f}" for n in found[0][name])])
-        ahead = [n for n in found[0][f"base {kind}"] if
-                 statistics.fmean([f[f"base {kind}"][n] - f[f"zero {kind}"][n] for f in found]) > 0]
-        crossing[kind] = f"from k = {ahead[0]} on" if ahead else "at no k"
-    best = {kind: [statistics.fmean([f[f"{model} {kind}"]["256"] for f in found]) for model in ("base", "zero")]
-            for kind in crossing}
-    line = "; ".join(f"{kind}: the base is ahead {crossing[kind]}, pass@256 {100 * b:.1f} % against {100 * z:.1f}"
-                     for kind, (b, z) in best.items())
-    return line, any("from" in text for text in crossing.values()), table(
+        leads = {n: figure([f[base][n] - f[zero][n] for f in found]) for n in found[0][base]}
+        rows.append(["base less zero", *leads.values()])
+        ahead = [n for n, lead in leads.items() if lead.mean > lead.spread]
+        lines.append(f"{kind}: the base is ahead at {'k = ' + ', '.join(ahead) if ahead else 'no k'}; pass@256 "
+                     f"{figure([f[base]['256'] for f in found])} against {figure([f[zero]['256'] for f in found])} %")
+        passed |= bool(ahead)
+    return "; ".join(lines), passed, ["", "128 problems x 256 samples."] + table(
         ["pass@k, %", *(f"k = {n}" for n in found[0]["base test"])], rows)
 
 
@@ -241,27 +254,28 @@ def row_9(k: Known) -> tuple[str, bool, list[str]]:
                "batch baseline": "the batch's mean as baseline"}
     for cell, name in changes.items():
         gain = k.gain(("half the steps", "zero", "test"), (cell, "zero", "test"))
-        if abs(gain.mean) > gain.spread:
+        if abs(gain.mean) > 2 * gain.spread:
             real.append(f"{name} ({100 * gain.mean:+.1f})")
         curves = k.values(cell, "curves", "zero")
         rows.append([name, k.score(cell), k.score(cell, kind="hard"), differs(gain) if cell != "half the steps" else "",
                      figure([statistics.fmean(c["accuracy"]) for c in curves]),
                      figure([c["no_signal"][9] for c in curves])])
-    line = "differ on test by more than the spread: " + (", ".join(real) or "none")
+    line = "differ on test by more than twice the spread: " + (", ".join(real) or "none")
     return line, bool(real), table(["change", "test", "hard", "test, beside the default",
-                                    "training accuracy, mean over the run", "groups without signal at the end"], rows)
+                                    "training accuracy, mean over the run", "groups of equal rewards at the end"], rows)
 
 
 def row_10(k: Known) -> tuple[str, bool, list[str]]:
     found = k.values("default", "measures", "distributions")
     rows = [[model, *(figure([f[model][kind] for f in found]) for kind in found[0][model])] for model in found[0]]
-    drops = {model: {kind: figure([f[model]["test"] - f[model][kind] for f in found]) for kind in found[0][model]}
-             for model in ("zero", "student")}
-    easy, hard, larger = (drops["student"][kind] for kind in ("trained", "hard", "larger numbers"))
-    line = (f"from problems it was trained on to unseen ones the student loses "
-            f"{differs(Figure(-easy.mean, easy.spread))}, to longer ones {hard}, to larger numbers {larger} "
-            f"(its teacher {drops['zero']['hard']} and {drops['zero']['larger numbers']})")
-    return line, hard.mean > hard.spread and larger.mean > larger.spread, table(["model", *found[0]["student"]], rows)
+    drop = lambda f, model, kind: f[model]["test"] - f[model][kind]
+    more = {kind: figure([drop(f, "student", kind) - drop(f, "zero", kind) for f in found])
+            for kind in ("trained on", "hard", "larger numbers")}
+    line = "; ".join(f"{what}: the student {figure([drop(f, 'student', kind) for f in found])} below test, its teacher "
+                     f"{figure([drop(f, 'zero', kind) for f in found])}" for kind, what in (
+                         ("trained on", "problems trained on"), ("hard", "longer ones"), ("larger numbers",) * 2))
+    return line, all(more[kind].mean > more[kind].spread for kind in ("hard", "larger numbers")), \
+        table(["model", *found[0]["student"]], rows)
 
 
 ROWS = {
@@ -273,7 +287,7 @@ ROWS = {
            "maj@16 at least 3 points above pass@1 wherever zero's is under 95 %", ("default",), row_2),
     3: Row("length grows unrewarded", "it rises throughout RL; 1/\\|o_i\\| lengthens wrong answers (2503.20783)",
            "answers to test problems at least 1.3 times as long as the base's",
-           ("default", "half the steps", "sequence", "constant"), row_3),
+           ("default", "format alone", "countdown", "half the steps", "sequence", "constant"), row_3),
     4: Row("reflection rises", "ten reflective words rise 5 to 7 times (2501.12948v2, C.2)",
            "at least 3 times the base's where checking pays; under 1 % from a corpus without \"wait\"",
            ("default", "countdown", "countdown, no wait"), row_4),
@@ -289,9 +303,10 @@ ROWS = {
            "the base is ahead at some k up to 256", ("default",), row_8),
     9: Row("what matters in GRPO",
            "no deviation, a constant (2503.20783); clip higher, averages over tokens (2503.14476)",
-           "some change moves pass@1 on test by more than the spread",
+           "some of ten changes moves pass@1 on test by more than twice its spread",
            ("half the steps", "no std", "KL 0.01", "KL 0.1", "clip higher", "sequence", "constant", "G 4", "G 16",
             "G 32", "batch baseline"), row_9),
     10: Row("easy tests flatter a student", "",
-            "the student loses more than the spread on longer problems and on larger numbers", ("default",), row_10),
+            "the student loses more than its teacher on longer problems and on larger numbers, by more than the spread",
+            ("default",), row_10),
 }

@@ -5,6 +5,7 @@
 It trains zero once more, by train.py with the run's own settings, in a folder of its own that it removes, and looks in
 before some steps; the run itself is not touched.
 """
+import dataclasses
 import itertools
 import json
 import re
@@ -12,7 +13,6 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import fields
 from pathlib import Path
 from unittest import mock
 
@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import train  # noqa: E402
+from data.arithmetic import is_test  # noqa: E402
 from data.tokenizer import get_tokenizer  # noqa: E402
 from grpo import group_advantages, grpo_step, sample_rollout  # noqa: E402
 from model import GPT  # noqa: E402
@@ -29,12 +30,12 @@ from run import Config, Fault, build_model, load_checkpoint, write_file  # noqa:
 
 PAGE = ROOT / "experiments" / "walkthrough.md"
 LOOKS = {0: "before RL: the base", 5: "after 5 steps", 20: "after 20 steps"}
-SAMPLES, GROUP, SHOWN = 256, 8, 6
+SAMPLES, SHOWN = 256, 6
 
 INTRODUCTION = """# One problem, step by step
 
 `{command}` writes this page: it trains zero once more from the base in {out}/ (seed {seed}), and looks in. The problem
-is `{question}`, on which no model was trained; its answer is {answer}. At each step the model as it is then answers it
+is `{question}`, {seen}; its answer is {answer}. At each step the model as it is then answers it
 {samples} times at temperature 1. *Likeliest* are its most frequent answers, with the reward of each. *A group* is what
 one GRPO step would see of this problem: {group} answers, their rewards (accuracy + format), and the advantages: the
 rewards less the group's mean, divided by its deviation. Tokens of answers with a positive advantage become likelier,
@@ -68,7 +69,7 @@ def look(title: str, policy: GPT, problem, cfg: Config) -> list[str]:
              "| likeliest | share | reward |", "|---|---|---|"]
     for text, n in Counter(rollout.texts).most_common(SHOWN):
         lines.append(f"| `{' '.join(text.split())}` | {n / SAMPLES:.1%} | {scores[text]['reward']:g} |")
-    rewards = rollout.column("reward")[:GROUP]
+    rewards = rollout.column("reward")[:cfg.rl_samples]
     lines += ["", "| a group | reward | advantage |", "|---|---|---|"]
     for text, reward, adv in zip(rollout.texts, rewards, group_advantages(rewards[None], cfg.scale)[0]):
         lines.append(f"| `{' '.join(text.split())}` | {reward:g} | {adv:+.2f} |")
@@ -78,9 +79,11 @@ def look(title: str, policy: GPT, problem, cfg: Config) -> list[str]:
 def walk(out: Path, text: str) -> list[str]:
     """Train zero from the base in `out`, looking in before some steps -> the page's lines. Raises Fault if that
     fails."""
-    known = {field.name: field for field in fields(Config)}
+    known = {field.name: field for field in dataclasses.fields(Config)}
     settings = json.loads((out / "results.json").read_text())["config"]
     cfg = Config(**{key: value for key, value in settings.items() if key in known})
+    if cfg.task != "arithmetic" or cfg.problems:
+        raise Fault("the page is of the default task's problems")
     problem, calls, lines = train.make_task(cfg).parse(text), itertools.count(), []
 
     def watched(policy, *args, **kwargs):
@@ -89,15 +92,17 @@ def walk(out: Path, text: str) -> list[str]:
             lines.extend(look(LOOKS[done], policy, problem, cfg))
         return grpo_step(policy, *args, **kwargs)
 
-    flags = [f"--{key}={value}" for key, value in vars(cfg).items() if value != known[key].default]
+    one = dataclasses.replace(cfg, processes=1)  # only the first of several would look in
+    flags = [f"--{key}={value}" for key, value in vars(one).items() if value != known[key].default]
     with tempfile.TemporaryDirectory(dir=out) as folder, mock.patch.object(train, "grpo_step", watched):
         shutil.copy(out / "base.pt", folder)
         if train.main(["--stage=zero", f"--out={folder}", *flags]):
             raise Fault("training zero failed")
         zero = build_model(load_checkpoint(Path(folder) / "zero.pt", "zero")).to(cfg.device)
         lines += look(f"after {cfg.rl_steps} steps: zero", zero, problem, cfg)
-    head = INTRODUCTION.format(command=f"python experiments/walkthrough.py {out}", out=out, seed=cfg.seed,
-                               question=problem.question, answer=problem.answer, samples=SAMPLES, group=GROUP)
+    seen = "which is held out of the corpus and of RL" if is_test(problem.question) else "which the models may have met"
+    head = INTRODUCTION.format(command=f"python experiments/walkthrough.py {out}", out=out, seed=cfg.seed, seen=seen,
+                               question=problem.question, answer=problem.answer, samples=SAMPLES, group=cfg.rl_samples)
     return [*head.splitlines(), "", *lines]
 
 
