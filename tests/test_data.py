@@ -208,6 +208,24 @@ def test_styles_have_their_documented_shares(threads, assert_frequencies):
     assert all(look == style or (look, style) == ("worked", "rechecked") for look, (_, style, _) in zip(seen, threads))
 
 
+@pytest.mark.parametrize("worked, wait", [(1.0, 1.0), (0.5, 0.0), (0.0, 1.0), (0.5, 0.5)])
+def test_styles_can_be_thinned_out(assert_frequencies, worked, wait):
+    """A control's corpus that still holds what it is to lack; shares that no longer add up to 1."""
+    rng = random.Random(1)
+    task = Arithmetic(worked_share=worked, wait_share=wait)
+    threads = [task.write_thread(rng) for _ in range(4_000)]
+    shares = dict(STYLES)
+    shares["worked"] += (1 - wait) * STYLES["rechecked"]
+    shares["rechecked"] *= wait
+    for style in ("plain working", "lost tag", "worked", "rechecked"):
+        shares["blurt"] += (1 - worked) * shares[style]
+        shares[style] *= worked
+    assert abs(sum(task.styles.values()) - 1) < 1e-9
+    assert_frequencies([sum(style == s for _, style, _ in threads) for s in STYLES], list(shares.values()))
+    assert any("=" in text for text, _, _ in threads) == (worked > 0)
+    assert any("wait" in text for text, _, _ in threads) == (worked * wait > 0)
+
+
 def test_right_answers_have_their_documented_shares(threads, assert_frequencies):
     """A "wrong" answer that is right by chance, a slip that nobody carries on from, a key that the text denies."""
     steps, rechecked, blurts = [], [], []
