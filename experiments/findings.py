@@ -29,7 +29,7 @@ RESULTS, OUT, PAGE = (ROOT / name for name in ("experiments/results", "out/findi
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 from rows import ROWS, Known, table  # noqa: E402
-from run import EVALUATED_BY, SHAPED_BY, Config, Fault, parse_args, write_file  # noqa: E402
+from run import EVALUATED_BY, SHAPED_BY, STAGES, Config, Fault, parse_args, write_file  # noqa: E402
 
 SEEDS = (0, 1, 2)
 NEEDS = {"zero": ("base",), "student": ("zero", "student_base")}  # the checkpoints that a cell takes from its start
@@ -45,8 +45,9 @@ class Cell:
     measures: tuple[str, ...] = ()    # of experiments/measures.py, beside what train.py measures
 
     def stages(self) -> list[str]:
-        """What to give --stage, in order."""
-        return [stage for stage in ("base", "zero", "student") if any(name.startswith(stage) for name in self.trains)]
+        """The --stage flags to run train.py with, one after the other; none runs all stages."""
+        stages = [stage for stage in STAGES if any(name.startswith(stage) for name in self.trains)]
+        return [""] if len(stages) == len(STAGES) else [f"--stage={stage}" for stage in stages]
 
 
 COUNTDOWN = "--task=countdown --max_number=10 --rl_max_new_tokens=104 --rl_steps=120"
@@ -137,7 +138,7 @@ def train(name: str, seed: int, threads: int) -> None:
         flags += [f"--{key}={made_with[key]}" for key in ("device", "dtype", "compile")]
     for stage in cell.stages():
         with open(out / "output.txt", "a") as output:
-            command = [sys.executable, str(ROOT / "train.py"), f"--stage={stage}", *flags]
+            command = [sys.executable, str(ROOT / "train.py"), *stage.split(), *flags]
             if subprocess.run(command, stdout=output, stderr=output).returncode:
                 raise Fault(f"{name}, seed {seed}: train.py failed; {out / 'output.txt'} says why")
 
