@@ -16,6 +16,9 @@ class Figure:
     mean: float
     spread: float
 
+    def __str__(self) -> str:
+        return format(self)
+
     def __format__(self, spec: str) -> str:
         """"96.6 ± 0.6", of a share in percent or points; with a spec such as ".2f" the number itself."""
         scale = 1 if spec else 100
