@@ -248,8 +248,8 @@ def page(k: Known) -> str:
         line, passed, lines = row.measure(k)
         rows.append([number, row.claim, row.paper, row.bar, line, "**pass**" if passed else "**fail**"])
         commands = [f"    python train.py {CELLS[cell].flags}" for cell in row.cells]
-        details += [f"## {number}. {row.claim}", "", f"`python experiments/findings.py --only={number}`: "
-                    f"{minutes(k, row.cells):.0f} minutes of a thread for training and evaluating, with seeds 0, 1, 2,",
+        details += [f"## {number}. {row.claim}", "", f"`python experiments/findings.py --only={number}` "
+                    f"trains and evaluates for {minutes(k, row.cells):.0f} minutes of a thread, with seeds 0, 1 and 2:",
                     "", *commands, *lines]
     machines = {tuple(cell["machine"].values()) for cells in k.cells.values() for cell in cells}
     head = ["# Findings", "",

@@ -51,7 +51,7 @@ def plot(rows: list[dict], models: dict[str, dict], path: Path) -> None:
     for ax in axes[1]:
         ax.set_xlabel("RL step")
     axes[0, 0].legend(fontsize=8, loc="lower right")
-    figure.savefig(path, dpi=100, metadata={"Software": None})
+    figure.savefig(path, dpi=80, metadata={"Software": None})
 
 
 def main(argv: list[str]) -> int:

@@ -70,10 +70,15 @@ def look(title: str, policy: GPT, problem, cfg: Config) -> list[str]:
     for text, n in Counter(rollout.texts).most_common(SHOWN):
         lines.append(f"| `{' '.join(text.split())}` | {n / SAMPLES:.1%} | {scores[text]['reward']:g} |")
     rewards = rollout.column("reward")[:cfg.rl_samples]
+    advantages = group_advantages(rewards[None], cfg.scale)[0]
     lines += ["", "| a group | reward | advantage |", "|---|---|---|"]
-    for text, reward, adv in zip(rollout.texts, rewards, group_advantages(rewards[None], cfg.scale)[0]):
+    for text, reward, adv in zip(rollout.texts, rewards, advantages):
         lines.append(f"| `{' '.join(text.split())}` | {reward:g} | {adv:+.2f} |")
-    return lines + [""]
+    best, largest = int((rewards == rewards.max()).sum()), advantages[advantages.abs().argmax()]
+    said = (f"{best} of {len(rewards)} earned the most. The largest advantage is {largest:+.2f}: the rarer a reward is in "
+            "its group, the more it weighs." if largest else
+            "All earned the same: the group has no signal, and GRPO leaves it out.")
+    return [*lines, "", said, ""]
 
 
 def walk(out: Path, text: str) -> list[str]:
