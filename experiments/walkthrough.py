@@ -75,9 +75,10 @@ def look(title: str, policy: GPT, problem, cfg: Config) -> list[str]:
     for text, reward, adv in zip(rollout.texts, rewards, advantages):
         lines.append(f"| `{' '.join(text.split())}` | {reward:g} | {adv:+.2f} |")
     best, largest = int((rewards == rewards.max()).sum()), advantages[advantages.abs().argmax()]
-    said = (f"{best} of {len(rewards)} earned the most. The largest advantage is {largest:+.2f}: the rarer a reward is in "
-            "its group, the more it weighs." if largest else
-            "All earned the same: the group has no signal, and GRPO leaves it out.")
+    said = "All earned the same: the group has no signal, and GRPO leaves it out."
+    if largest:
+        said = (f"{best} of {len(rewards)} earned the most. The largest advantage is {largest:+.2f}: the rarer a reward "
+                "is in its group, the more it weighs.")
     return [*lines, "", said, ""]
 
 
