@@ -88,7 +88,8 @@ def check(cfg: Config) -> None:
     except ValueError as error:
         raise Fault(str(error)) from None
     for wrong, line in (
-        (cfg.task == "countdown" and (cfg.max_ops, cfg.max_factor, cfg.parentheses) != (4, 9, False),
+        (cfg.task == "countdown" and any(getattr(cfg, key) != getattr(Config, key)
+                                         for key in ("max_ops", "max_factor", "parentheses")),
          "--max_ops, --max_factor and --parentheses are settings of --task=arithmetic"),
         (cfg.task == "countdown" and cfg.max_number > LARGEST, f"--max_number is at most {LARGEST} in countdown"),
         (cfg.max_ops < 2, "--max_ops must be 2 or more: test problems have at least two operations"),
