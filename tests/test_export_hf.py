@@ -78,6 +78,7 @@ def test_the_tokenizer_cuts_as_ours(exported):
     assert tokenizer.is_fast and len(tokenizer) == ENCODING.n_vocab
 
 
+@pytest.mark.parametrize("exported", ["student"], indirect=True)
 def test_full_disk(exported, tmp_path):
     """A half-written folder that is in the way of the next try."""
     checkpoint = tmp_path / "model.pt"
