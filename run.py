@@ -251,10 +251,19 @@ def what_counts(value):
     return value.rpartition(" (")[2] if isinstance(value, str) else value
 
 
+def among(name: str, fields) -> bool:
+    """Is a field one of these, which are names or, if they end in _, beginnings of names?
+
+    >>> among("rl_steps", ("seed", "rl_")), among("seeds", ("seed", "rl_"))
+    (True, False)
+    """
+    return any(name == f or f.endswith("_") and name.startswith(f) for f in fields)
+
+
 def refuse_changes(cfg: Config, stored: dict, what: str, fields: tuple[str, ...]) -> None:
     """Raises Fault if a field that shaped `what` is set otherwise now."""
     for field in dataclasses.fields(cfg):
-        if any(field.name == f or f.endswith("_") and field.name.startswith(f) for f in fields):
+        if among(field.name, fields):
             old, new = stored.get(field.name, field.default), getattr(cfg, field.name)
             if what_counts(old) != what_counts(new):
                 raise Fault(f"{what} was made with {field.name}={old}, not {new}: go on with --{field.name}={old}, or "

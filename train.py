@@ -1,6 +1,6 @@
 """nanoR1: random weights -> base -> zero -> student, in one command.
 
-    base          next-token prediction on the corpus of data/arithmetic.py, or your own text (Muon and AdamW)
+    base          next-token prediction on the corpus of the task, in data/, or your own text (Muon and AdamW)
     zero          GRPO on the base, from rule-based rewards alone: no supervised fine-tuning
     student_base  a base of its own for a smaller GPT, on the same corpus
     student       the RL teacher distilled into it

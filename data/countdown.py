@@ -257,10 +257,10 @@ class Countdown:
         attempts at one problem that are right or not."""
         if rng.random() < MARKED_SHARE:
             problem, solution = self.make_seen(rng, rng.choice((3, 4)))
-            attempts = [solution if rng.random() < MARKED_RIGHT else another(rng, solution) for _ in range(4)]
+            homework = [solution if rng.random() < MARKED_RIGHT else another(rng, solution) for _ in range(4)]
             return "\n".join([problem.question] + [
                 f"{write_steps(attempt)}, {problem.target}?, {'right' if attempt[-1][2] == solution[-1][2] else 'no'}"
-                for attempt in attempts])
+                for attempt in homework])
         facts = [step for _ in range(6) for step in write_steps(self.make_seen(rng, 3)[1]).split(", ")]
         rng.shuffle(facts)
         return "Facts:\n" + "\n".join(facts)

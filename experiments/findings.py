@@ -29,7 +29,7 @@ RESULTS, OUT, PAGE = (ROOT / name for name in ("experiments/results", "out/findi
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 from rows import ROWS, Known, table  # noqa: E402
-from run import EVALUATED_BY, SHAPED_BY, STAGES, Config, Fault, parse_args, write_file  # noqa: E402
+from run import EVALUATED_BY, SHAPED_BY, STAGES, Config, Fault, among, parse_args, write_file  # noqa: E402
 
 SEEDS = (0, 1, 2)
 NEEDS = {"zero": ("base",), "student": ("zero", "student_base")}  # the checkpoints that a cell takes from its start
@@ -93,8 +93,7 @@ def settings(cell: Cell) -> dict:
     cfg, _ = parse_args(cell.flags.split())
     names = {name for trained in cell.trains for name in SHAPED_BY[trained]} | set(EVALUATED_BY)
     return {field.name: getattr(cfg, field.name) for field in dataclasses.fields(Config)
-            if field.name not in NOT_THE_CELL
-            and any(field.name == n or n.endswith("_") and field.name.startswith(n) for n in names)}
+            if field.name not in NOT_THE_CELL and among(field.name, names)}
 
 
 def slug(name: str) -> str:
@@ -205,11 +204,10 @@ def run_cells(names: list[str], jobs: int) -> None:
     """Run the cells that are missing, those that others start from first."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     missing = [(name, seed) for name in names for seed in SEEDS if stored(name, seed) is None]
-    starts = {(CELLS[name].start, seed) for name, seed in missing} - {(None, seed) for seed in SEEDS}
+    starts = {(CELLS[name].start, seed) for name, seed in missing if CELLS[name].start}
 
     def run(key: tuple[str, int]) -> None:
-        if key in starts or key in missing:
-            train(*key, threads)
+        train(*key, threads)
         if stored(*key) is None:
             collect(*key, threads)
 

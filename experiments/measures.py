@@ -11,7 +11,6 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -43,7 +42,7 @@ class Sampler:
         return build_model(load_checkpoint(self.out / f"{name}.pt", name)).to(self.cfg.device)
 
     def draws(self, what: str = "") -> tuple[random.Random, torch.Generator]:
-        return draws(SimpleNamespace(cfg=self.cfg), f"{self.name} {what}", 0)
+        return draws(self, f"{self.name} {what}", 0)
 
     def sample(self, model: GPT, problems: list, samples: int, what: str = "") -> list[list[tuple[str, bool]]]:
         """`samples` completions of each problem: their texts, and are they right? `what` makes them others."""
@@ -147,14 +146,14 @@ def reflections(run: Sampler) -> dict:
         rows = [(problem, parts_of(text), right)
                 for problem, group in zip(problems, run.sample(run.model(name), problems, 16)) for text, right in group]
         worked = [row for row in rows if "=" in row[1][0]]
-        attempts = run.cfg.task == "countdown"
-        missed = [row for row in worked if not (attempts and hits(row[0], row[1][0]))]
+        searches = run.cfg.task == "countdown"
+        missed = [row for row in worked if not (searches and hits(row[0], row[1][0]))]
         turns = Counter(turn for problem, parts, _ in worked for turn in turns_of(problem, parts))
         found[name] = {
             "looks again": share(len(parts) > 1 for _, parts, _ in worked),
             "right, looking again": share(right for _, parts, right in missed if len(parts) > 1),
             "right, not looking again": share(right for _, parts, right in missed if len(parts) == 1),
-            "first attempt right": share(hits(problem, parts[0]) for problem, parts, _ in worked) if attempts else None,
+            "first attempt right": share(hits(problem, parts[0]) for problem, parts, _ in worked) if searches else None,
             **{turn: turns[turn] for turn in ("wrong to right", "right to wrong", "wrong to wrong", "right to right")},
         }
     return found

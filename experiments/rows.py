@@ -1,5 +1,5 @@
-"""The rows of the findings: each claim, what is said of large models, the bar that was fixed before measuring, and how
-the stored cells are read. findings.py runs the cells and writes the page; `k` is its Known.
+"""The rows of the findings: each claim, what is said of large models, the bar that decides, and how the stored cells
+are read. findings.py runs the cells and writes the page; `k` is its Known.
 """
 import math
 import statistics
@@ -80,7 +80,7 @@ def differs(gain: Figure) -> str:
 class Row:
     claim: str
     paper: str                       # what is said of the large models, and where
-    bar: str                         # fixed before measuring
+    bar: str                         # what decides
     cells: tuple[str, ...]
     measure: Callable[[Known], tuple[str, bool, list[str]]]
 

@@ -26,6 +26,7 @@ from data.arithmetic import is_test  # noqa: E402
 from data.tokenizer import get_tokenizer  # noqa: E402
 from grpo import group_advantages, grpo_step, sample_rollout  # noqa: E402
 from model import GPT  # noqa: E402
+from rewards import format_reward  # noqa: E402
 from run import Config, Fault, build_model, load_checkpoint, write_file  # noqa: E402
 
 PAGE = ROOT / "experiments" / "walkthrough.md"
@@ -51,7 +52,7 @@ def style(text: str) -> str:
     """
     if not re.search("[0-9]=", text):
         return "no working"
-    return "works inside the tags" if train.format_reward(text) else "works, but the tags are not right"
+    return "works inside the tags" if format_reward(text) else "works, but the tags are not right"
 
 
 def look(title: str, policy: GPT, problem, cfg: Config) -> list[str]:
@@ -85,9 +86,7 @@ def look(title: str, policy: GPT, problem, cfg: Config) -> list[str]:
 def walk(out: Path, text: str) -> list[str]:
     """Train zero from the base in `out`, looking in before some steps -> the page's lines. Raises Fault if that
     fails."""
-    known = {field.name: field for field in dataclasses.fields(Config)}
-    settings = json.loads((out / "results.json").read_text())["config"]
-    cfg = Config(**{key: value for key, value in settings.items() if key in known})
+    cfg = Config(**json.loads((out / "results.json").read_text())["config"])
     if cfg.task != "arithmetic" or cfg.problems:
         raise Fault("the page is of the default task's problems")
     problem, calls, lines = train.make_task(cfg).parse(text), itertools.count(), []
@@ -99,7 +98,7 @@ def walk(out: Path, text: str) -> list[str]:
         return grpo_step(policy, *args, **kwargs)
 
     one = dataclasses.replace(cfg, processes=1)  # only the first of several would look in
-    flags = [f"--{key}={value}" for key, value in vars(one).items() if value != known[key].default]
+    flags = [f"--{key}={value}" for key, value in vars(one).items() if value != getattr(Config, key)]
     with tempfile.TemporaryDirectory(dir=out) as folder, mock.patch.object(train, "grpo_step", watched):
         shutil.copy(out / "base.pt", folder)
         if train.main(["--stage=zero", f"--out={folder}", *flags]):
