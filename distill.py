@@ -16,7 +16,7 @@ The completions are the teacher's, those that the reward accepted (rejection sam
 Where we differ from the paper
 1. R1 distils by "sft" on 800,000 samples; here the teacher's whole distribution is at hand, and the default uses it,
    at temperature 2.
-2. R1 draws its samples once; here each step draws new ones.
+2. R1 draws its samples once; here each step draws new ones, and learns from them `epochs` times.
 """
 import time
 
@@ -69,14 +69,15 @@ def sft_loss(student_logits: Tensor, target: Tensor, mask: Tensor, denominator: 
 
 
 def distill_step(student: GPT, teacher: GPT, optimizer: Optimizer, problems: list, reward_fn, encoding, *,
-                 divergence: str, on_policy: bool, max_new_tokens: int, minibatches: int, temperature: float = 1.0,
-                 lr_scale: float = 1.0, max_tokens: int = 4_096,
+                 divergence: str, on_policy: bool, max_new_tokens: int, minibatches: int, epochs: int = 1,
+                 temperature: float = 1.0, lr_scale: float = 1.0, max_tokens: int = 4_096,
                  generator: torch.Generator | None = None) -> dict[str, float | None]:
-    """Sample one completion of each problem, then one update of the student a minibatch -> metrics.
+    """Sample one completion of each problem, then `epochs` times one update of the student a minibatch -> metrics.
 
     The arguments are those of `grpo.sample_rollout`, whose samples are drawn from the student if on_policy, else from
     the teacher, and then only those with accuracy and format 1 are kept. divergence is one of distill_loss's, or
     "sft". The loss is None if nothing was kept: then nothing is learnt. Raises ValueError for another divergence.
+    The teacher is asked once about a completion, however often the student learns from it.
     """
     if divergence not in (*DIVERGENCES, "sft"):
         raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, sft, not {divergence!r}")
@@ -84,24 +85,26 @@ def distill_step(student: GPT, teacher: GPT, optimizer: Optimizer, problems: lis
     rollout = sample_rollout(student if on_policy else teacher, problems, reward_fn, encoding, samples=1,
                              max_new_tokens=max_new_tokens, generator=generator)
     accepted = [i for i, score in enumerate(rollout.scores) if on_policy or score["accuracy"] == score["format"] == 1]
-    loss_sum, grad_norm, tokens = 0.0, 0.0, 0
+    batches = []  # of each minibatch its tokens and its micro-batches: idx (n, T), mask (n, T-1), logits (n, T-1, V)
     for picks in shuffled_minibatches(len(accepted), minibatches, generator):
-        rows = [accepted[i] for i in picks]
-        if not rows:
-            continue
-        n_tokens = sum(len(rollout.completions[i]) for i in rows)
+        rows, parts = [accepted[i] for i in picks], []
         for _, idx, mask in cut(rollout, share(rows), encoding.eot_token, max_tokens, device):
+            with torch.no_grad():
+                parts.append((idx, mask, None if divergence == "sft" else teacher(idx[:, :-1])))
+        if rows:
+            batches.append((sum(len(rollout.completions[i]) for i in rows), parts))
+    loss_sum, grad_norm, tokens = 0.0, 0.0, 0
+    for n_tokens, parts in batches * epochs:
+        for idx, mask, teacher_logits in parts:
             student_logits = student(idx[:, :-1])  # (n, T-1, V)
             if divergence == "sft":
                 loss = sft_loss(student_logits, idx[:, 1:], mask, n_tokens)
             else:
-                with torch.no_grad():
-                    teacher_logits = teacher(idx[:, :-1])
                 loss = distill_loss(student_logits, teacher_logits, mask, divergence=divergence,
                                     temperature=temperature, denominator=n_tokens)
             loss.backward()
             loss_sum += loss.item() * n_tokens
-        grad_norm += optimizer.step(lr_scale) / minibatches
+        grad_norm += optimizer.step(lr_scale) / len(batches * epochs)
         tokens += n_tokens
     loss_sum = add_up(torch.tensor(loss_sum, dtype=torch.float64)).item()
     return {

@@ -13,7 +13,6 @@ Two things matter to RL. `generate` samples from exactly softmax(logits / temper
 top-p), and returns the stop token that it sampled; `token_logprobs` is the logarithm of exactly that distribution. If
 the two disagreed, the importance ratio of an untouched policy would not be 1.
 """
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -51,25 +50,38 @@ class KVCache:
 
     def __init__(self, pad: Tensor, max_len: int):
         self.pad = pad          # (B,) columns on the left that hold no token
+        # subtle: not -inf, or the softmax of a padding column, which sees no other, would be over nothing and give NaN.
+        self.mask = (torch.arange(max_len, device=pad.device) < pad[:, None]) * -1e9  # (B, max_len), added to scores
         self.max_len = max_len  # columns to make room for
         self.length = 0         # columns written
-        self.kv = {}            # layer -> (2, B, H, max_len, D), of whatever type the model computes in
+        self.kv = {}            # layer -> keys and values, (B, H, max_len, D) each, in the type of the products
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v (B, H, T, D) behind the columns so far -> all keys and values, (B, H, length + T, D)."""
         B, H, T, D = k.shape
         if layer not in self.kv:
-            self.kv[layer] = k.new_empty(2, B, H, self.max_len, D)
-        kv, end = self.kv[layer], self.length + T
-        kv[0, :, :, self.length:end], kv[1, :, :, self.length:end] = k, v
-        return kv[0, :, :, :end], kv[1, :, :, :end]
+            self.kv[layer] = [k.new_empty(B, H, self.max_len, D) for _ in range(2)]
+        (keys, values), end = self.kv[layer], self.length + T
+        keys[:, :, self.length:end], values[:, :, self.length:end] = k, v
+        return keys[:, :, :end], values[:, :, :end]
 
     def select(self, rows: Tensor) -> None:
-        """Keep these rows (indices, which may repeat), in this order."""
-        self.pad = self.pad[rows]
-        for layer, old in self.kv.items():
-            self.kv[layer] = old.new_empty(2, len(rows), *old.shape[2:])
-            self.kv[layer][..., :self.length, :] = old[:, rows, :, :self.length]
+        """Keep copies of these rows (indices, which may repeat), in this order."""
+        self.pad, self.mask = self.pad[rows], self.mask[rows]
+        for pair in self.kv.values():
+            for i, old in enumerate(pair):
+                pair[i] = old.new_empty(len(rows), *old.shape[1:])
+                pair[i][:, :, :self.length] = old[rows, :, :self.length]
+
+    def replace(self, rows: Tensor, others: Tensor, size: int) -> None:
+        """Put `others` in the place of `rows` (indices), and keep the first `size` rows, where they lie."""
+        for x in (self.pad, self.mask):
+            x[rows] = x[others]
+        self.pad, self.mask = self.pad[:size], self.mask[:size]
+        for pair in self.kv.values():
+            for i, x in enumerate(pair):
+                x[rows, :, :self.length] = x[others, :, :self.length]
+                pair[i] = x[:size]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -93,6 +105,12 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
+def products(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
+    """What each layer makes of x, as one matrix product: fewer and larger ones are quicker."""
+    weight = torch.cat([layer.weight for layer in layers]).to(x.dtype)
+    return F.linear(x, weight).split([len(layer.weight) for layer in layers], dim=-1)
+
+
 class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -110,23 +128,27 @@ class Block(nn.Module):
         cos, sin and mask come in the type that matrix products are computed in; x, the sum of all blocks, is float32.
         """
         h = self.norm1(x).to(mask.dtype)
-        heads = (self.n_head, -1)
-        q, k, v = (w(h).unflatten(-1, heads).transpose(1, 2) for w in (self.q, self.k, self.v))  # (B, H, T, D)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v = (y.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for y in products(h, self.q, self.k, self.v))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, H, T, D)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         y = attend(q, k, v, mask, fused=cache is not None or q.device.type != "cpu")
         x = x + self.o(y.transpose(1, 2).flatten(2))  # (B, T, C)
         h = self.norm2(x).to(mask.dtype)
-        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+        gate, up = products(h, self.gate, self.up)
+        return x + self.down(F.silu(gate) * up)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, fused: bool) -> Tensor:
     """softmax(q k' / sqrt(D) + mask) v: (B, H, T, D), (B, H, T', D) twice -> (B, H, T, D).
 
     In training on a CPU two matrix products are quicker at these lengths than the fused kernel, whose backward pass
-    takes half of a step's time there. On a cache, whose rows do not lie side by side, they would copy it each time.
+    takes half of a step's time there. On a cache, whose rows do not lie side by side, they would copy it each time. And
+    for the one query of a token that is being sampled, the compiler's loops over sums are quicker than either.
     """
+    if torch.compiler.is_compiling() and q.size(2) == 1:
+        scores = (q.float() * k).sum(dim=-1)[:, :, None] * q.size(-1) ** -0.5 + mask  # (B, H, 1, T')
+        return (scores.softmax(dim=-1).mT * v).sum(dim=2, keepdim=True).to(q.dtype)
     if fused:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.size(-1) ** -0.5) @ k.transpose(2, 3) + mask  # (B, H, T, T')
@@ -175,9 +197,7 @@ class GPT(nn.Module):
         else:
             position = (column[start:] - cache.pad[:, None]).clamp(min=0)  # (B, T)
             cos, sin = self.cos[position][:, None], self.sin[position][:, None]  # (B, 1, T, D/2)
-            # subtle: a padding column still attends to itself, or its softmax would be over nothing and give NaN.
-            hidden = (column < cache.pad[:, None])[:, None] & (column != column[start:, None])  # (B, T, end)
-            mask = mask.masked_fill(hidden, float("-inf"))[:, None]  # (B, 1, T, end)
+            mask = mask + cache.mask[:, None, None, :end]  # (B, 1, T, end)
         cos, sin, mask = (constant.to(self.dtype) for constant in (cos, sin, mask))
         for layer, block in enumerate(self.blocks):
             # subtle: forward() goes past torch.compile, which a cache that grows would make compile again and again.
@@ -186,19 +206,29 @@ class GPT(nn.Module):
             cache.length = end
         return F.linear(self.norm(x).to(self.dtype), self.embedding.weight.to(self.dtype))
 
+    def next_token(self, token: Tensor, cache: KVCache, temperature: float, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Read a token a row, behind what the cache holds, and draw the next as `sample` does."""
+        return sample(self(token[:, None], cache)[:, -1], temperature, u)
 
-def draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One index a row: probs (B, V) -> (B,), by inverting the cumulative sum.
 
-    torch.multinomial draws V random numbers a row where one will do, which on a CPU is an eighth of sampling's time.
+def sample(logits: Tensor, temperature: float, u: Tensor) -> tuple[Tensor, Tensor]:
+    """One token a row from softmax(logits / temperature), or the likeliest one if temperature is 0: logits (B, V), u
+    (B, 1) uniform in [0, 1) -> (token (B,), its log-probability (B,)).
+
+    It inverts the cumulative sum. torch.multinomial draws V random numbers a row where one will do, which on a CPU is
+    an eighth of sampling's time.
     """
-    cumulative = probs.cumsum(dim=-1)
-    u = torch.rand(len(probs), 1, generator=generator, device=probs.device) * cumulative[:, -1:]
-    # subtle: "<=", so that u = 0 skips what has probability 0; rounding may make u the whole sum, hence the clamp.
-    return (cumulative <= u).sum(dim=-1).clamp(max=probs.size(1) - 1)
+    probs = (logits.float() / (temperature or 1.0)).softmax(dim=-1)  # (B, V)
+    if temperature:
+        cumulative = probs.cumsum(dim=-1)
+        # subtle: "<=", so that u = 0 skips what has probability 0; rounding may make it the whole sum, hence the clamp.
+        token = (cumulative <= u * cumulative[:, -1:]).sum(dim=-1).clamp(max=probs.size(1) - 1)
+    else:
+        token = probs.argmax(dim=-1)
+    return token, probs.gather(1, token[:, None])[:, 0].log()
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 1.0, eos_id: int,
              generator: torch.Generator | None = None, samples: int = 1,
              return_logprobs: bool = False) -> list[list[int]] | tuple[list[list[int]], list[list[float]]]:
@@ -216,10 +246,6 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, tempe
     if not min(map(len, prompts)) or longest + max_new_tokens > model.config.block_size:
         raise ValueError(f"prompts of 1 to {longest} tokens and {max_new_tokens} new ones must fit block_size "
                          f"{model.config.block_size}")
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.to(model.dtype)  # the copy's weights are cast once, and not again for each token
     pad = torch.tensor([longest - len(p) for p in prompts], device=device)
     idx = torch.tensor([[eos_id] * (longest - len(p)) + p for p in prompts], device=device)  # (P, longest)
     cache = KVCache(pad, longest + max_new_tokens)
@@ -230,25 +256,26 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, tempe
     logp = torch.zeros(N, max_new_tokens, device=device)
     rows = torch.arange(N, device=device)                         # row of `out` that each row of the batch writes
     done = torch.zeros(N, dtype=torch.bool, device=device)        # over the rows of the batch
+    token, token_logp = sample(logits, temperature, torch.rand(N, 1, generator=generator, device=device))
     for t in range(max_new_tokens):
-        logits = logits.float() / (temperature or 1.0)
-        probs = logits.softmax(dim=-1)  # (B, V)
-        token = draw(probs, generator) if temperature else logits.argmax(dim=-1)  # (B,)
-        logp[rows, t] = probs.gather(1, token[:, None])[:, 0].log()
-        out[rows, t] = token.masked_fill(done, eos_id)
+        out[rows, t], logp[rows, t] = token.masked_fill(done, eos_id), token_logp
         done |= token == eos_id
         n_live = len(done) - int(done.sum())
         if not n_live or t == max_new_tokens - 1:
             break
-        # Rows that have ended leave, but not one by one: copying the cache costs about as much as it saves, and a batch
-        # size that has not been met before costs a CPU's library a new kernel. So the sizes are 2^k and 3/4 of it.
-        size = 2 ** (n_live - 1).bit_length()
+        # Rows that have ended leave, but not one by one: a batch size that has not been met before costs a CPU's
+        # library a new kernel. So the sizes are 2^k and 3/4 of it, and rows that go on take the places of others.
+        size = max(8, 2 ** (n_live - 1).bit_length())
         size = size * 3 // 4 if n_live <= size * 3 // 4 else size
         if size < len(done):
-            keep = done.int().argsort(stable=True)[:size]  # who is not done comes first
-            rows, token, done = rows[keep], token[keep], done[keep]
-            cache.select(keep)
-        logits = model(token[:, None], cache)[:, -1]
+            late = (~done[size:]).nonzero()[:, 0] + size
+            free = done[:size].nonzero()[:len(late), 0]
+            for x in (rows, token, done):
+                x[free] = x[late]
+            rows, token, done = rows[:size], token[:size], done[:size]
+            cache.replace(free, late, size)
+        u = torch.rand(len(token), 1, generator=generator, device=device)
+        token, token_logp = model.next_token(token, cache, temperature, u)
     lengths = (out != eos_id).sum(dim=1).add(1).clamp(max=max_new_tokens)  # (N,) up to and with the first EOS
     completions, logp = ([row[:n] for row, n in zip(x.tolist(), lengths.tolist())] for x in (out, logp))
     return (completions, logp) if return_logprobs else completions
@@ -304,7 +331,7 @@ class Optimizer:
     def __init__(self, model: GPT, adam_lr: float, muon_lr: float | None = None, beta2: float = 0.95):
         matrices = [p for p in model.blocks.parameters() if p.dim() == 2] if muon_lr else []
         others = [p for p in model.parameters() if all(p is not m for m in matrices)]
-        self.parts = [torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, beta2), weight_decay=0.0)]
+        self.parts = [torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, beta2), weight_decay=0.0, fused=True)]
         if matrices:
             self.parts.append(Muon(matrices, muon_lr, model.dtype))
         self.lrs = [part.param_groups[0]["lr"] for part in self.parts]

@@ -89,9 +89,10 @@ class Config:
     student_n_embd: int = 44
     student_base_tokens: int = 6_000_000
     student_base_batch: int = 32
-    distill_steps: int = 120
+    distill_steps: int = 40
     distill_prompts: int = 512        # a step's problems, one completion each
-    distill_minibatches: int = 8      # updates a step
+    distill_minibatches: int = 8      # updates in a pass over them
+    distill_epochs: int = 3           # passes
     distill_muon_lr: float = 7e-3
     distill_adam_lr: float = 1.5e-3
     divergence: Literal["forward", "reverse", "jsd", "sft"] = "forward"
@@ -130,7 +131,7 @@ SHAPED_BY = {
     "student_base": SHARED + ("student_n_", "student_base_", "base_"),
     "student": TEACHER + ("student_n_", "student_base_", "distill_", "divergence", "on_policy"),
     "student_rl": TEACHER + ("student_n_", "student_base_", "distill_steps", "distill_prompts",
-                   "distill_minibatches"),
+                   "distill_minibatches", "distill_epochs"),
 }
 EVALUATED_BY = POSED + ("problems", "eval_", "rl_max_new_tokens")
 STAGES = {"base": ["base"], "zero": ["zero"], "student": ["student_base", "student", "student_rl"]}  # what --stage runs

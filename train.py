@@ -30,6 +30,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -152,12 +153,15 @@ def processors(cfg: Config) -> str:
     return f"{cfg.processes} process{'es' * (cfg.processes > 1)} of {cfg.threads} thread{'s' * (cfg.threads > 1)}"
 
 
-def bound_kernels() -> None:
-    """Have oneDNN keep its compiled kernels for the last 256 shapes; call it before the first product.
+def tune_libraries() -> None:
+    """Set what torch's libraries read from the environment; call it before the first product.
 
-    It would keep a thousand: this bounds the memory. Far fewer are compiled again and again.
+    oneDNN keeps its compiled kernels for the last 256 shapes: it would keep a thousand, which is memory, and far fewer
+    are compiled again and again. torch.compile takes the vector units that the CPU says it has: it would first spend
+    6 s on trying them one by one, where can_compile tries all at once.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 
 def quicker_dtype(cfg: Config) -> str:
@@ -184,20 +188,24 @@ def can_compile() -> bool:
     return True
 
 
-def compiled(model: GPT, cfg: Config) -> GPT:
-    """The model with its training pass compiled, if the run is to: once, for all sizes of micro-batches."""
+def compiled(model: GPT, cfg: Config, training: bool = False, sampling: bool = False) -> GPT:
+    """The model with its passes for training and for sampling compiled, if the run is to: once, for all sizes."""
     if cfg.compile == "on":
+        # subtle: what was compiled for another size rounds differently. So all is compiled here, at a fixed size, and
+        # nothing later, so that a run that was killed goes on to the same result; what does not fit (a batch of one
+        # row) is run as it is. No other dimension has these sizes, or the compiler would take the two for one.
         torch.compiler.set_stance("default")
-        for block in model.blocks:
-            block.compile(dynamic=True)
-        # A size that no other dimension has, or the compiler would take them for the same one and make it a constant.
-        # For more tokens than 4,096 it writes other code, which is why a micro-batch has at most as many by default.
-        length = model.config.block_size - 3
-        idx = torch.zeros(max(2, cfg.micro_batch // length - 1), length, dtype=torch.long, device=cfg.device)
-        model(idx).float().sum().backward()
-        model.zero_grad(set_to_none=True)
-        # subtle: what was compiled for another size rounds differently. Nothing is compiled later, so that a run that
-        # was killed goes on to the same result; what does not fit (a batch of one row) is run as it is.
+        if training:
+            for block in model.blocks:
+                block.compile(dynamic=True)
+            # For more tokens than 4,096 it writes other code: why a micro-batch has at most as many by default.
+            length = model.config.block_size - 3
+            idx = torch.zeros(max(2, cfg.micro_batch // length - 1), length, dtype=torch.long, device=cfg.device)
+            model(idx).float().sum().backward()
+            model.zero_grad(set_to_none=True)
+        if sampling:
+            model.next_token = torch.compile(model.next_token, dynamic=True)
+            generate(model, [[0] * 11], 3, eos_id=-1, samples=509)
         torch.compiler.set_stance("eager_on_recompile")
     return model
 
@@ -264,15 +272,17 @@ def load_corpus(task, rows: int, seed: int, length: int, heldout: bool = False) 
 def pretrain(run: Run, name: str) -> None:
     """Next-token prediction: base, or student_base."""
     cfg, device = run.cfg, run.cfg.device
-    torch.manual_seed(cfg.seed)
-    model = compiled(GPT(shape(cfg, name), getattr(torch, cfg.dtype)).to(device), cfg)
-    optimizer = Optimizer(model, cfg.base_adam_lr, cfg.base_muon_lr)
     length = cfg.block_size + 1
     prefix = "base_" if name == "base" else "student_base_"
     n_tokens, batch = getattr(cfg, prefix + "tokens"), getattr(cfg, prefix + "batch")
     steps = n_tokens // (batch * cfg.block_size)
     longest = max(cfg.base_tokens, cfg.student_base_tokens) // cfg.block_size  # one corpus for both, in rows
-    corpus, starts = load_corpus(run.task, longest, cfg.seed, length)
+    torch.manual_seed(cfg.seed)
+    with ThreadPoolExecutor(1) as pool:  # the corpus is made while torch.compile waits for the C++ compiler
+        made = pool.submit(load_corpus, run.task, longest, cfg.seed, length)
+        model = compiled(GPT(shape(cfg, name), getattr(torch, cfg.dtype)).to(device), cfg, training=True)
+    corpus, starts = made.result()
+    optimizer = Optimizer(model, cfg.base_adam_lr, cfg.base_muon_lr)
     heldout, heldout_starts = load_corpus(run.task, 2 * batch, cfg.seed, length, heldout=True)
     order = torch.randperm(steps * batch, generator=torch.Generator().manual_seed(cfg.seed))
 
@@ -314,7 +324,7 @@ def reward_function(cfg: Config) -> Callable:
 def reinforce(run: Run, name: str, start: str, steps: int, prompts: int) -> None:
     """GRPO from a finished base, `steps` rollouts of `prompts` problems: zero, or the control student_rl."""
     cfg, encoding = run.cfg, get_tokenizer()
-    policy = compiled(run.load_model(start), cfg)
+    policy = compiled(run.load_model(start), cfg, training=True, sampling=True)
     parts = {"model": policy, "optimizer": Optimizer(policy, cfg.rl_lr, beta2=0.999)}
     reference = run.load_model(start).requires_grad_(False) if cfg.kl_coef else None
     if reference:
@@ -341,8 +351,8 @@ def reinforce(run: Run, name: str, start: str, steps: int, prompts: int) -> None
 def distil(run: Run) -> None:
     """The teacher into the student, from the student's own base."""
     cfg, name, encoding = run.cfg, "student", get_tokenizer()
-    teacher = run.load_model("zero").requires_grad_(False)
-    student = compiled(run.load_model("student_base"), cfg)
+    teacher = compiled(run.load_model("zero"), cfg, sampling=not cfg.on_policy)
+    student = compiled(run.load_model("student_base"), cfg, training=True, sampling=cfg.on_policy)
     optimizer = Optimizer(student, cfg.distill_adam_lr, cfg.distill_muon_lr)
 
     def step(number: int) -> dict:
@@ -351,8 +361,8 @@ def distil(run: Run) -> None:
         return distill_step(
             student, teacher, optimizer, problems, reward_function(cfg), encoding, divergence=cfg.divergence,
             on_policy=cfg.on_policy, max_new_tokens=cfg.rl_max_new_tokens, minibatches=cfg.distill_minibatches,
-            temperature=cfg.distill_temperature, lr_scale=lr_scale(number, cfg.distill_steps),
-            max_tokens=cfg.micro_batch, generator=generator)
+            epochs=cfg.distill_epochs, temperature=cfg.distill_temperature,
+            lr_scale=lr_scale(number, cfg.distill_steps), max_tokens=cfg.micro_batch, generator=generator)
 
     train_stage(run, name, cfg.distill_steps, {"model": student, "optimizer": optimizer}, step)
 
@@ -370,14 +380,16 @@ def make(run: Run, name: str) -> None:
         distil(run)
     else:
         # as many updates as the student had, each on as many completions
-        steps = math.ceil(cfg.distill_steps * cfg.distill_minibatches / cfg.rl_minibatches)
+        steps = math.ceil(cfg.distill_steps * cfg.distill_epochs * cfg.distill_minibatches / cfg.rl_minibatches)
         completions = cfg.distill_prompts / cfg.distill_minibatches * cfg.rl_minibatches  # a rollout's
         reinforce(run, name, "student_base", steps, math.ceil(completions / cfg.rl_samples))
 
 
 def measure(run: Run, name: str) -> None:
     """Evaluate a stage's model on the held-out problems, into results.json."""
-    cfg, model, start = run.cfg, run.load_model(name), time.perf_counter()
+    cfg, start = run.cfg, time.perf_counter()
+    # A student's evaluation takes less time than compiling would; what a teacher compiles serves the next stages too.
+    model = compiled(run.load_model(name), cfg, sampling=not name.startswith("student"))
     found = {"params": model.n_params()}
     for kind in run.task.held_out:
         problems = run.task.heldout_problems(cfg.eval_problems, kind, cfg.seed)
@@ -520,7 +532,7 @@ def main(argv: list[str]) -> int:
         if "--help" in argv:
             print(__doc__ + "\n" + inspect.getsource(Config))
             return 0
-        bound_kernels()
+        tune_libraries()
         cfg, options = parse_args(argv)
         stage, out = options["stage"], Path(options["out"] or f"out/{options['preset'] or ''}")
         if options["ask"] is not None:

@@ -63,7 +63,7 @@ from distill import distill_loss, distill_step
 from grpo import grpo_step
 from model import GPT, GPTConfig, Optimizer, generate
 from run import Config, Fault, one_of
-from train import bound_kernels, compiled
+from train import compiled, tune_libraries
 
 CFG, ENCODING = Config(), get_tokenizer()
 VOCAB = ENCODING.n_vocab
@@ -146,10 +146,10 @@ def gpt(config: GPTConfig, option: dict) -> GPT:
     return GPT(config, getattr(torch, option["dtype"])).to(option["device"])
 
 
-def learner(config: GPTConfig, option: dict) -> GPT:
-    """Ours, with its training pass compiled if it is to be."""
+def ready(config: GPTConfig, option: dict, **passes: bool) -> GPT:
+    """Ours, with these passes compiled if they are to be."""
     compile = "on" if option["compile"] == "compiled" else "off"
-    return compiled(gpt(config, option), dataclasses.replace(CFG, device=option["device"], compile=compile))
+    return compiled(gpt(config, option), dataclasses.replace(CFG, device=option["device"], compile=compile), **passes)
 
 
 def our_reward(completion: str, problem) -> dict[str, float]:
@@ -163,7 +163,7 @@ def our_task(n: int) -> tuple:
 
 
 def our_sampling(option: dict, turns: Turns, rows: int, new: int) -> None:
-    model = gpt(dataclasses.replace(TEACHER, block_size=PROMPT + new), option)
+    model = ready(dataclasses.replace(TEACHER, block_size=PROMPT + new), option, sampling=True)
 
     def step():
         completions = generate(model, prompt_ids(rows // 8), new, eos_id=-1, samples=8)
@@ -173,7 +173,7 @@ def our_sampling(option: dict, turns: Turns, rows: int, new: int) -> None:
 
 
 def our_pretraining(option: dict, turns: Turns) -> None:
-    model, idx = learner(TEACHER, option), torch.randint(VOCAB, (B, T + 1), device=option["device"])
+    model, idx = ready(TEACHER, option, training=True), torch.randint(VOCAB, (B, T + 1), device=option["device"])
     optimizer = Optimizer(model, CFG.base_adam_lr, CFG.base_muon_lr)
 
     def step():
@@ -184,7 +184,7 @@ def our_pretraining(option: dict, turns: Turns) -> None:
 
 
 def our_grpo(option: dict, turns: Turns) -> None:
-    policy, reference = learner(TEACHER, option), gpt(TEACHER, option).requires_grad_(False)
+    policy, reference = ready(TEACHER, option, training=True, sampling=True), gpt(TEACHER, option)
     reference.load_state_dict(policy.state_dict())
     optimizer = Optimizer(policy, CFG.rl_lr)
 
@@ -197,7 +197,7 @@ def our_grpo(option: dict, turns: Turns) -> None:
 
 
 def our_distillation(option: dict, turns: Turns, sampling: bool) -> None:
-    student, teacher = learner(STUDENT, option), gpt(TEACHER, option).requires_grad_(False)
+    student, teacher = ready(STUDENT, option, training=True), ready(TEACHER, option, sampling=sampling)
     optimizer, given = Optimizer(student, CFG.distill_adam_lr), given_rows()
 
     def sample_and_update():
@@ -348,9 +348,12 @@ def forward_flops(config: GPTConfig, tokens: int, context: float) -> float:
     return tokens * (2 * GPT(config).n_params() + 4 * config.n_layer * config.n_embd * context)
 
 
+COMPILE = [dict(compile="not compiled"), dict(compile="compiled")]
+
+
 def sampling_case(rows: int, new: int) -> Case:
     size, tokens = dict(rows=rows, new=new), rows * new
-    return Case("sampling", partial(our_sampling, **size), partial(peer_sampling, **size), [{}],
+    return Case("sampling", partial(our_sampling, **size), partial(peer_sampling, **size), COMPILE,
                 [dict(cache="growing cache"), dict(cache="static cache")],
                 [(TEACHER, rows, forward_flops(TEACHER, tokens, PROMPT + new / 2))], tokens, max(1, 8_192 // tokens))
 
@@ -360,7 +363,6 @@ def passes(config: GPTConfig, n: int) -> tuple[GPTConfig, int, float]:
     return config, CFG.micro_batch, n * forward_flops(config, N * (PROMPT + NEW), (PROMPT + NEW) / 2)
 
 
-COMPILE = [dict(compile="not compiled"), dict(compile="compiled")]
 ATTENTION = [dict(attention="sdpa"), dict(attention="eager")]
 TRAINER = [option | dict(rows=N) for option in ATTENTION] + [dict(attention="eager", rows=N // 4)]
 SIZES = [(16, 48), (64, 48), (256, 48), (512, 48), (1024, 48), (64, 32), (64, 64), (64, 128), (64, 256), (64, 512)]
@@ -388,7 +390,7 @@ def serve(pipe, side: str, name: str, options: list[dict]) -> None:
     turn, and the peak memory in MiB at the end; None instead if the option fails."""
     sys.stdout = open(os.devnull, "w")
     if side == "ours":
-        bound_kernels()
+        tune_libraries()
     else:
         from transformers.utils import logging as transformers_logging
         transformers_logging.disable_progress_bar()

@@ -51,8 +51,10 @@ class Cell:
 
 
 COUNTDOWN = "--task=countdown --max_number=10 --rl_max_new_tokens=104 --rl_steps=120"
+# As many updates of the student as the default's, on three times as many samples: each is learnt from once.
+ONE_PASS = "--distill_steps=120 --distill_epochs=1"
 CELLS = {
-    "default": Cell(("base", "zero", "student_base", "student", "student_rl"), "--student_rl=True",
+    "default": Cell(("base", "zero", "student_base", "student", "student_rl"), f"{ONE_PASS} --student_rl=True",
                     measures=("conditional", "operations", "many_samples", "distributions", "signal", "reflections")),
     # row 1
     "shuffled rewards": Cell(("zero",), "--shuffle_rewards=True", "default"),
@@ -73,10 +75,10 @@ CELLS = {
     "countdown": Cell(("base", "zero"), COUNTDOWN, measures=("reflections",)),
     "countdown, no wait": Cell(("base", "zero"), f"{COUNTDOWN} --wait_share=0", measures=("reflections",)),
     # row 6
-    "sft": Cell(("student",), "--divergence=sft", "default"),
-    "reverse": Cell(("student",), "--divergence=reverse", "default"),
-    "jsd": Cell(("student",), "--divergence=jsd", "default"),
-    "on policy": Cell(("student",), "--on_policy=True", "default"),
+    "sft": Cell(("student",), f"{ONE_PASS} --divergence=sft", "default"),
+    "reverse": Cell(("student",), f"{ONE_PASS} --divergence=reverse", "default"),
+    "jsd": Cell(("student",), f"{ONE_PASS} --divergence=jsd", "default"),
+    "on policy": Cell(("student",), f"{ONE_PASS} --on_policy=True", "default"),
     # row 7
     "tokens 1/4": Cell(("base", "zero"), "--base_tokens=1625000", measures=("signal",)),
     "tokens 1/2": Cell(("base", "zero"), "--base_tokens=3250000", measures=("signal",)),

@@ -23,7 +23,7 @@ from grpo import sample_rollout  # noqa: E402
 from model import GPT  # noqa: E402
 from rewards import format_reward  # noqa: E402
 from run import Config, build_model, draws, load_checkpoint  # noqa: E402
-from train import bound_kernels, make_task, pass_at_k, reward_function  # noqa: E402
+from train import make_task, pass_at_k, reward_function, tune_libraries  # noqa: E402
 
 CHUNK = 1024  # completions sampled at a time
 
@@ -202,6 +202,6 @@ def turns_of(problem, parts: list[str]) -> list[str]:
 MEASURES = {f.__name__: f for f in (conditional, operations, many_samples, distributions, signal, reflections)}
 
 if __name__ == "__main__":
-    bound_kernels()
+    tune_libraries()
     torch.set_num_threads(int(sys.argv[3]))
     print(json.dumps(MEASURES[sys.argv[1]](Sampler(Path(sys.argv[2]), sys.argv[1]))))

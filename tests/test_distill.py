@@ -10,7 +10,7 @@ from torch.distributions import Categorical, kl_divergence
 from data.arithmetic import parse
 from data.tokenizer import get_tokenizer
 from distill import DIVERGENCES, distill_loss, distill_step, sft_loss
-from model import Optimizer
+from model import GPT, Optimizer
 
 
 @pytest.fixture
@@ -176,6 +176,24 @@ def test_step_brings_the_student_nearer(make_gpt, divergence, on_policy):
         assert metrics["accepted"] == 1 and metrics["loss"] > 0
     assert distance() < 0.6 * start
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+
+
+def test_epochs_repeat_the_updates_and_not_the_teacher(make_gpt, monkeypatch):
+    """A second pass over other minibatches than the first, a teacher that is asked again, or a loss counted twice."""
+    V, asked, losses = get_tokenizer().n_vocab, [], {}
+    for epochs in (1, 2):
+        student, teacher = make_gpt(V, seed=1), make_gpt(V, spread=5.0)
+        teacher.forward = lambda idx, cache=None: (cache or asked.append(epochs), GPT.forward(teacher, idx, cache))[1]
+        norms, optimizer = [], Optimizer(student, adam_lr=0.0)  # nothing is learnt: both passes must find the same loss
+
+        def noted(scale):
+            norms.append(Optimizer.step(optimizer, scale))
+            return norms[-1]
+
+        monkeypatch.setattr(optimizer, "step", noted)
+        losses[epochs] = step(student, teacher, optimizer, epochs=epochs, minibatches=4)["loss"]
+        assert len(norms) == 4 * epochs and norms[4:] == norms[:4 * (epochs - 1)]
+    assert losses[2] == pytest.approx(losses[1]) and asked.count(2) == asked.count(1) == 4
 
 
 def test_only_accepted_samples_teach(make_gpt):

@@ -105,13 +105,20 @@ def test_cache_gives_the_logits_of_the_full_pass(make_gpt):
     rows = [list(p) for p in PROMPTS]
     cache = KVCache(torch.tensor([longest - len(p) for p in rows]), longest + 12)
     logits = model(torch.tensor([[EOS] * (longest - len(p)) + p for p in rows]), cache)[:, -1]
-    keep_at = {2: [2, 0, 1, 1], 5: [3, 0, 2], 8: [1]}  # reordered, repeated, dropped
+    keep_at = {2: [2, 0, 1, 1], 6: [2, 0], 8: [1]}  # reordered, repeated, dropped
+    moved_at = {4: ([0], [3], 3)}  # the last takes the first one's place
     for t in range(11):
         full = torch.stack([next_logits(model, row) for row in rows])
         assert torch.allclose(logits, full, atol=1e-5), f"step {t}"
         if t in keep_at:
             rows = [list(rows[i]) for i in keep_at[t]]
             cache.select(torch.tensor(keep_at[t]))
+        if t in moved_at:
+            free, late, size = moved_at[t]
+            for to, row in zip(free, late):
+                rows[to] = rows[row]
+            rows = rows[:size]
+            cache.replace(torch.tensor(free), torch.tensor(late), size)
         token = torch.randint(1, 5, (len(rows),))
         for row, new in zip(rows, token.tolist()):
             row.append(new)

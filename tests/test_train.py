@@ -304,7 +304,7 @@ def test_compiling_is_settled_by_trying(capsys):
 def test_a_compiled_block_is_the_same_block(make_gpt):
     """A compiler's pass that differs from the one that samples, or that is compiled again for each size of a batch."""
     plain, model, cfg = make_gpt(), make_gpt(), Config(device="cpu", compile="on")
-    compiled(model, cfg)
+    compiled(model, cfg, training=True)
     with torch.compiler.set_stance("fail_on_recompile"):
         for shape in ((3, 20), (85, 48), (2, 3)):
             idx = torch.randint(11, shape)
@@ -314,8 +314,27 @@ def test_a_compiled_block_is_the_same_block(make_gpt):
             assert torch.allclose(model(idx), plain(idx), atol=1e-4)
             for p, expected in zip(model.parameters(), plain.parameters()):
                 assert torch.allclose(p.grad, expected.grad, rtol=1e-3, atol=1e-3)
-    assert generate(model, [[1, 2], [3]], 20, eos_id=0, temperature=0) == generate(
-        plain, [[1, 2], [3]], 20, eos_id=0, temperature=0)
+
+
+def test_compiled_sampling_is_the_same_distribution(make_gpt):
+    """Another attention, padding or rotation in the compiled step than in training, weights from before an update, or a
+    step that is compiled again for each batch size, length or model."""
+    plain, cfg, prompts = make_gpt(), Config(device="cpu", compile="on"), [[1], [2, 3, 4], [5, 6]]
+    for model in (compiled(make_gpt(), cfg, sampling=True), compiled(make_gpt(seed=1), cfg, sampling=True)):
+        with torch.no_grad():
+            for p, other in zip(model.parameters(), plain.parameters()):
+                p.copy_(other)
+        for samples, new in ((5, 30), (100, 12)):
+            with torch.compiler.set_stance("fail_on_recompile"):
+                completions, logp = generate(model, prompts, new, eos_id=0, samples=samples, return_logprobs=True,
+                                             generator=torch.Generator().manual_seed(0))
+            assert len({len(c) for c in completions}) > 3, "rows must leave at different times"
+            for i, (completion, found) in enumerate(zip(completions, logp)):
+                prompt = prompts[i // samples]
+                expected = token_logprobs(plain, torch.tensor([prompt + completion]))[0, len(prompt) - 1:]
+                assert torch.allclose(torch.tensor(found), expected, atol=1e-4)
+    greedy = [generate(gpt, prompts, 20, eos_id=0, temperature=0) for gpt in (model, plain)]
+    assert greedy[0] == greedy[1]
 
 
 def test_tiny_learns(tiny):
