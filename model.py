@@ -75,9 +75,7 @@ class KVCache:
 
     def replace(self, rows: Tensor, others: Tensor, size: int) -> None:
         """Put `others` in the place of `rows` (indices), and keep the first `size` rows, where they lie."""
-        for x in (self.pad, self.mask):
-            x[rows] = x[others]
-        self.pad, self.mask = self.pad[:size], self.mask[:size]
+        self.pad, self.mask = (x.index_put((rows,), x[others])[:size] for x in (self.pad, self.mask))
         for pair in self.kv.values():
             for i, x in enumerate(pair):
                 x[rows, :, :self.length] = x[others, :, :self.length]
@@ -200,7 +198,7 @@ class GPT(nn.Module):
             mask = mask + cache.mask[:, None, None, :end]  # (B, 1, T, end)
         cos, sin, mask = (constant.to(self.dtype) for constant in (cos, sin, mask))
         for layer, block in enumerate(self.blocks):
-            # subtle: forward() goes past torch.compile, which a cache that grows would make compile again and again.
+            # subtle: forward() goes past the block's torch.compile, which is for training; next_token has its own.
             x = block(x, cos, sin, mask) if cache is None else block.forward(x, cos, sin, mask, cache, layer)
         if cache is not None:
             cache.length = end

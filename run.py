@@ -40,7 +40,7 @@ class Config:
     seed: int = 0                     # may be 0; weights, corpus, problems, samples and test problems follow from it
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"        # auto: a GPU if there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"        # of the matrix products; auto: the quicker, measured
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile for training; auto: on a CPU with a C++ compiler
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on a CPU with a C++ compiler
     processes: int = 1                # each with a share of every batch
     threads: int = 0                  # of each process, on the CPU; 0: as many as torch takes, divided among them
     micro_batch: int = 4_096          # tokens that a process computes at a time in training, which bounds its memory

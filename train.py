@@ -183,7 +183,7 @@ def can_compile() -> bool:
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8))
     except RuntimeError as error:
-        print(f"torch.compile does not work here, and training goes without: {str(error).splitlines()[0]}")
+        print(f"torch.compile does not work here, and the run goes without: {str(error).splitlines()[0]}")
         return False
     return True
 

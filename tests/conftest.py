@@ -3,7 +3,9 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
+from train import tune_libraries
 
+tune_libraries()
 torch.set_num_threads(1)
 
 # A run that passes through every stage in a few seconds and saves at every step. One thread, as this process has, so
