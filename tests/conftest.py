@@ -11,8 +11,8 @@ torch.set_num_threads(1)
 # A run that passes through every stage in a few seconds and saves at every step. One thread, as this process has, so
 # that either may go on with what the other began.
 QUICK = ["--preset=tiny", "--device=cpu", "--threads=1", "--save_every=0", "--base_tokens=40000",
-         "--student_base_tokens=40000", "--rl_steps=5", "--distill_steps=9", "--distill_prompts=64",
-         "--rl_max_new_tokens=40", "--eval_problems=3"]
+         "--student_base_tokens=40000", "--rl_steps=5", "--distill_steps=9", "--distill_epochs=2",
+         "--distill_prompts=64", "--rl_max_new_tokens=40", "--eval_problems=3"]
 
 
 @pytest.fixture

@@ -152,7 +152,8 @@ def test_finished_run_may_gain_the_control(quick, tmp_path):
     assert main([*QUICK, "--student_rl=True", f"--out={tmp_path}"]) == 0
     config = results(tmp_path)["config"]
     control = [row for row in rows(tmp_path) if row["stage"] == "student_rl"]
-    assert len(control) == config["distill_steps"] * config["distill_minibatches"] / config["rl_minibatches"]
+    updates = config["distill_steps"] * config["distill_epochs"] * config["distill_minibatches"]
+    assert len(control) == updates / config["rl_minibatches"]
     completions = config["distill_prompts"] / config["distill_minibatches"] * config["rl_minibatches"]
     assert all((row["format"] * completions).is_integer() for row in control)  # a share of a rollout's completions
     assert "student_rl" in results(tmp_path)["models"]
