@@ -94,7 +94,8 @@ def distill_step(student: GPT, teacher: GPT, optimizer: Optimizer, problems: lis
         if rows:
             batches.append((sum(len(rollout.completions[i]) for i in rows), parts))
     loss_sum, grad_norm, tokens = 0.0, 0.0, 0
-    for n_tokens, parts in batches * epochs:
+    updates = batches * epochs
+    for n_tokens, parts in updates:
         for idx, mask, teacher_logits in parts:
             student_logits = student(idx[:, :-1])  # (n, T-1, V)
             if divergence == "sft":
@@ -104,7 +105,7 @@ def distill_step(student: GPT, teacher: GPT, optimizer: Optimizer, problems: lis
                                     temperature=temperature, denominator=n_tokens)
             loss.backward()
             loss_sum += loss.item() * n_tokens
-        grad_norm += optimizer.step(lr_scale) / len(batches * epochs)
+        grad_norm += optimizer.step(lr_scale) / len(updates)
         tokens += n_tokens
     loss_sum = add_up(torch.tensor(loss_sum, dtype=torch.float64)).item()
     return {

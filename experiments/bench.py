@@ -27,7 +27,7 @@ How it is measured
    "sdpa" is the quicker in sampling). In training both keep float32 weights; the peer samples with bfloat16 weights, as
    is usual there. transformers' generate compiles on a GPU only, and elsewhere "for tests": it is made to at two sizes,
    those that the comparison is judged by. TRL's trainers, whose model also generates, are not compiled.
-3. Our processes bound oneDNN's cache of kernels as train.py does; the peers' are as they come.
+3. Our processes set up torch's libraries as train.py does; the peers' are as they come.
 4. A trainer's step lasts from the end of the one before to its own, so that its loading, callbacks and metrics count,
    as grpo_step's metrics do.
 5. Peak memory is the whole process's, imported libraries included; on a GPU, what torch has allocated there.
@@ -186,7 +186,7 @@ def our_pretraining(option: dict, turns: Turns) -> None:
 
 def our_grpo(option: dict, turns: Turns) -> None:
     policy, reference = ready(TEACHER, option, training=True, sampling=True), gpt(TEACHER, option)
-    reference.load_state_dict(policy.state_dict())
+    reference.requires_grad_(False).load_state_dict(policy.state_dict())
     optimizer = Optimizer(policy, CFG.rl_lr)
 
     def step():
