@@ -42,13 +42,17 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, for the rows of a batch that are still being sampled.
+    """What sampling keeps from token to token: keys and values of the tokens read so far, for the rows of a batch that
+    are still being sampled, and the model's matrices, made ready for the products once.
 
     Rows are aligned on the right: a prompt shorter than the longest starts with `pad[row]` columns that nobody attends
     to, so that all rows write their next token into the same column.
     """
 
-    def __init__(self, pad: Tensor, max_len: int):
+    def __init__(self, model: "GPT", pad: Tensor, max_len: int):
+        # subtle: as parameters, or the compiler would take their sizes for variables.
+        self.weights = [[nn.Parameter(weight, requires_grad=False) for weight in block.weights(model.dtype)]
+                        for block in model.blocks]
         self.pad = pad          # (B,) columns on the left that hold no token
         # subtle: not -inf, or the softmax of a padding column, which sees no other, would be over nothing and give NaN.
         self.mask = (torch.arange(max_len, device=pad.device) < pad[:, None]) * -1e9  # (B, max_len), added to scores
@@ -89,35 +93,26 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-class Linear(nn.Linear):
-    """x W', computed in the type of x: the weights stay float32 for the optimizer's sake, and a copy is cast each time.
-
-    torch.autocast does the same, but keeps the copies until its context ends: of several updates inside all but the
-    first would see old weights.
-    """
-
-    def __init__(self, n_in: int, n_out: int):
-        super().__init__(n_in, n_out, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
-
-
-def products(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
-    """What each layer makes of x, as one matrix product: fewer and larger ones are quicker."""
-    weight = torch.cat([layer.weight for layer in layers]).to(x.dtype)
-    return F.linear(x, weight).split([len(layer.weight) for layer in layers], dim=-1)
-
-
 class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         c = config
         self.n_head = c.n_head
         self.norm1, self.norm2 = nn.RMSNorm(c.n_embd, eps=1e-5), nn.RMSNorm(c.n_embd, eps=1e-5)
-        self.q, self.k, self.v, self.o = (Linear(c.n_embd, c.n_embd) for _ in range(4))
-        self.gate, self.up = (Linear(c.n_embd, c.n_hidden) for _ in range(2))
-        self.down = Linear(c.n_hidden, c.n_embd)
+        self.q, self.k, self.v, self.o = (nn.Linear(c.n_embd, c.n_embd, bias=False) for _ in range(4))
+        self.gate, self.up = (nn.Linear(c.n_embd, c.n_hidden, bias=False) for _ in range(2))
+        self.down = nn.Linear(c.n_hidden, c.n_embd, bias=False)
+
+    def weights(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The matrices of the products in the type that these are computed in: q, k and v as one, o, gate and up as
+        one, down. Fewer and larger products are quicker.
+
+        The parameters stay float32 for the optimizer's sake. torch.autocast casts them too, but keeps the copies until
+        its context ends: of several updates inside all but the first would see old weights.
+        """
+        qkv = torch.cat((self.q.weight, self.k.weight, self.v.weight))  # (3 C, C)
+        gate_up = torch.cat((self.gate.weight, self.up.weight))  # (2 hidden, C)
+        return tuple(weight.to(dtype) for weight in (qkv, self.o.weight, gate_up, self.down.weight))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: KVCache | None = None,
                 layer: int = 0) -> Tensor:
@@ -125,16 +120,16 @@ class Block(nn.Module):
 
         cos, sin and mask come in the type that matrix products are computed in; x, the sum of all blocks, is float32.
         """
-        h = self.norm1(x).to(mask.dtype)
-        q, k, v = (y.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for y in products(h, self.q, self.k, self.v))
+        qkv, o, gate_up, down = self.weights(mask.dtype) if cache is None else cache.weights[layer]
+        h = F.linear(self.norm1(x).to(mask.dtype), qkv)  # (B, T, 3 C)
+        q, k, v = (y.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for y in h.chunk(3, dim=-1))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, H, T, D)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         y = attend(q, k, v, mask, fused=cache is not None or q.device.type != "cpu")
-        x = x + self.o(y.transpose(1, 2).flatten(2))  # (B, T, C)
-        h = self.norm2(x).to(mask.dtype)
-        gate, up = products(h, self.gate, self.up)
-        return x + self.down(F.silu(gate) * up)
+        x = x + F.linear(y.transpose(1, 2).flatten(2), o)  # (B, T, C)
+        gate, up = F.linear(self.norm2(x).to(mask.dtype), gate_up).chunk(2, dim=-1)
+        return x + F.linear(F.silu(gate) * up, down)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, fused: bool) -> Tensor:
@@ -195,7 +190,8 @@ class GPT(nn.Module):
         else:
             position = (column[start:] - cache.pad[:, None]).clamp(min=0)  # (B, T)
             cos, sin = self.cos[position][:, None], self.sin[position][:, None]  # (B, 1, T, D/2)
-            mask = mask + cache.mask[:, None, None, :end]  # (B, 1, T, end)
+            padding = cache.mask[:, None, None, :end]
+            mask = padding if T == 1 else mask + padding  # (B, 1, T, end); one new token sees all before it
         cos, sin, mask = (constant.to(self.dtype) for constant in (cos, sin, mask))
         for layer, block in enumerate(self.blocks):
             # subtle: forward() goes past the block's torch.compile, which is for training; next_token has its own.
@@ -246,7 +242,7 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, tempe
                          f"{model.config.block_size}")
     pad = torch.tensor([longest - len(p) for p in prompts], device=device)
     idx = torch.tensor([[eos_id] * (longest - len(p)) + p for p in prompts], device=device)  # (P, longest)
-    cache = KVCache(pad, longest + max_new_tokens)
+    cache = KVCache(model, pad, longest + max_new_tokens)
     logits = model(idx, cache)[:, -1].repeat_interleave(samples, dim=0)  # (N, V)
     N = len(prompts) * samples
     cache.select(torch.arange(N, device=device) // samples)

@@ -195,6 +195,7 @@ def compiled(model: GPT, cfg: Config, training: bool = False, sampling: bool = F
         # nothing later, so that a run that was killed goes on to the same result; what does not fit (a batch of one
         # row) is run as it is. No other dimension has these sizes, or the compiler would take the two for one.
         torch.compiler.set_stance("default")
+        torch._dynamo.config.specialize_float = True  # or it finds out on its own that no float varies: 3 s, twice
         if training:
             for block in model.blocks:
                 block.compile(dynamic=True)

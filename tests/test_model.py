@@ -103,7 +103,7 @@ def test_cache_gives_the_logits_of_the_full_pass(make_gpt):
     """Padding that shifts positions or is attended to, and rows that leave and take another row's keys along."""
     model, longest = make_gpt(vocab_size=5), 9
     rows = [list(p) for p in PROMPTS]
-    cache = KVCache(torch.tensor([longest - len(p) for p in rows]), longest + 12)
+    cache = KVCache(model, torch.tensor([longest - len(p) for p in rows]), longest + 12)
     logits = model(torch.tensor([[EOS] * (longest - len(p)) + p for p in rows]), cache)[:, -1]
     keep_at = {2: [2, 0, 1, 1], 6: [2, 0], 8: [1]}  # reordered, repeated, dropped
     moved_at = {4: ([0], [3], 3)}  # the last takes the first one's place
@@ -132,7 +132,7 @@ def test_a_row_does_not_depend_on_its_batch(make_gpt):
     alone = next_logits(model, [5, 6])
     for padding, neighbour in itertools.product((0, 7), ([1, 2, 3, 4], [9, 9, 9, 9])):
         batch = torch.tensor([[padding, padding, 5, 6], neighbour])
-        assert torch.allclose(model(batch, KVCache(torch.tensor([2, 0]), 4))[0, -1], alone, atol=1e-5)
+        assert torch.allclose(model(batch, KVCache(model, torch.tensor([2, 0]), 4))[0, -1], alone, atol=1e-5)
         assert torch.allclose(model(torch.tensor([[5, 6], neighbour[:2]]))[0, -1], alone, atol=1e-5)
 
 
