@@ -157,10 +157,12 @@ def tune_libraries() -> None:
     """Set what torch's libraries read from the environment; call it before the first product.
 
     oneDNN keeps its compiled kernels for the last 256 shapes: it would keep a thousand, which is memory, and far fewer
-    are compiled again and again. torch.compile takes the vector units that the CPU says it has: it would first spend
-    6 s on trying them one by one, where can_compile tries all at once.
+    are compiled again and again. torch.compile calls its kernels from C++ instead of from Python, and takes the vector
+    units that the CPU says it has: it would first spend 6 s on trying them one by one, where can_compile tries all at
+    once.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+    os.environ.setdefault("TORCHINDUCTOR_CPP_WRAPPER", "1")
     os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 
