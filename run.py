@@ -89,7 +89,7 @@ class Config:
     student_n_embd: int = 44
     student_base_tokens: int = 6_000_000
     student_base_batch: int = 32
-    distill_steps: int = 40
+    distill_steps: int = 50
     distill_prompts: int = 512        # a step's problems, one completion each
     distill_minibatches: int = 8      # updates in a pass over them
     distill_epochs: int = 3           # passes
