@@ -22,11 +22,11 @@ How it is measured
 1. Each side of each case is a process of its own: neither shares the other's memory, allocator or caches. They take
    turns, ours, peer, ours, peer, a step each (several where one is short), and the other sleeps. The ratio of speeds is
    taken pair by pair: what slows the machine for a while slows both of a pair.
-2. Before that each side tries its settings and keeps the quickest: float32 or bfloat16, compiled or not (the seconds of
-   compiling are not in the table) and, for the peer, the kind of cache (sampling), attention and micro-batch (training;
-   "sdpa" is the quicker in sampling). In training both keep float32 weights; the peer samples with bfloat16 weights, as
-   is usual there. transformers' generate compiles on a GPU only, and elsewhere "for tests": at two sizes it is made to,
-   in rows of their own. TRL's trainers, whose model also generates, are not compiled.
+2. Before that each side tries its settings and keeps the quickest: float32 or bfloat16, for us compiled or not (the
+   seconds of compiling are not in the table) and, for the peer, the kind of cache (sampling), attention and micro-batch
+   (training; "sdpa" is the quicker in sampling). In training both keep float32 weights; the peer samples with bfloat16
+   weights, as is usual there. The peer is compiled in rows of their own: in pretraining, and at two sizes of sampling,
+   as generate compiles on a GPU only, and elsewhere "for tests". TRL's trainers, whose model also generates, are not.
 3. Our processes set up torch's libraries as train.py does; the peers' are as they come.
 4. A trainer's step lasts from the end of the one before to its own, so that its loading, callbacks and metrics count,
    as grpo_step's metrics do.
@@ -353,6 +353,7 @@ def forward_flops(config: GPTConfig, tokens: int, context: float) -> float:
     return tokens * (2 * GPT(config).n_params() + 4 * config.n_layer * config.n_embd * context)
 
 
+ATTENTION = [dict(attention="sdpa"), dict(attention="eager")]
 COMPILE = [dict(compile="not compiled"), dict(compile="compiled")]
 
 
@@ -363,21 +364,24 @@ def sampling_case(rows: int, new: int, caches: tuple[str, ...] = ("growing cache
                 [(TEACHER, rows, forward_flops(TEACHER, tokens, PROMPT + new / 2))], tokens, max(1, 8_192 // tokens))
 
 
+def pretraining_case(compile: dict) -> Case:
+    return Case("pretrain", our_pretraining, peer_pretraining, COMPILE, [option | compile for option in ATTENTION],
+                [(TEACHER, B * T, 3 * forward_flops(TEACHER, B * T, T / 2))], B * T, 8)
+
+
 def passes(config: GPTConfig, n: int) -> tuple[GPTConfig, int, float]:
     """The work of n forward passes over the rows of a GRPO or distillation step."""
     return config, CFG.micro_batch, n * forward_flops(config, N * (PROMPT + NEW), (PROMPT + NEW) / 2)
 
 
-ATTENTION = [dict(attention="sdpa"), dict(attention="eager")]
 TRAINER = [option | dict(rows=N) for option in ATTENTION] + [dict(attention="eager", rows=N // 4)]
 SIZES = [(16, 48), (64, 48), (256, 48), (512, 48), (1024, 48), (64, 32), (64, 64), (64, 128), (64, 256), (64, 512)]
 SAMPLED, DISTILLED = sampling_case(N, NEW).work, [passes(STUDENT, 3), passes(TEACHER, 1)]
 CASES = {f"sampling, {rows} x {new}": sampling_case(rows, new) for rows, new in SIZES} | {
     f"sampling, {rows} x {new}, peer compiled": sampling_case(rows, new, ("static cache, compiled",))
     for rows, new in ((512, 48), (64, 256))} | {
-    f"pretraining, {B} x {T}": Case("pretrain", our_pretraining, peer_pretraining, COMPILE,
-                                    [a | c for a in ATTENTION for c in COMPILE],
-                                    [(TEACHER, B * T, 3 * forward_flops(TEACHER, B * T, T / 2))], B * T, 8),
+    f"pretraining, {B} x {T}": pretraining_case(COMPILE[0]),
+    f"pretraining, {B} x {T}, peer compiled": pretraining_case(COMPILE[1]),
     # 3 passes to learn and 1 for the reference. One for pi_old, where a side makes it, is not needed with one update.
     f"GRPO iteration, {P} x {G} x {NEW}": Case("grpo", our_grpo, peer_grpo, COMPILE, TRAINER,
                                                SAMPLED + [passes(TEACHER, 4)]),
