@@ -1,42 +1,49 @@
 """Distillation: a small student learns the RL teacher's distribution over the next token, logit by logit.
 
-P is the teacher's distribution at one position of a completion, Q the student's, both softmax(logits / T):
+P is the teacher's distribution at one position of a completion, Q the student's, both softmax(logits / tau), where tau
+is a temperature:
 
-    "forward"  KL(P || Q) = sum P (log P - log Q)      covers all that the teacher would say
-    "reverse"  KL(Q || P) = sum Q (log Q - log P)      prefers what the student can say well
-    "jsd"      1/2 KL(P || M) + 1/2 KL(Q || M), M = (P + Q) / 2      (GKD, 2306.13649, with beta 1/2)
+    "forward"  KL(P || Q) = sum P (log P - log Q)      large where Q lacks what P says; minimised, Q covers all of P
+    "reverse"  KL(Q || P) = sum Q (log Q - log P)      large where Q says what P does not; Q may leave parts of P out
+    "jsd"      1/2 KL(P || M) + 1/2 KL(Q || M), M = (P + Q) / 2      the Jensen-Shannon divergence, between the two
+                                                                     (generalised knowledge distillation, 2306.13649)
 
-Each is averaged over the completion's tokens and multiplied by T^2, which keeps the gradient's size independent of T
-(Hinton et al., 1503.02531, section 2). "sft" is the sequence-level special case: -log Q of the tokens that the teacher
-sampled (Kim & Rush, 1606.07947), which is what DeepSeek-R1 distils with.
+Each is averaged over the tokens of the completions. A temperature above 1 flattens both distributions, so that tokens
+which the teacher holds possible but unlikely count for more. Dividing the logits by tau makes the gradient about tau^2
+times smaller, so the loss is multiplied by tau^2 (Hinton et al., 1503.02531, section 2). The temperature is used for
+this comparison only: completions are sampled at temperature 1.
 
-The completions are the teacher's, those that the reward accepted (rejection sampling, as in R1), or the student's own
-("on policy", GKD): then the teacher corrects the very mistakes that the student makes, and all of them are kept.
+"sft" (supervised fine-tuning) is sequence-level distillation (Kim & Rush, 1606.07947): the mean of -log Q over the
+tokens that the teacher sampled. DeepSeek-R1 distils in this way.
 
-Where we differ from the paper
-1. R1 distils by "sft" on 800,000 samples; here the teacher's whole distribution is at hand, and the default uses it,
-   at temperature 2.
-2. R1 draws its samples once; here each step draws new ones, and learns from them `epochs` times.
+The completions are sampled from the teacher, and only those that the reward accepts are kept (rejection sampling, as in
+R1). Or they are sampled from the student ("on policy", as in 2306.13649). Then the teacher corrects the student's own
+mistakes, so all of them are kept.
+
+Where we differ from the paper, and why
+1. R1 distils by "sft" on 800,000 samples. Here the teacher's whole distribution is at hand, and says more than one
+   sample of it; the default uses it, at temperature 2.
+2. R1 draws its samples once. Here each step draws new ones, and learns from them `distill_epochs` times: sampling costs
+   more than learning.
 """
-import time
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grpo import cut, sample_rollout, shuffled_minibatches
+from grpo import micro_batches, random_minibatches, rollout_means, sample_rollout
 from model import GPT, Optimizer
-from parallel import add_up, share
+from parallel import all_reduce
 
 DIVERGENCES = ("forward", "reverse", "jsd")
 
 
 def distill_loss(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, *, divergence: str,
                  temperature: float = 1.0, denominator: int | None = None) -> Tensor:
-    """A divergence above: logits (N, T, V) twice, mask (N, T) of the tokens that count -> scalar, in nats.
+    """A divergence above, as the mean over tokens, times temperature^2 -> scalar, in nats.
 
-    The mean over the counted tokens, times temperature^2. `denominator` replaces their number, so that micro-batches
-    add up. No gradient flows to the teacher. Raises ValueError for another divergence.
+    Logits are (N, T, V): N rows of T tokens over a vocabulary of V. The mask (N, T) says which tokens count. The sum is
+    divided by `denominator` instead of their number, if it is given, so that the losses of micro-batches add up. No
+    gradient flows to the teacher. Raises ValueError for another divergence.
 
     >>> logits = torch.tensor([[[2.0, 0.0]]])
     >>> [abs(distill_loss(logits, logits, torch.ones(1, 1), divergence=d).item()) < 1e-6 for d in DIVERGENCES]
@@ -49,7 +56,8 @@ def distill_loss(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, *
     log_p = (teacher_logits[mask].detach().float() / temperature).log_softmax(dim=-1)  # (tokens, V)
 
     def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-        return F.kl_div(log_b, log_a, reduction="sum", log_target=True)  # KL(a || b), summed over tokens
+        """KL(a || b), summed over the tokens. subtle: F.kl_div takes b first."""
+        return F.kl_div(log_b, log_a, reduction="sum", log_target=True)
 
     if divergence == "forward":
         total = kl(log_p, log_q)
@@ -62,57 +70,51 @@ def distill_loss(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, *
 
 
 def sft_loss(student_logits: Tensor, target: Tensor, mask: Tensor, denominator: int | None = None) -> Tensor:
-    """Mean of -log Q(target) over the counted tokens: logits (N, T, V), target and mask (N, T) -> scalar, in nats."""
+    """The mean of -log Q(target) over the counted tokens: logits (N, T, V), target and mask (N, T) -> scalar, in
+    nats."""
     mask = mask.bool()
     total = F.cross_entropy(student_logits[mask].float(), target[mask], reduction="sum")
     return total / (denominator or max(int(mask.sum()), 1))
 
 
-def distill_step(student: GPT, teacher: GPT, optimizer: Optimizer, problems: list, reward_fn, encoding, *,
-                 divergence: str, on_policy: bool, max_new_tokens: int, minibatches: int, epochs: int = 1,
-                 temperature: float = 1.0, lr_scale: float = 1.0, max_tokens: int = 4_096,
-                 generator: torch.Generator | None = None) -> dict[str, float | None]:
-    """Sample one completion of each problem, then `epochs` times one update of the student a minibatch -> metrics.
+def distill_step(student: GPT, teacher: GPT, optimizer: Optimizer, problems: list, reward_fn, task, cfg,
+                 generator: torch.Generator | None = None, lr_scale: float = 1.0) -> dict[str, float | None]:
+    """Sample one completion of each problem, then update the student on each minibatch of them, `distill_epochs` times.
 
-    The arguments are those of `grpo.sample_rollout`, whose samples are drawn from the student if on_policy, else from
-    the teacher, and then only those with accuracy and format 1 are kept. divergence is one of distill_loss's, or
-    "sft". The loss is None if nothing was kept: then nothing is learnt. Raises ValueError for another divergence.
-    The teacher is asked once about a completion, however often the student learns from it.
+    problems, reward_fn, task and generator are those of `grpo.sample_rollout`. cfg holds the hyperparameters:
+    divergence (one of DIVERGENCES, or "sft"), on_policy, rl_max_new_tokens, distill_minibatches, distill_epochs,
+    distill_temperature and micro_batch (see Config in run.py). -> metrics: those of `grpo.rollout_means`, accepted
+    (share of the samples), and loss (mean over tokens) and grad_norm (mean over updates), which are absent if none was
+    accepted.
     """
-    if divergence not in (*DIVERGENCES, "sft"):
-        raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, sft, not {divergence!r}")
-    start, device = time.perf_counter(), student.embedding.weight.device
-    rollout = sample_rollout(student if on_policy else teacher, problems, reward_fn, encoding, samples=1,
-                             max_new_tokens=max_new_tokens, generator=generator)
-    accepted = [i for i, score in enumerate(rollout.scores) if on_policy or score["accuracy"] == score["format"] == 1]
-    batches = []  # of each minibatch its tokens and its micro-batches: idx (n, T), mask (n, T-1), logits (n, T-1, V)
-    for picks in shuffled_minibatches(len(accepted), minibatches, generator):
-        rows, parts = [accepted[i] for i in picks], []
-        for _, idx, mask in cut(rollout, share(rows), encoding.eot_token, max_tokens, device):
-            with torch.no_grad():
-                parts.append((idx, mask, None if divergence == "sft" else teacher(idx[:, :-1])))
-        if rows:
-            batches.append((sum(len(rollout.completions[i]) for i in rows), parts))
-    loss_sum, grad_norm, tokens = 0.0, 0.0, 0
-    updates = batches * epochs
-    for n_tokens, parts in updates:
-        for idx, mask, teacher_logits in parts:
-            student_logits = student(idx[:, :-1])  # (n, T-1, V)
-            if divergence == "sft":
-                loss = sft_loss(student_logits, idx[:, 1:], mask, n_tokens)
+    # 1) sample: the teacher answers, or the student itself
+    rollout = sample_rollout(student if cfg.on_policy else teacher, problems, reward_fn, task, samples=1,
+                             max_new_tokens=cfg.rl_max_new_tokens, generator=generator)
+    # 2) of the teacher's answers, keep those that are right and well formed
+    accepted = [i for i, score in enumerate(rollout.scores)
+                if cfg.on_policy or score["accuracy"] == 1 and score.get("format", 1) == 1]
+    means = rollout_means(rollout)
+    means.add("accepted", len(accepted), len(rollout.scores))
+    # 3) the teacher's logits, once for all epochs
+    minibatches = []
+    for picks in random_minibatches(len(accepted), cfg.distill_minibatches, generator):
+        rows, batches = [accepted[i] for i in picks], []
+        n_tokens = int(all_reduce(torch.tensor(sum(len(rollout.completions[i]) for i in rows))))
+        if n_tokens:
+            for batch in micro_batches(rollout, rows, cfg.micro_batch, student.embedding.weight.device):
+                with torch.no_grad():
+                    batches.append((batch, None if cfg.divergence == "sft" else teacher(batch.idx[:, :-1])))
+            minibatches.append((n_tokens, batches))
+    # 4) update the student; each epoch takes the same minibatches, whose teacher's logits are at hand
+    for n_tokens, batches in minibatches * cfg.distill_epochs:
+        for batch, teacher_logits in batches:
+            student_logits = student(batch.idx[:, :-1])  # (n, T-1, V)
+            if cfg.divergence == "sft":
+                loss = sft_loss(student_logits, batch.idx[:, 1:], batch.mask, n_tokens)
             else:
-                loss = distill_loss(student_logits, teacher_logits, mask, divergence=divergence,
-                                    temperature=temperature, denominator=n_tokens)
+                loss = distill_loss(student_logits, teacher_logits, batch.mask, divergence=cfg.divergence,
+                                    temperature=cfg.distill_temperature, denominator=n_tokens)
             loss.backward()
-            loss_sum += loss.item() * n_tokens
-        grad_norm += optimizer.step(lr_scale) / len(updates)
-        tokens += n_tokens
-    loss_sum = add_up(torch.tensor(loss_sum, dtype=torch.float64)).item()
-    return {
-        "loss": loss_sum / tokens if tokens else None,
-        "accepted": len(accepted) / len(rollout.scores),
-        **{name: rollout.column(name).mean().item() for name in rollout.scores[0]},
-        "length": sum(map(len, rollout.completions)) / len(rollout.completions),
-        "grad_norm": grad_norm,
-        "tokens_per_s": tokens / (time.perf_counter() - start),
-    }
+            means.add("loss", loss.detach() * n_tokens, batch.mask.sum())
+        means.add("grad_norm", optimizer.step(lr_scale), 1)
+    return means.compute()

@@ -1,59 +1,85 @@
-"""Group relative policy optimisation: reinforcement learning from rewards alone, as DeepSeek-R1-Zero does it.
+"""Group relative policy optimisation (GRPO): reinforcement learning from rewards alone, as DeepSeek-R1-Zero does it.
 
-The words, for who knows PyTorch but not RL. The policy is the language model. A prompt q gets G completions o_1..o_G
-sampled from it (a rollout), each gets a reward r_i, and the advantage A_i says how much better than its group it did.
-The policy is then nudged to make completions of positive advantage likelier, the others less likely. The importance
-ratio rho corrects for the policy having moved since it sampled (pi_old); the clip takes away the incentive to move it
-far. The reference policy pi_ref is a frozen copy that a KL penalty keeps the policy near to.
+Terms, for readers who know PyTorch but not RL. The policy is the language model that is being trained. A prompt q gets
+G completions o_1..o_G sampled from the policy; together they are its group. Each completion gets a reward r_i. Its
+advantage A_i says how much better it did than its group. A rollout is the G completions of each of P prompts, N = P * G
+rows. Training makes completions of positive advantage more likely and those of negative advantage less likely.
 
-DeepSeek-R1 (2501.12948v2), eq. 1-3, per token as in DeepSeekMath (2402.03300), eq. 3:
+DeepSeek-R1 (arXiv 2501.12948v2), eq. 1-3, written per token as in DeepSeekMath (2402.03300), eq. 3. o_{i,t} is token t
+of completion i, and all its tokens share the advantage A_i:
 
-    A_i   = (r_i - mean(r)) / (std(r) + 1e-4)                                          group_advantages
-    rho_t = pi_theta(o_t | q, o_<t) / pi_old(o_t | q, o_<t)
-    L_t   = - min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A)
-    KL_t  = pi_ref/pi_theta - log(pi_ref/pi_theta) - 1                                 (k3, never negative)
-    loss  = average over tokens of L_t + kl_coef KL_t                                  grpo_loss
+    A_i      = (r_i - mean(r)) / (std(r) + 1e-4)                                       group_advantages
+    ratio    = pi_theta(o_{i,t} | q, o_{i,<t}) / pi_old(o_{i,t} | q, o_{i,<t})
+    L_{i,t}  = - min(ratio A_i, clip(ratio, 1 - clip_low, 1 + clip_high) A_i)
+    KL_{i,t} = pi_ref/pi_theta - log(pi_ref/pi_theta) - 1      an estimate of the KL divergence from one token
+    loss     = average over tokens of L_{i,t} + kl_coef KL_{i,t}                       grpo_loss
 
-How the average is taken ("normalize"), with N completions of |o_i| tokens:
-    "sequence"  1/N sum_i 1/|o_i| sum_t      DeepSeekMath; a long wrong answer is punished less per token
-    "token"     1/(sum_i |o_i|) sum_i sum_t  DAPO (2503.14476)
-    "constant"  1/(N max_len) sum_i sum_t    Dr. GRPO (2503.20783)
+pi_theta is the policy as it is now, pi_old the policy as it was when it sampled, pi_ref (the reference) a frozen copy
+of the model that RL began with. "On policy" means that pi_theta is still pi_old: the ratio is 1.
 
-As a loss, k3 has the gradient of KL(pi_ref || pi_theta) when on policy, although its value estimates
-KL(pi_theta || pi_ref) (2506.09477).
+The ratio and its clip. One rollout may serve several updates, and pi_theta moves away from pi_old with each. Weighting
+a token by the ratio (importance weighting) turns an average over samples of pi_old into one over samples of pi_theta.
+That estimate is good only while the two are close. So the clip ends a token's gradient once the policy has moved far
+enough in the direction that the advantage asks for, and only then:
+    A > 0, ratio above 1 + clip_high   no gradient: the token has become likelier by enough
+    A > 0, ratio below 1 + clip_high   a gradient that makes it likelier, even if it has become unlikelier so far
+    A < 0, ratio below 1 - clip_low    no gradient: the token has become unlikelier by enough
+    A < 0, ratio above 1 - clip_low    a gradient that makes it unlikelier, even if it has become likelier so far
+In the first and third case the min picks the clipped term, which is a constant. The bound is relative: with clip_high
+0.2 a token of probability 0.01 may grow to 0.012 in one rollout, while one of 0.9 never reaches its bound. So a larger
+clip_high ("clip higher", DAPO, 2503.14476) helps rare tokens that did well.
 
-Reading the log: on policy the "sequence" loss is 0 by construction, since a group's advantages add up to 0, and yet its
-gradient is not; the "token" and "constant" losses are minus the length-weighted advantage. Neither falls as the policy
-gets better: watch the reward.
+Dividing by the standard deviation (`scale`). The rewards of a prompt that is nearly always or nearly never solved have
+a small std, so dividing by it gives such a prompt more weight than a prompt that is half solved. Dr. GRPO (2503.20783)
+calls this a bias, because the mean reward gives all prompts the same weight, and does not divide (scale "none"). The
+default here divides, as R1 does; we measured no difference (experiments/findings.md, finding 9).
+
+The average over tokens (`normalize`), for N completions of |o_i| tokens:
+    "sequence"  1/N sum_i 1/|o_i| sum_t      DeepSeekMath. All completions weigh the same, so a token of a long one
+                                             weighs less. A long wrong answer is punished less per token than a short
+                                             one, and a short right answer is rewarded more per token than a long one.
+                                             This is the length bias: it lets wrong answers grow.
+    "token"     1/(sum_i |o_i|) sum_i sum_t  DAPO, and the default here. All tokens of a minibatch weigh the same, so
+                                             the bias is gone. That weight still shrinks when all answers grow.
+    "constant"  1/(N max_len) sum_i sum_t    Dr. GRPO. As "token", but max_len is the generation budget, so a token
+                                             weighs the same however long the answers are.
+
+The KL penalty. Averaged over samples of pi_theta, KL_{i,t} (known as "k3") gives KL(pi_theta || pi_ref), and unlike the
+plain log-ratio it is never negative. Its gradient is another matter: it ignores that the samples depend on theta, too.
+What is left of it, on policy, is the gradient of the reversed KL(pi_ref || pi_theta) (2506.09477). In practice: it
+pulls hard where the policy has lost something that the reference says, and weakly where the policy says something new.
+
+Reading the log. On policy the "sequence" loss is 0, since the advantages of a group add up to 0. Its gradient is not 0:
+the value of the ratio is 1, but its derivative is that of log pi_theta, so each token's gradient is
+-A_i grad log pi_theta. The "token" and "constant" losses are minus the mean advantage weighted by length. No loss falls
+as the policy gets better: watch the reward.
 
 Where we differ from the papers, and why
-1. The clip may be asymmetric (DAPO's "clip higher"), and the standard deviation has 1e-4 added, as in TRL: a group of
-   equal rewards has advantage 0, not NaN.
-2. pi_old's log-probabilities come from the pass that trains, not from the sampler: in bf16 the sampler's cached pass
-   rounds differently, and rho would not be 1 on policy. The gap is logged.
-3. A completion that was cut off at max_new_tokens is scored as the text that it is, and trained on.
-4. Without a KL penalty, completions of advantage 0 are left out of the update: their gradient is 0.
-5. The reward is a function that the caller hands in: no task is known here.
+1. The standard deviation has 1e-4 added, as in TRL: a group of equal rewards has advantage 0, not NaN.
+2. pi_old's log-probabilities come from the pass that trains, not from the sampler. In bf16 the sampler's cached pass
+   rounds differently, and the ratio would not be 1 on policy. The log shows the difference (sampler_gap).
+3. A completion that was cut off at the generation budget is scored and trained on like any other. It usually lacks
+   its last tag and earns nothing, so the policy learns to finish in time.
+4. Without a KL penalty, completions of advantage 0 have no gradient. They count in the average but are not computed.
+5. Minibatches are made of rows, not of groups. The advantages are computed before, so a group need not stay together.
+6. The reward is a function that the caller hands in. This file knows no task.
 """
-import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model import GPT, Optimizer, generate, token_logprobs
-from parallel import add_up, gather, own, share
-
-NORMALIZE = ("sequence", "token", "constant")
+from parallel import Means, all_reduce, world_size
 
 
 def group_advantages(rewards: Tensor, scale: str = "std", baseline: str = "group") -> Tensor:
-    """How much better than its group each completion did: rewards (P, G) -> advantages (P, G).
+    """How much better each completion did than its group: rewards (P, G) -> advantages (P, G).
 
-    scale "std" divides by the group's standard deviation (ddof 1) + 1e-4 (DeepSeekMath), "none" does not (Dr. GRPO).
-    baseline "batch" compares with all P * G rewards as one group: REINFORCE with the batch's mean as its baseline.
-    Raises ValueError for another scale or baseline, or groups of one.
+    scale "std" divides by the group's standard deviation (with the divisor G - 1) plus 1e-4, as in DeepSeekMath; "none"
+    does not divide, as in Dr. GRPO. The baseline is what a reward is compared with: "group" the mean of its group,
+    "batch" the mean of all P * G rewards. Raises ValueError for another scale or baseline, or groups of one.
 
     >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]]), scale="none").tolist()
     [[0.5, -0.5, -0.5, 0.5], [0.0, 0.0, 0.0, 0.0]]
@@ -64,7 +90,7 @@ def group_advantages(rewards: Tensor, scale: str = "std", baseline: str = "group
         return group_advantages(rewards.reshape(1, -1), scale).view(rewards.shape)
     if baseline != "group":
         raise ValueError(f"baseline must be 'group' or 'batch', not {baseline!r}")
-    # subtle: the mean of equal rewards may be off in the last bit, which dividing by 1e-4 would make an advantage of.
+    # subtle: the mean of equal rewards may be off in its last bit, which dividing by 1e-4 would turn into an advantage.
     equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # (P, 1)
     centred = (rewards - rewards.mean(dim=1, keepdim=True)).masked_fill(equal, 0.0)
     if scale == "none":
@@ -75,35 +101,31 @@ def group_advantages(rewards: Tensor, scale: str = "std", baseline: str = "group
 
 
 def normalizer(n_rows: int, n_tokens: int, normalize: str, max_len: int | None = None) -> int:
-    """What the sum over tokens is divided by: the rows ("sequence"), the tokens ("token"), or rows * max_len
-    ("constant"), where max_len is the generation budget.
+    """The denominator of the loss: the rows ("sequence"), the tokens ("token"), or rows * max_len ("constant"), where
+    max_len is the generation budget in tokens.
 
-    Raises ValueError for another name, or "constant" without max_len.
+    Raises ValueError for another name, or for "constant" without max_len.
     """
-    if normalize == "sequence":
-        return n_rows
-    if normalize == "token":
-        return max(n_tokens, 1)
-    if normalize == "constant" and max_len:
-        return n_rows * max_len
-    raise ValueError(f"normalize must be 'sequence', 'token', or 'constant' with max_len, not {normalize!r}")
+    if normalize not in ("sequence", "token", "constant") or normalize == "constant" and not max_len:
+        raise ValueError(f"normalize must be 'sequence', 'token', or 'constant' with max_len, not {normalize!r}")
+    return {"sequence": n_rows, "token": max(n_tokens, 1), "constant": n_rows * (max_len or 0)}[normalize]
 
 
 def grpo_loss(logp: Tensor, logp_old: Tensor, logp_ref: Tensor | None, adv: Tensor, mask: Tensor, *, clip_low: float,
               clip_high: float, kl_coef: float, normalize: str, max_len: int | None = None,
               denominator: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss above: log-probabilities (N, T) of the sampled tokens under the policy, pi_old and pi_ref, adv (N,),
-    mask (N, T) of the tokens that count -> (scalar loss, metrics).
+    """The loss above -> (scalar loss, metrics).
 
-    logp_ref may be None if kl_coef is 0. `denominator` replaces the mask's own `normalizer`: a batch that is cut into
-    micro-batches passes the whole batch's to each, so that their losses add up to its. The metrics are means over the
-    counted tokens, without gradient: ratio, kl (k3, nats), clip_low and clip_high (shares of tokens whose gradient the
-    clip took away, by side). Raises ValueError as `normalizer` does.
+    logp, logp_old, logp_ref (N, T): log-probabilities of the sampled tokens under the policy, pi_old and pi_ref (None
+    if kl_coef is 0). adv (N,). mask (N, T): which tokens count. `denominator` replaces the `normalizer` of this mask: a
+    batch that is cut into micro-batches, or divided among ranks, passes the whole batch's to each part, so that their
+    losses add up to the batch's. The metrics are means over the counted tokens, without gradient: ratio, kl (nats),
+    clip_low and clip_high (shares of tokens whose gradient the clip took away, by side). Raises ValueError as
+    `normalizer` does.
     """
     mask = mask.bool()
     if denominator is None:
         denominator = normalizer(len(mask), int(mask.sum()), normalize, max_len)
-    assert normalize in NORMALIZE, f"normalize is one of {NORMALIZE}"
     assert logp_ref is not None or not kl_coef, "a KL penalty needs the reference's log-probabilities"
     adv = adv[:, None]  # (N, 1)
     # subtle: masked before exp, so that whatever stands in the padding can make neither inf nor NaN.
@@ -116,9 +138,8 @@ def grpo_loss(logp: Tensor, logp_old: Tensor, logp_ref: Tensor | None, adv: Tens
     if kl_coef:
         per_token = per_token + kl_coef * kl
     weight = mask.to(per_token.dtype)
-    tokens = weight.sum(dim=1, keepdim=True).clamp(min=1)  # (N, 1)
     if normalize == "sequence":
-        weight = weight / tokens
+        weight = weight / weight.sum(dim=1, keepdim=True).clamp(min=1)  # 1 / |o_i|
     loss = (per_token * weight).sum() / denominator
 
     def mean(x: Tensor) -> Tensor:
@@ -130,163 +151,184 @@ def grpo_loss(logp: Tensor, logp_old: Tensor, logp_ref: Tensor | None, adv: Tens
 
 @dataclass
 class Rollout:
-    """Sampled completions and what they earned: N = P * G rows, those of one prompt side by side."""
-    prompts: list[list[int]]        # N prompts, token ids
-    completions: list[list[int]]    # N completions, token ids, end of text included if it was sampled
-    logp: list[list[float]]         # log-probability of each sampled token, as the sampler saw it
-    texts: list[str]                # N completions without their end of text
-    truncated: list[bool]           # N: cut off at the budget
-    scores: list[dict[str, float]]  # N: what reward_fn says
+    """Sampled completions and their scores: N = P * G rows, the G rows of a prompt side by side."""
+    prompts: list[list[int]]          # N prompts, token ids
+    completions: list[list[int]]      # N completions, token ids, with the stop token if it was sampled
+    sampler_logp: list[list[float]]   # log-probability of each sampled token, as the sampler computed it
+    texts: list[str]                  # N completions as text, without their stop token
+    truncated: list[bool]             # N: was it cut off at the generation budget?
+    scores: list[dict[str, float]]    # N: what reward_fn returned
 
     def column(self, name: str) -> Tensor:
         """One part of the scores, (N,)."""
         return torch.tensor([score[name] for score in self.scores])
 
 
-def sample_rollout(model: GPT, problems: list, reward_fn, encoding, *, samples: int, max_new_tokens: int,
+def sample_rollout(model: GPT, problems: list, reward_fn, task, *, samples: int, max_new_tokens: int,
                    temperature: float = 1.0, generator: torch.Generator | None = None) -> Rollout:
     """`samples` completions of each problem's prompt, scored.
 
-    problems have a .prompt (str); reward_fn(completion: str, problem) -> {"reward": total, "accuracy": 0 or 1, ...};
-    encoding is the tiktoken.Encoding. The text is scored without its end of text.
+    The task gives encode_prompt(problem) -> token ids, stop_ids (the tokens that end a completion) and its encoding.
+    reward_fn(text, problem) -> {"reward": total, "accuracy": 0 or 1, ...} sees the text without the stop token.
     """
-    eos, problems = encoding.eot_token, share(problems)
-    prompts = [encoding.encode_ordinary(problem.prompt) for problem in problems]
-    completions, logp = generate(model, prompts, max_new_tokens, temperature=temperature, eos_id=eos,
-                                 generator=own(generator), samples=samples, return_logprobs=True)
-    truncated = [c[-1] != eos for c in completions]
-    texts = [encoding.decode(c if cut else c[:-1]) for c, cut in zip(completions, truncated)]
+    prompts = [task.encode_prompt(problem) for problem in problems]
+    completions, logp = generate(model, prompts, max_new_tokens, temperature=temperature, eos_id=task.stop_ids,
+                                 generator=generator, samples=samples, return_logprobs=True)
+    truncated = [c[-1] not in task.stop_ids for c in completions]
+    texts = [task.encoding.decode(c if cut_off else c[:-1]) for c, cut_off in zip(completions, truncated)]
     scores = [reward_fn(text, problems[i // samples]) for i, text in enumerate(texts)]
-    prompts = [p for p in prompts for _ in range(samples)]
-    return Rollout(*map(list, zip(*gather(list(zip(prompts, completions, logp, texts, truncated, scores))))))
+    return Rollout([p for p in prompts for _ in range(samples)], completions, logp, texts, truncated, scores)
 
 
-def pack(prompts: list[list[int]], completions: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Rows of prompt + completion, padded on the right -> idx (N, T), mask (N, T-1).
+def grpo_step(policy: GPT, reference: GPT | None, optimizer: Optimizer, problems: list, reward_fn, task, cfg,
+              generator: torch.Generator | None = None, lr_scale: float = 1.0) -> tuple[dict, Rollout]:
+    """One iteration of Algorithm 1 of DeepSeekMath on P problems -> (metrics, the rollout).
 
-    mask[i, t] is True where idx[i, t+1] was sampled. subtle: it is made from lengths; comparing tokens with pad_id,
-    which is also the stop token, would leave stopping untrained.
+    problems, reward_fn, task and generator are those of `sample_rollout`. cfg holds the hyperparameters: rl_samples
+    (G), rl_max_new_tokens, rl_minibatches, scale, baseline, normalize, clip_low, clip_high, kl_coef, shuffle_rewards
+    and micro_batch (see Config in run.py). The reference may be None if kl_coef is 0.
     """
-    starts, ends = [len(p) for p in prompts], [len(p) + len(c) for p, c in zip(prompts, completions)]
-    idx = torch.tensor([p + c + [pad_id] * (max(ends) - end) for p, c, end in zip(prompts, completions, ends)])
-    position = torch.arange(1, max(ends))
-    return idx, (position >= torch.tensor(starts)[:, None]) & (position < torch.tensor(ends)[:, None])
+    # 1) sample G completions of each of P prompts, N = P * G rows; 2) score them
+    rollout = sample_rollout(policy, problems, reward_fn, task, samples=cfg.rl_samples,
+                             max_new_tokens=cfg.rl_max_new_tokens, generator=generator)
+    # 3) advantages: better or worse than the other answers to the same prompt
+    rewards = rollout.column("reward").view(-1, cfg.rl_samples)  # (P, G)
+    if cfg.shuffle_rewards:
+        rewards = shuffle_in_groups(rewards, generator)
+    adv = group_advantages(rewards, cfg.scale, cfg.baseline).flatten()  # (N,)
+    # 4) update the policy
+    return grpo_update(policy, reference, optimizer, rollout, adv, cfg, generator, lr_scale), rollout
 
 
-def micro_batches(lengths: list[int], rows: list[int], max_tokens: int) -> list[list[int]]:
-    """Cut rows into parts of similar length, each of at most max_tokens with its padding.
+def grpo_update(policy: GPT, reference: GPT | None, optimizer: Optimizer, rollout: Rollout, adv: Tensor, cfg,
+                generator: torch.Generator | None = None, lr_scale: float = 1.0) -> dict[str, float | None]:
+    """One update of the policy for each minibatch of the rollout, given the advantages (N,) -> metrics.
 
-    >>> micro_batches([9, 2, 3, 2], rows=[0, 1, 2, 3], max_tokens=9)
-    [[1, 3, 2], [0]]
+    A minibatch is the part of the rollout that one update learns from. It is computed in micro-batches, as many tokens
+    at a time as memory allows, and their gradients add up. The metrics are those of `rollout_means`, and loss and
+    grad_norm (means over the minibatches), no_signal (share of groups whose rewards are all equal, so that they teach
+    nothing), kl (None without a penalty), ratio, clip_low, clip_high and sampler_gap (means over the tokens that were
+    computed).
     """
-    parts: list[list[int]] = []
-    for row in sorted(rows, key=lambda row: lengths[row]):
-        if not parts or (len(parts[-1]) + 1) * lengths[row] > max_tokens:
-            parts.append([])
-        parts[-1].append(row)
-    return parts
+    device, means = policy.embedding.weight.device, rollout_means(rollout)
+    # Cut the rollout into minibatches, and compute what must be known before the first update moves the policy: pi_ref,
+    # and pi_old for the second minibatch and later ones. (In the first, the policy is still the one that sampled.)
+    minibatches = []
+    for rows in random_minibatches(len(adv), cfg.rl_minibatches, generator):
+        live = [i for i in rows if cfg.kl_coef or adv[i] != 0]  # the rows that have a gradient
+        n_tokens = sum(len(rollout.completions[i]) for i in rows)
+        n_rows, n_tokens, n_live = all_reduce(torch.tensor([len(rows), n_tokens, len(live)])).tolist()
+        if not n_live:
+            continue  # there is nothing to learn, and a step without a gradient would move weights by momentum
+        batches = []
+        for batch in micro_batches(rollout, live, cfg.micro_batch, device):
+            # subtle: detach(), not no_grad(): for the latter, torch.compile would make other code, which rounds
+            # differently, and the ratio would not start at 1.
+            is_first = not minibatches
+            logp_old = None if is_first else token_logprobs(policy, batch.idx).detach()  # (n, T-1)
+            logp_ref = token_logprobs(reference, batch.idx).detach() if cfg.kl_coef else None
+            batches.append((batch, logp_old, logp_ref))
+        minibatches.append((normalizer(n_rows, n_tokens, cfg.normalize, cfg.rl_max_new_tokens), batches))
+
+    loss_sum, norm_sum = 0.0, 0.0
+    for denominator, batches in minibatches:
+        for batch, logp_old, logp_ref in batches:
+            logp = token_logprobs(policy, batch.idx)  # (n, T-1)
+            if logp_old is None:  # the first minibatch: pi_old is the policy
+                logp_old = logp.detach()
+            loss, metrics = grpo_loss(logp, logp_old, logp_ref, adv[batch.rows].to(device), batch.mask,
+                                      clip_low=cfg.clip_low, clip_high=cfg.clip_high, kl_coef=cfg.kl_coef,
+                                      normalize=cfg.normalize, denominator=denominator)
+            loss.backward()
+            loss_sum += loss.detach()
+            n_tokens = batch.mask.sum()
+            for name, value in metrics.items():
+                means.add(name, value * n_tokens, n_tokens)
+            means.add("sampler_gap", (logp_old - batch.sampler_logp)[batch.mask].abs().sum(), n_tokens)
+        norm_sum += optimizer.step(lr_scale)  # sums the gradients of all ranks, clips their norm, steps, clears them
+    equal = rollout.column("reward").view(-1, cfg.rl_samples).diff(dim=1).eq(0).all(dim=1)  # (P,)
+    means.add("no_signal", equal.sum(), len(equal))
+    # Means add up totals and counts over the ranks. Each rank has a part of the loss, but the whole gradient's norm.
+    means.add("loss", loss_sum, cfg.rl_minibatches / world_size())
+    means.add("grad_norm", norm_sum, cfg.rl_minibatches)
+    return means.compute() | ({} if cfg.kl_coef else {"kl": None})
 
 
-def round_up(n: int, multiple: int) -> int:
-    """The least multiple of n or more."""
-    return -(-n // multiple) * multiple
+def rollout_means(rollout: Rollout) -> Means:
+    """What the log shows of a rollout: the means of the scores, and length (tokens, with the stop token), length_wrong
+    (of the answers with accuracy 0), truncated (share), and the policy's entropy (nats a token, estimated from the
+    samples)."""
+    means, lengths = Means(), [len(c) for c in rollout.completions]
+    wrong = [n for n, accuracy in zip(lengths, rollout.column("accuracy")) if not accuracy]
+    for name in rollout.scores[0]:
+        means.add(name, rollout.column(name).sum(), len(lengths))
+    means.add("length", sum(lengths), len(lengths))
+    means.add("length_wrong", sum(wrong), len(wrong))
+    means.add("truncated", sum(rollout.truncated), len(lengths))
+    means.add("entropy", -sum(map(sum, rollout.sampler_logp)), sum(lengths))
+    return means
 
 
-def shuffled_minibatches(n: int, n_batches: int, generator: torch.Generator | None) -> list[list[int]]:
+def shuffle_in_groups(rewards: Tensor, generator: torch.Generator | None) -> Tensor:
+    """A control: deal the rewards (P, G) of each group out to its completions at random. They then say nothing about
+    the answers, so the policy can only drift; if it got better, the code would be wrong."""
+    device = generator.device if generator else None
+    order = torch.rand(rewards.shape, generator=generator, device=device).argsort(dim=1)  # (P, G)
+    return rewards.gather(1, order.cpu())
+
+
+def random_minibatches(n: int, n_batches: int, generator: torch.Generator | None) -> list[list[int]]:
     """The numbers 0..n-1 in random order, dealt into n_batches lists of equal size, give or take one."""
     order = torch.randperm(n, generator=generator, device=generator.device if generator else None).tolist()
     return [order[i::n_batches] for i in range(n_batches)]
 
 
-def cut(rollout: Rollout, rows: list[int], pad_id: int, max_tokens: int,
-        device: torch.device) -> list[tuple[list[int], Tensor, Tensor]]:
-    """Rows of a rollout -> micro-batches (their rows, idx (n, T), mask (n, T-1)) of at most max_tokens with padding.
+@dataclass
+class MicroBatch:
+    """Rows of a rollout as tensors: prompt + completion, padded on the right."""
+    rows: Tensor          # (n,) which rows of the rollout; padding rows repeat one
+    idx: Tensor           # (n, T) token ids
+    mask: Tensor          # (n, T-1) True where idx[i, t+1] was sampled by the policy, and row i is not padding
+    sampler_logp: Tensor  # (n, T-1) the sampler's log-probability of idx[i, t+1], 0 outside the mask
 
-    n may be more than the rows: then the last are padding, and in no mask. subtle: each size that a CPU's library has
-    not met costs it new kernels, which takes as long as computing with them. So sizes are rounded up where that fits: n
-    to a multiple of 16, T - 1, the length that the model is given, to one of 8.
+
+def micro_batches(rollout: Rollout, rows: list[int], max_tokens: int, device: torch.device) -> Iterator[MicroBatch]:
+    """Cut rows of a rollout into micro-batches of similar lengths, of at most max_tokens each with their padding.
+
+    If `rows` is empty, there is one micro-batch of padding alone, so that this rank can take part in an update of the
+    others.
+
+    subtle: the mask is made from lengths. A mask made by comparing tokens with a pad id that is also the stop token
+    would leave stopping untrained. And sizes are rounded up, because each new size costs a CPU's library new kernels,
+    which take as long as computing with them: T - 1, the length that the model reads, to a multiple of 8, and n to a
+    multiple of 16 if max_tokens allows.
     """
     lengths = [round_up(len(p) + len(c) - 1, 8) + 1 for p, c in zip(rollout.prompts, rollout.completions)]
-    parts = []
-    for part in micro_batches(lengths, rows, max_tokens):
-        idx, mask = pack([rollout.prompts[i] for i in part], [rollout.completions[i] for i in part], pad_id)
-        T = lengths[part[-1]]
-        n = max(len(part), min(round_up(len(part), 16), max_tokens // T))
-        padding = (0, T - idx.size(1), 0, n - len(part))
-        parts.append((part, F.pad(idx, padding).to(device), F.pad(mask, padding).to(device)))
-    return parts
+    parts: list[list[int]] = [[]]
+    for row in sorted(rows, key=lambda row: lengths[row]):
+        if parts[-1] and (len(parts[-1]) + 1) * lengths[row] > max_tokens:
+            parts.append([])
+        parts[-1].append(row)
+    for part in parts:
+        longest = part[-1] if part else 0  # a row of the rollout, which padding rows repeat
+        T = lengths[longest]
+        n = max(len(part), 1, min(round_up(len(part), 16), max_tokens // T))
+        padded = part + [longest] * (n - len(part))
+        # The token at position t + 1 is predicted at t, so a completion's predictions start one before its first token.
+        start = torch.tensor([len(rollout.prompts[i]) - 1 for i in padded])[:, None]         # (n, 1)
+        end = start + torch.tensor([len(rollout.completions[i]) for i in padded])[:, None]  # (n, 1)
+        idx = [pad(rollout.prompts[i] + rollout.completions[i], 0, T) for i in padded]
+        logp = [pad(rollout.sampler_logp[i], len(rollout.prompts[i]) - 1, T - 1) for i in padded]
+        position, is_row = torch.arange(T - 1), (torch.arange(n) < len(part))[:, None]
+        yield MicroBatch(torch.tensor(padded), torch.tensor(idx).to(device),
+                         ((start <= position) & (position < end) & is_row).to(device), torch.tensor(logp).to(device))
 
 
-def grpo_step(policy: GPT, reference: GPT | None, optimizer: Optimizer, problems: list, reward_fn, encoding, *,
-              samples: int, max_new_tokens: int, minibatches: int, clip_low: float, clip_high: float, kl_coef: float,
-              normalize: str, scale: str, baseline: str = "group", shuffle: bool = False, temperature: float = 1.0,
-              lr_scale: float = 1.0, max_tokens: int = 4_096,
-              generator: torch.Generator | None = None) -> tuple[dict[str, float], Rollout]:
-    """One iteration of Algorithm 1 of DeepSeekMath: `samples` completions of each problem, then an update a minibatch.
+def pad(values: list, start: int, length: int) -> list:
+    """A list of `length` zeros, into which the values are put from index `start` on."""
+    return [0] * start + values + [0] * (length - start - len(values))
 
-    The first arguments are as in `sample_rollout`; the reference may be None if kl_coef is 0, and is not asked then;
-    shuffle deals the rewards out at random inside each group, a control; max_tokens bounds a micro-batch. -> (metrics,
-    the rollout). loss, grad_norm, kl (None without a penalty), ratio, clip_* and sampler_gap are of the completions
-    trained on, the other metrics of all. Raises ValueError for a name that grpo_loss or group_advantages does not know.
-    """
-    start, device = time.perf_counter(), policy.embedding.weight.device
 
-    # 1) sample G completions of each of P prompts: N = P * G rows; 2) score them
-    rollout = sample_rollout(policy, problems, reward_fn, encoding, samples=samples, max_new_tokens=max_new_tokens,
-                             temperature=temperature, generator=generator)
-    rewards = rollout.column("reward").view(-1, samples)  # (P, G)
-
-    # 3) advantages: better or worse than the other answers to the same prompt
-    if shuffle:
-        order = torch.rand(rewards.shape, generator=generator, device=device).argsort(dim=1)  # (P, G)
-        rewards = rewards.gather(1, order.cpu())
-    adv = group_advantages(rewards, scale, baseline).flatten()  # (N,)
-
-    # 4) pi_ref, and pi_old of the minibatches that come after an update: the first one's training pass is its pi_old.
-    # Without a KL penalty a completion of advantage 0 has no gradient: it counts in the average, but is not computed.
-    lengths = [len(c) for c in rollout.completions]
-    batches, trained = [], 0
-    for rows in shuffled_minibatches(len(lengths), minibatches, generator):
-        live = [i for i in rows if kl_coef or adv[i] != 0]
-        if not live:
-            continue
-        parts = []
-        for part, idx, mask in cut(rollout, share(live), encoding.eot_token, max_tokens, device):
-            logp_old = token_logprobs(policy, idx, temperature=temperature).detach() if batches else None
-            logp_ref = token_logprobs(reference, idx, temperature=temperature).detach() if kl_coef else None
-            sampled = torch.tensor([p for i in part for p in rollout.logp[i]], device=device)  # (tokens,)
-            part_adv = F.pad(adv[part], (0, len(idx) - len(part))).to(device)  # (n,)
-            parts.append((idx, logp_old, logp_ref, part_adv, mask, sampled))
-        trained += sum(lengths[i] for i in live)
-        batches.append((normalizer(len(rows), sum(lengths[i] for i in rows), normalize, max_new_tokens), parts))
-
-    # 5) update the policy, a minibatch at a time; the gradients of its micro-batches add up to its own
-    totals, grad_norm = dict.fromkeys(("loss", "kl", "ratio", "clip_low", "clip_high", "sampler_gap"), 0.0), 0.0
-    for denominator, parts in batches:
-        for idx, logp_old, logp_ref, part_adv, mask, sampled in parts:
-            logp = token_logprobs(policy, idx, temperature=temperature)
-            logp_old = logp.detach() if logp_old is None else logp_old
-            loss, metrics = grpo_loss(logp, logp_old, logp_ref, part_adv, mask, clip_low=clip_low, clip_high=clip_high,
-                                      kl_coef=kl_coef, normalize=normalize, denominator=denominator)
-            loss.backward()
-            totals["loss"] += loss.item() / minibatches
-            for name, value in metrics.items():  # means over tokens: weigh each part by its tokens
-                totals[name] += value.item() * int(mask.sum()) / trained
-            totals["sampler_gap"] += (logp_old[mask] - sampled).abs().sum().item() / trained
-        grad_norm += optimizer.step(lr_scale) / minibatches
-    totals = dict(zip(totals, add_up(torch.tensor(list(totals.values()), dtype=torch.float64)).tolist()))
-
-    wrong = [n for n, right in zip(lengths, rollout.column("accuracy")) if not right]
-    seconds = time.perf_counter() - start
-    return {
-        **{name: rollout.column(name).mean().item() for name in rollout.scores[0]},
-        "length": sum(lengths) / len(lengths),
-        "length_wrong": sum(wrong) / len(wrong) if wrong else None,
-        "truncated": sum(rollout.truncated) / len(lengths),
-        "no_signal": (rewards == rewards[:, :1]).all(dim=1).float().mean().item(),  # groups of equal rewards
-        "entropy": -sum(map(sum, rollout.logp)) / sum(lengths),  # its estimate from the samples, nats a token
-        "grad_norm": grad_norm,
-        **totals,
-        "kl": totals["kl"] if kl_coef else None,
-        "tokens_per_s": sum(lengths) / seconds,
-    }, rollout
+def round_up(n: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is not below n."""
+    return -(-n // multiple) * multiple

@@ -1,17 +1,17 @@
-"""A small Llama: the GPT that is pretrained, trained by RL, and distilled, with its sampling, its log-probabilities and
+"""A small Llama: the GPT that is pretrained, trained by RL and distilled, with its sampling, its log-probabilities and
 its optimizer.
 
-The block is Llama's: RMSNorm before attention and before a SwiGLU, rotary positions, no biases; the embedding is tied
-to the output. So the weights can move to and from other tools.
+The block is Llama's: RMSNorm before attention and before a SwiGLU, rotary positions, no biases. The embedding is tied
+to the output. So the weights can move to other tools and back.
 
     x = x + attention(rmsnorm(x))
     x = x + (silu(x' Wg) * (x' Wu)) Wd,  x' = rmsnorm(x)
 
 Shapes: B batch, T tokens, V vocabulary, H heads, D head size, C = H * D width.
 
-Two things matter to RL. `generate` samples from exactly softmax(logits / temperature), nothing cut off (no top-k, no
-top-p), and returns the stop token that it sampled; `token_logprobs` is the logarithm of exactly that distribution. If
-the two disagreed, the importance ratio of an untouched policy would not be 1.
+Two things matter to RL. `generate` samples from exactly softmax(logits / temperature): nothing is cut off (no top-k, no
+top-p), and the stop token that was sampled is returned. `token_logprobs` is the logarithm of exactly that distribution.
+If the two disagreed, the importance ratio of a policy that has not moved would not be 1.
 """
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallel import add_up_gradients
+from parallel import all_reduce_gradients
 
 
 @dataclass
@@ -42,26 +42,26 @@ class GPTConfig:
 
 
 class KVCache:
-    """What sampling keeps from token to token: keys and values of the tokens read so far, for the rows of a batch that
-    are still being sampled, and the model's matrices, made ready for the products once.
+    """What sampling keeps from token to token: the keys and values of the tokens read so far, for the rows of a batch
+    that are still being sampled, and the model's matrices in the form that the products take.
 
-    Rows are aligned on the right: a prompt shorter than the longest starts with `pad[row]` columns that nobody attends
+    Rows are aligned on the right. A prompt shorter than the longest starts with `pad[row]` columns that nobody attends
     to, so that all rows write their next token into the same column.
     """
 
     def __init__(self, model: "GPT", pad: Tensor, max_len: int):
-        # subtle: as parameters, or the compiler would take their sizes for variables.
+        # subtle: these are parameters, or the compiler would treat their sizes as variables.
         self.weights = [[nn.Parameter(weight, requires_grad=False) for weight in block.weights(model.dtype)]
                         for block in model.blocks]
         self.pad = pad          # (B,) columns on the left that hold no token
-        # subtle: not -inf, or the softmax of a padding column, which sees no other, would be over nothing and give NaN.
+        # subtle: not -inf. A padding column sees no other column; its softmax over nothing would be NaN.
         self.mask = (torch.arange(max_len, device=pad.device) < pad[:, None]) * -1e9  # (B, max_len), added to scores
         self.max_len = max_len  # columns to make room for
         self.length = 0         # columns written
         self.kv = {}            # layer -> keys and values, (B, H, max_len, D) each, in the type of the products
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, H, T, D) behind the columns so far -> all keys and values, (B, H, length + T, D)."""
+        """Write k, v (B, H, T, D) after the columns written so far -> all keys and values, (B, H, length + T, D)."""
         B, H, T, D = k.shape
         if layer not in self.kv:
             self.kv[layer] = [k.new_empty(B, H, self.max_len, D) for _ in range(2)]
@@ -78,7 +78,7 @@ class KVCache:
                 pair[i][:, :, :self.length] = old[rows, :, :self.length]
 
     def replace(self, rows: Tensor, others: Tensor, size: int) -> None:
-        """Put `others` in the place of `rows` (indices), and keep the first `size` rows, where they lie."""
+        """Copy the rows `others` over `rows` (indices), then keep the first `size` rows, where they lie."""
         self.pad, self.mask = (x.index_put((rows,), x[others])[:size] for x in (self.pad, self.mask))
         for pair in self.kv.values():
             for i, x in enumerate(pair):
@@ -87,8 +87,8 @@ class KVCache:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (RoFormer, 2104.09864), halves paired as in Llama: x (B, H, T, D), cos and sin of
-    the angles, broadcastable to (B, 1, T, D/2)."""
+    """Rotary position embedding (RoFormer, arXiv 2104.09864), with the halves paired as in Llama: x (B, H, T, D), cos
+    and sin of the angles, broadcastable to (B, 1, T, D/2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
@@ -104,11 +104,12 @@ class Block(nn.Module):
         self.down = nn.Linear(c.n_hidden, c.n_embd, bias=False)
 
     def weights(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """The matrices of the products in the type that these are computed in: q, k and v as one, o, gate and up as
-        one, down. Fewer and larger products are quicker.
+        """The block's matrices in the type of its products: q, k and v joined, o, gate and up joined, down. Fewer and
+        larger products are quicker.
 
-        The parameters stay float32 for the optimizer's sake. torch.autocast casts them too, but keeps the copies until
-        its context ends: of several updates inside all but the first would see old weights.
+        The parameters themselves stay float32, because the optimizer's small updates would be rounded away in bfloat16.
+        torch.autocast casts them too, but it keeps the copies until its context ends, so that a second update inside
+        that context would be computed with old weights.
         """
         qkv = torch.cat((self.q.weight, self.k.weight, self.v.weight))  # (3 C, C)
         gate_up = torch.cat((self.gate.weight, self.up.weight))  # (2 hidden, C)
@@ -116,9 +117,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: KVCache | None = None,
                 layer: int = 0) -> Tensor:
-        """x (B, T, C) -> (B, T, C); mask is added to the attention scores (B, H, T, T').
+        """x (B, T, C) -> (B, T, C). The mask is added to the attention scores (B, H, T, T').
 
-        cos, sin and mask come in the type that matrix products are computed in; x, the sum of all blocks, is float32.
+        cos, sin and mask have the type of the matrix products; x, the sum of all blocks so far, is float32.
         """
         qkv, o, gate_up, down = self.weights(mask.dtype) if cache is None else cache.weights[layer]
         h = F.linear(self.norm1(x).to(mask.dtype), qkv)  # (B, T, 3 C)
@@ -133,11 +134,11 @@ class Block(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, fused: bool) -> Tensor:
-    """softmax(q k' / sqrt(D) + mask) v: (B, H, T, D), (B, H, T', D) twice -> (B, H, T, D).
+    """softmax(q k' / sqrt(D) + mask) v: q (B, H, T, D), k and v (B, H, T', D) -> (B, H, T, D).
 
-    In training on a CPU two matrix products are quicker at these lengths than the fused kernel, whose backward pass
-    takes half of a step's time there. On a cache, whose rows do not lie side by side, they would copy it each time. And
-    for the one query of a token that is being sampled, the compiler's loops over sums are quicker than either.
+    There are three ways to compute it, each the quickest somewhere. When one token is sampled by compiled code, sums
+    over products become one loop. On a cache, or on a GPU, the fused kernel reads keys and values where they lie. In
+    training on a CPU, two matrix products are quicker than the fused kernel, whose backward pass is slow there.
     """
     if torch.compiler.is_compiling() and q.size(2) == 1:
         scores = (q.float() * k).sum(dim=-1)[:, :, None] * q.size(-1) ** -0.5 + mask  # (B, H, 1, T')
@@ -151,9 +152,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, fused: bool) -> Tensor
 class GPT(nn.Module):
     """The language model. `GPT(config)(idx)` maps token ids (B, T) to logits (B, T, V).
 
-    dtype is what matrix products are computed in, and the type of the logits; weights and their gradients are float32.
-    Weights start as in GPT-2: normal, deviation 0.02, those that write to the residual stream divided by
-    sqrt(2 * n_layer). Raises ValueError for a sequence longer than block_size.
+    dtype is the type of the matrix products and of the logits; weights and their gradients are float32. Weights start
+    as in GPT-2: normal with standard deviation 0.02, divided by sqrt(2 * n_layer) for the matrices that write to the
+    residual stream. Raises ValueError for a sequence longer than block_size.
     """
 
     def __init__(self, config: GPTConfig, dtype: torch.dtype = torch.float32):
@@ -173,11 +174,11 @@ class GPT(nn.Module):
         self.register_buffer("sin", angle.sin(), persistent=False)
 
     def n_params(self) -> int:
-        """How many numbers are learnt; the embedding, which is the output too, counts once."""
+        """How many numbers are learnt. The embedding, which is also the output matrix, counts once."""
         return sum(p.numel() for p in self.parameters())
 
     def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """idx (B, T) -> logits (B, T, V). With a cache, idx follows what the cache holds."""
+        """idx (B, T) -> logits (B, T, V). With a cache, idx continues what the cache holds."""
         start = cache.length if cache else 0
         T, end = idx.size(1), start + idx.size(1)
         if end > self.config.block_size:
@@ -191,31 +192,30 @@ class GPT(nn.Module):
             position = (column[start:] - cache.pad[:, None]).clamp(min=0)  # (B, T)
             cos, sin = self.cos[position][:, None], self.sin[position][:, None]  # (B, 1, T, D/2)
             padding = cache.mask[:, None, None, :end]
-            mask = padding if T == 1 else mask + padding  # (B, 1, T, end); one new token sees all before it
+            mask = padding if T == 1 else mask + padding  # (B, 1, T, end); one new token may see all before it
         cos, sin, mask = (constant.to(self.dtype) for constant in (cos, sin, mask))
         for layer, block in enumerate(self.blocks):
-            # subtle: forward() goes past the block's torch.compile, which is for training; next_token has its own.
+            # subtle: block.forward() bypasses the block's torch.compile, which is for training; next_token has its own.
             x = block(x, cos, sin, mask) if cache is None else block.forward(x, cos, sin, mask, cache, layer)
         if cache is not None:
             cache.length = end
         return F.linear(self.norm(x).to(self.dtype), self.embedding.weight.to(self.dtype))
 
     def next_token(self, token: Tensor, cache: KVCache, temperature: float, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Read a token a row, behind what the cache holds, and draw the next as `sample` does."""
+        """Read one token a row, token (B,), after what the cache holds, and draw the next one as `sample` does."""
         return sample(self(token[:, None], cache)[:, -1], temperature, u)
 
 
 def sample(logits: Tensor, temperature: float, u: Tensor) -> tuple[Tensor, Tensor]:
-    """One token a row from softmax(logits / temperature), or the likeliest one if temperature is 0: logits (B, V), u
-    (B, 1) uniform in [0, 1) -> (token (B,), its log-probability (B,)).
+    """Draw one token a row from softmax(logits / temperature), or take the likeliest one if the temperature is 0:
+    logits (B, V), u (B, 1) uniform in [0, 1) -> (token (B,), its log-probability (B,)).
 
-    It inverts the cumulative sum. torch.multinomial draws V random numbers a row where one will do, which on a CPU is
-    an eighth of sampling's time.
+    It inverts the cumulative distribution, which needs one random number a row. torch.multinomial draws V of them.
     """
     probs = (logits.float() / (temperature or 1.0)).softmax(dim=-1)  # (B, V)
     if temperature:
         cumulative = probs.cumsum(dim=-1)
-        # subtle: "<=", so that u = 0 skips what has probability 0; rounding may make it the whole sum, hence the clamp.
+        # subtle: "<=", so that u = 0 skips tokens of probability 0. Rounding may count all V tokens, hence the clamp.
         token = (cumulative <= u * cumulative[:, -1:]).sum(dim=-1).clamp(max=probs.size(1) - 1)
     else:
         token = probs.argmax(dim=-1)
@@ -223,16 +223,16 @@ def sample(logits: Tensor, temperature: float, u: Tensor) -> tuple[Tensor, Tenso
 
 
 @torch.inference_mode()
-def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 1.0, eos_id: int,
-             generator: torch.Generator | None = None, samples: int = 1,
+def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 1.0,
+             eos_id: int | tuple[int, ...], generator: torch.Generator | None = None, samples: int = 1,
              return_logprobs: bool = False) -> list[list[int]] | tuple[list[list[int]], list[list[float]]]:
     """Sample `samples` completions of each prompt -> list of token-id lists, those of one prompt side by side.
 
-    A completion ends with eos_id, which it includes, or after max_new_tokens. The distribution is exactly
-    softmax(logits / temperature); temperature 0 takes the likeliest token. `generator` (on the model's device) makes
-    the draw repeatable. With return_logprobs, also the log-probability of each sampled token, in lists of the same
-    lengths. Each prompt is read once, however many samples it gets, and a row that has ended leaves the batch soon
-    after. Raises ValueError for an empty prompt, or one too long for max_new_tokens to fit block_size.
+    A completion ends with eos_id (or one of several), which it includes, or after max_new_tokens. The distribution is
+    exactly softmax(logits / temperature); temperature 0 takes the likeliest token. `generator` (on the model's device)
+    makes the draw repeatable. With return_logprobs, the log-probability of each sampled token is returned too, in lists
+    of the same lengths. Each prompt is read once, however many samples it gets, and rows that have ended soon leave the
+    batch. Raises ValueError for an empty prompt, or one too long for max_new_tokens to fit block_size.
     """
     if not prompts:
         return ([], []) if return_logprobs else []
@@ -241,24 +241,25 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, tempe
         raise ValueError(f"prompts of 1 to {longest} tokens and {max_new_tokens} new ones must fit block_size "
                          f"{model.config.block_size}")
     pad = torch.tensor([longest - len(p) for p in prompts], device=device)
-    idx = torch.tensor([[eos_id] * (longest - len(p)) + p for p in prompts], device=device)  # (P, longest)
+    stop = torch.tensor(eos_id, device=device).view(-1)
+    idx = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)  # (P, longest)
     cache = KVCache(model, pad, longest + max_new_tokens)
     logits = model(idx, cache)[:, -1].repeat_interleave(samples, dim=0)  # (N, V)
     N = len(prompts) * samples
     cache.select(torch.arange(N, device=device) // samples)
-    out = torch.full((N, max_new_tokens), eos_id, device=device)  # what was sampled, EOS ever after
+    out = stop[0].repeat(N, max_new_tokens)                 # what was sampled, and stop tokens ever after
     logp = torch.zeros(N, max_new_tokens, device=device)
-    rows = torch.arange(N, device=device)                         # row of `out` that each row of the batch writes
-    done = torch.zeros(N, dtype=torch.bool, device=device)        # over the rows of the batch
+    rows = torch.arange(N, device=device)                   # row of `out` that each row of the batch writes
+    done = torch.zeros(N, dtype=torch.bool, device=device)  # which rows of the batch have ended
     token, token_logp = sample(logits, temperature, torch.rand(N, 1, generator=generator, device=device))
     for t in range(max_new_tokens):
-        out[rows, t], logp[rows, t] = token.masked_fill(done, eos_id), token_logp
-        done |= token == eos_id
+        out[rows, t], logp[rows, t] = torch.where(done, stop[0], token), token_logp
+        done |= (token[:, None] == stop).any(dim=1)
         n_live = len(done) - int(done.sum())
         if not n_live or t == max_new_tokens - 1:
             break
-        # Rows that have ended leave, but not one by one: a batch size that has not been met before costs a CPU's
-        # library a new kernel. So the sizes are 2^k and 3/4 of it, and rows that go on take the places of others.
+        # Rows that have ended leave, but not one by one: each new batch size costs a CPU's library a new kernel. So the
+        # sizes are 2^k and 3/4 of it, and rows that go on (late) move to the places of rows that have ended (free).
         size = max(8, 2 ** (n_live - 1).bit_length())
         size = size * 3 // 4 if n_live <= size * 3 // 4 else size
         if size < len(done):
@@ -270,7 +271,8 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, tempe
             cache.replace(free, late, size)
         u = torch.rand(len(token), 1, generator=generator, device=device)
         token, token_logp = model.next_token(token, cache, temperature, u)
-    lengths = (out != eos_id).sum(dim=1).add(1).clamp(max=max_new_tokens)  # (N,) up to and with the first EOS
+    ended = torch.isin(out, stop).cumsum(dim=1) > 0         # (N, max_new_tokens), from the first stop token on
+    lengths = (~ended).sum(dim=1).add(1).clamp(max=max_new_tokens)  # (N,) up to and with the first stop token
     completions, logp = ([row[:n] for row, n in zip(x.tolist(), lengths.tolist())] for x in (out, logp))
     return (completions, logp) if return_logprobs else completions
 
@@ -285,10 +287,10 @@ def token_logprobs(model: GPT, idx: Tensor, *, temperature: float = 1.0) -> Tens
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (K. Jordan, 2024): a matrix's momentum is replaced by the nearest orthogonal matrix, so that all directions
-    are learnt at one pace; in pretraining on arithmetic it is worth several times the tokens.
+    """Muon (K. Jordan, 2024): the update of a matrix is the orthogonal matrix nearest to its momentum, so that all
+    directions are learnt at one pace. In pretraining on arithmetic it saves a factor of several in tokens.
 
-    The same updates as torch.optim.Muon's, with the matrices of one shape as one batch: a third of its time here.
+    The updates are those of torch.optim.Muon, with the matrices of one shape computed as one batch.
     """
 
     def __init__(self, matrices: list[Tensor], lr: float, dtype: torch.dtype, momentum: float = 0.95):
@@ -313,14 +315,18 @@ def orthogonalize(x: Tensor, dtype: torch.dtype) -> Tensor:
     if x.size(1) > x.size(2):
         return orthogonalize(x.mT, dtype).mT
     x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
-    for _ in range(5):  # singular values s -> 3.4445 s - 4.7750 s^3 + 2.0315 s^5, which takes them near to 1
+    for _ in range(5):  # each singular value s -> 3.4445 s - 4.7750 s^3 + 2.0315 s^5, which takes it near to 1
         a = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x
 
 
 class Optimizer:
-    """AdamW, with Muon for the blocks' matrices if muon_lr is given."""
+    """AdamW, with Muon for the blocks' matrices if muon_lr is given.
+
+    Pretraining and distillation use Muon. RL uses AdamW alone, with beta2 at its usual 0.999: Muon's steps have one
+    size whatever the gradient's, and the gradients of RL are small and noisy.
+    """
 
     def __init__(self, model: GPT, adam_lr: float, muon_lr: float | None = None, beta2: float = 0.95):
         matrices = [p for p in model.blocks.parameters() if p.dim() == 2] if muon_lr else []
@@ -331,17 +337,17 @@ class Optimizer:
         self.lrs = [part.param_groups[0]["lr"] for part in self.parts]
         self.parameters = others + matrices
 
-    def step(self, scale: float = 1.0, clip: float = 1.0) -> float:
-        """One update with learning rates times `scale`, the gradients of all processes added up, clipped to norm `clip`
-        and then cleared -> their norm before clipping."""
-        add_up_gradients(self.parameters)
+    def step(self, scale: float = 1.0, clip: float = 1.0) -> Tensor:
+        """One update with the learning rates times `scale`. The gradients of all ranks are added up, clipped to norm
+        `clip`, and cleared afterwards -> their norm before clipping, a scalar."""
+        all_reduce_gradients(self.parameters)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip)
         for part, lr in zip(self.parts, self.lrs):
             for group in part.param_groups:
                 group["lr"] = lr * scale
             part.step()
             part.zero_grad(set_to_none=True)
-        return norm.item()
+        return norm
 
     def state_dict(self) -> list[dict]:
         """What a checkpoint keeps."""

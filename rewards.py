@@ -1,15 +1,16 @@
-"""The two rule-based rewards of DeepSeek-R1-Zero (2501.12948, section 2.2.2), and the parser behind them.
+"""The two rule-based rewards of DeepSeek-R1-Zero (arXiv 2501.12948v2, section 2.2), and the parser behind them.
 
-    accuracy  1 if the one <answer> after the one closed, non-empty <think> holds what problem.check() accepts, else 0
+    accuracy  1 if problem.check() accepts the one <answer> that follows the one closed, non-empty <think>, else 0
     format    1 if the completion is exactly <think>...</think><answer>...</answer>, else 0
 
-No neural reward model: a policy under optimisation finds its holes. Rules have holes too, so this file is strict: a tag
-that appears twice, an answer inside the thought, an empty thought, anything before or behind the two blocks is not
-well formed. The text is never executed, and the parser looks at each character a bounded number of times.
+There is no neural reward model, because a policy that is optimised against one finds its holes. Rules have holes too,
+so this file is strict. A tag that appears twice, an answer inside the thought, an empty thought, or any text before,
+between or after the two blocks is not well formed. The text is never executed, and the parser reads each character a
+bounded number of times.
 
-Where we differ from the paper
-1. The paper does not publish its parser: what is strict here, and that white space may stand around the blocks as in
-   its template, is our choice.
+Where we differ from the paper, and why
+1. The paper does not publish its parser. How strict to be is our choice; white space may stand around the blocks, as in
+   the paper's template.
 
     >>> import data.arithmetic
     >>> problem = data.arithmetic.parse("8*7-19")
@@ -18,11 +19,16 @@ Where we differ from the paper
     (1.0, 1.0)
     >>> accuracy_reward("37", problem), format_reward("<think></think><answer>37</answer>")
     (0.0, 0.0)
+
+A completion that loses its last tag earns neither reward, although its sum may be right:
+
+    >>> rule_rewards("<think>8*7=56, 56-19=37</think><answer>37", problem)
+    {'accuracy': 0.0, 'format': 0.0, 'reflection': 0.0}
 """
 import re
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-MAX_CHARS = 100_000  # a longer completion gets no reward; nothing that the model can sample comes near
+MAX_CHARS = 100_000  # a longer completion gets no reward; no model here can sample one
 REFLECTIVE = re.compile(r"\b(wait|mistake|however|but|retry|error|verify|wrong|evaluate|check)\b", re.IGNORECASE)
 
 
@@ -40,7 +46,7 @@ def split_completion(completion: str) -> list[str] | None:
     for tag in TAGS:
         before, found, rest = rest.partition(tag)
         if not found:
-            return None  # the tag was there, but before the one that it must follow
+            return None  # the tag stands before another that it must follow
         parts.append(before)
     return [*parts, rest]
 
@@ -59,7 +65,7 @@ def format_reward(completion: str) -> float:
 
 
 def extract_answer(completion: str) -> str | None:
-    """The text of the one answer behind the one closed thought that is not empty, stripped of white space, or None.
+    """The text of the one answer after the one closed, non-empty thought, without white space around it; or None.
 
     >>> extract_answer("<think>2+3=5</think> so <answer> 5 </answer>")
     '5'
@@ -69,7 +75,7 @@ def extract_answer(completion: str) -> str | None:
 
 
 def accuracy_reward(completion: str, problem) -> float:
-    """1.0 if problem.check() accepts the answer; text around the two blocks costs the format reward alone.
+    """1.0 if problem.check() accepts the answer. Text around the two blocks costs the format reward alone.
 
     >>> import data.arithmetic
     >>> [accuracy_reward(f"<think>{thought}</think> <answer>5</answer>.", data.arithmetic.parse("2+3"))
@@ -87,3 +93,9 @@ def reflects(completion: str) -> bool:
     (True, False)
     """
     return REFLECTIVE.search(completion) is not None
+
+
+def rule_rewards(completion: str, problem) -> dict[str, float]:
+    """Both rewards, 0.0 or 1.0 each, and for the log whether the completion reflects."""
+    return {"accuracy": accuracy_reward(completion, problem), "format": format_reward(completion),
+            "reflection": float(reflects(completion))}

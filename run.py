@@ -1,11 +1,18 @@
-"""How a run is set up and kept: its settings, its command line, its files, and the one loop that all stages share.
+"""What a reader of the algorithm may skip: settings, command line, files, and the loop that all stages share.
 
-Nothing here knows what a stage learns. What it sees to is that a run can be killed at any moment and goes on to the
-same result, bit for bit: whatever a step draws at random is seeded by (seed, stage, step), every file is written to a
-temporary name and then renamed, and a checkpoint made with other settings is refused (but for the number of processes
-and threads, with which the result is as good and not the same). Checkpoints are loaded with
-weights_only, which executes nothing in them.
+A run can be interrupted or killed at any moment, and the same command goes on from the last checkpoint. Whatever a step
+draws at random is seeded by (seed, stage, step, rank), so no generator's state is saved. Every file is written under a
+temporary name and then renamed. Where nothing is compiled, the run goes on to the same result, bit for bit.
+
+Settings. Each field of `Config` is declared once, with its default, its help and the stages whose weights it shapes. A
+checkpoint holds the settings that it was made with, and is refused if one that shaped it, or a stage that it starts
+from (`DEPENDS`), is another now. Settings that shape no weights (device, dtype, compile, threads, micro_batch) may
+change: a run begun on a GPU goes on on a laptop. If a setting of the evaluation changes, the models are evaluated
+again.
+
+Checkpoints are loaded with weights_only=True, which executes nothing in them.
 """
+import argparse
 import dataclasses
 import difflib
 import io
@@ -13,191 +20,319 @@ import json
 import math
 import os
 import random
-import signal
+import sqlite3
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Literal, get_args
 
 import torch
 
-from model import GPT, GPTConfig
-from parallel import broadcast, rank
+from model import GPT, GPTConfig, generate
+from parallel import barrier, check_launcher, rank
 
 PRETRAIN_PRINT = 20  # pretraining steps between lines on the terminal; log.jsonl has them all
+SHOWN = ("loss", "heldout_loss", "reward", "accuracy", "format", "length", "reflection", "kl", "entropy", "no_signal",
+         "accepted", "tokens_per_s")  # the metrics on a terminal line; log.jsonl has them all
 
 
-class Fault(Exception):
-    """What the user can mend: printed as one line, exit code 2."""
+class UsageError(ValueError):
+    """Something that the user can mend. It is printed as one line, with exit code 2."""
+
+
+# Settings
+
+BASE, ZERO, STUDENT_BASE, STUDENT, STUDENT_RL = "base", "zero", "student_base", "student", "student_rl"
+EVALUATION = "evaluation"  # no stage: what it shapes are the figures in results.json
+# The stages in their order, each with the stages whose models it starts from.
+DEPENDS = {BASE: [], ZERO: [BASE], STUDENT_BASE: [], STUDENT: [ZERO, STUDENT_BASE], STUDENT_RL: [STUDENT_BASE]}
+BASES, RL = (BASE, STUDENT_BASE), (ZERO, STUDENT_RL)
+TASK, SAMPLES = (*BASES, EVALUATION), (*RL, STUDENT, EVALUATION)
+
+
+def option(default, help: str, *stages: str, low: float | None = None, high: float | None = None, absent=None):
+    """A field of Config: its default, its help, and the stages whose weights it shapes.
+
+    A number must be above 0, or `low` or more, and at most `high`. A checkpoint from before the field existed stands
+    for the value `absent`, by default the default.
+    """
+    return dataclasses.field(default=default, metadata={
+        "help": help, "stages": stages, "low": low, "high": high, "absent": default if absent is None else absent})
 
 
 @dataclass
 class Config:
-    """Every setting of a run. A number may be 0 only where its comment says so."""
-    seed: int = 0                     # may be 0; weights, corpus, problems, samples and test problems follow from it
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"        # auto: a GPU if there is one
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"        # of the matrix products; auto: the quicker, measured
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on a CPU with a C++ compiler
-    processes: int = 1                # each with a share of every batch
-    threads: int = 0                  # of each process, on the CPU; 0: as many as torch takes, divided among them
-    micro_batch: int = 4_096          # tokens that a process computes at a time in training, which bounds its memory
-    save_every: float = 20.0          # seconds between checkpoints inside a stage; 0: every step
-    # the task: see data/arithmetic.py and data/countdown.py; or your own problems and text, see data/own.py
-    task: Literal["arithmetic", "countdown"] = "arithmetic"
-    max_ops: int = 4                  # most operations of a problem of RL and of "test"; "hard" has one or two more
-    max_number: int = 20              # largest number that is added or subtracted
-    max_factor: int = 9               # largest factor
-    parentheses: bool = False
-    worked_share: float = 1.0         # may be 0; of the authors who show working; the others of them blurt
-    wait_share: float = 1.0           # may be 0; of the authors who look again; the others of them do not
-    problems: str = ""                # a file of them, for RL and evaluation; none: the built-in ones
-    corpus: str = ""                  # a file of text for both bases to read; none: the built-in corpus
-    corpus_share: float = 1.0         # of what they read; the rest is the built-in corpus
-    # the teacher's shape
-    block_size: int = 128             # longest sequence, in tokens
-    n_layer: int = 4
-    n_head: int = 3
-    n_embd: int = 96
-    # base: pretraining
-    base_tokens: int = 6_500_000      # each read once
-    base_batch: int = 32              # rows of block_size tokens
-    base_muon_lr: float = 0.02        # of the student's base too
-    base_adam_lr: float = 3e-3
+    """Every setting of a run."""
+    # the machine: these shape no weights
+    device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "auto takes a GPU if there is one")
+    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of matrix products; auto: bfloat16 if it is native")
+    compile: Literal["auto", "on", "off"] = option("auto", "torch.compile; auto: on a CPU with a C++ compiler")
+    threads: int = option(0, "CPU threads of a process; 0 takes torch's own choice", low=0)
+    micro_batch: int = option(4_096, "tokens computed at a time in training, which bounds the memory")
+    save_every: float = option(20.0, "seconds between checkpoints within a stage; 0 saves every step", low=0)
+    student_rl: bool = option(False, "also train the control: RL on the student's base")
+    # the task: see data/arithmetic.py and data/countdown.py, or data/own.py for files of your own
+    seed: int = option(0, "decides weights, corpus, problems and samples", *TASK, low=0)
+    task: Literal["arithmetic", "countdown"] = option("arithmetic", "the built-in problems and their corpus", *TASK)
+    max_ops: int = option(4, "most operations of a problem in RL and in test; hard has 1 or 2 more", *TASK, low=2)
+    max_number: int = option(20, "largest number that is added or subtracted", *TASK, high=999)
+    max_factor: int = option(9, "largest factor", *TASK, low=2, high=999)
+    parentheses: bool = option(False, "put a sum in parentheses in half of the problems", *TASK)
+    worked_share: float = option(1.0, "share kept of the corpus's answers that show working", *BASES, low=0, high=1)
+    wait_share: float = option(1.0, "share kept of the corpus's answers that recheck steps", *BASES, low=0, high=1)
+    problems: str = option("", "a JSONL file of problems in place of the built-in ones", *SAMPLES)
+    corpus: str = option("", "a file of text that the bases read in place of the built-in corpus", *BASES)
+    corpus_share: float = option(1.0, "share of that text; the rest is the built-in corpus", *BASES, high=1)
+    block_size: int = option(128, "longest sequence, in tokens", *BASES)
+    # base: pretraining of the teacher
+    n_layer: int = option(4, "layers of the teacher", BASE)
+    n_head: int = option(3, "attention heads of the teacher", BASE)
+    n_embd: int = option(96, "width of the teacher", BASE)
+    base_tokens: int = option(6_500_000, "tokens that the base is trained on, each once", BASE)
+    base_batch: int = option(32, "rows of block_size tokens in an update", BASE)
+    base_muon_lr: float = option(0.02, "learning rate of Muon, for both bases", *BASES)
+    base_adam_lr: float = option(3e-3, "learning rate of AdamW, for both bases", *BASES)
     # zero: GRPO
-    rl_steps: int = 200               # rollouts
-    rl_prompts: int = 64              # P, a rollout's problems
-    rl_samples: int = 8               # G, completions of each
-    rl_minibatches: int = 2           # updates a rollout
-    rl_max_new_tokens: int = 80       # the generation budget; evaluation has the same
-    rl_lr: float = 3e-4               # of AdamW
-    accuracy_weight: float = 1.0      # may be 0; reward = accuracy_weight * accuracy + format_weight * format
-    format_weight: float = 1.0        # may be 0; R1 weighs them equally
-    shuffle_rewards: bool = False     # a control: each group's rewards are dealt out to its completions at random
-    baseline: Literal["group", "batch"] = "group"   # what a reward is compared with; batch: all of the rollout's
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    kl_coef: float = 0.0              # may be 0: then there is no reference
-    ref_every: int = 0                # steps after which the reference becomes the policy; 0: it stays the base
-    normalize: Literal["sequence", "token", "constant"] = "token"
-    scale: Literal["std", "none"] = "std"
-    # student
-    student_n_layer: int = 3
-    student_n_head: int = 2
-    student_n_embd: int = 44
-    student_base_tokens: int = 6_000_000
-    student_base_batch: int = 32
-    distill_steps: int = 50
-    distill_prompts: int = 512        # a step's problems, one completion each
-    distill_minibatches: int = 8      # updates in a pass over them
-    distill_epochs: int = 3           # passes
-    distill_muon_lr: float = 7e-3
-    distill_adam_lr: float = 1.5e-3
-    divergence: Literal["forward", "reverse", "jsd", "sft"] = "forward"
-    distill_temperature: float = 2.0
-    on_policy: bool = False           # the student's own samples instead of the teacher's
-    student_rl: bool = False          # also train the control
+    rl_steps: int = option(200, "rollouts", ZERO)
+    rl_prompts: int = option(64, "P, problems of a rollout", ZERO)
+    rl_samples: int = option(8, "G, completions of each problem", *RL, low=2)
+    rl_minibatches: int = option(2, "updates on a rollout", *RL)
+    rl_max_new_tokens: int = option(80, "longest completion, in tokens, in every stage and in evaluation", *SAMPLES)
+    rl_lr: float = option(3e-4, "learning rate of AdamW", *RL)
+    accuracy_weight: float = option(1.0, "reward = accuracy_weight * accuracy + format_weight * format", *RL, low=0)
+    format_weight: float = option(1.0, "R1 weighs both equally", *RL, low=0)
+    shuffle_rewards: bool = option(False, "a control: deal each group's rewards out at random", *RL)
+    baseline: Literal["group", "batch"] = option("group", "compare with the mean of the group or of the batch", *RL)
+    clip_low: float = option(0.2, "the ratio is clipped at 1 - clip_low", *RL, high=1)
+    clip_high: float = option(0.2, "the ratio is clipped at 1 + clip_high", *RL)
+    kl_coef: float = option(0.0, "weight of the KL penalty; 0 does without the reference", *RL, low=0)
+    ref_every: int = option(0, "steps after which the policy becomes the reference; 0: never", *RL, low=0)
+    normalize: Literal["sequence", "token", "constant"] = option("token", "average over tokens: see grpo.py", *RL)
+    scale: Literal["std", "none"] = option("std", "what an advantage is divided by: see grpo.py", *RL)
+    # student_base and student: distillation
+    student_n_layer: int = option(3, "layers of the student", STUDENT_BASE)
+    student_n_head: int = option(2, "attention heads of the student", STUDENT_BASE)
+    student_n_embd: int = option(44, "width of the student", STUDENT_BASE)
+    student_base_tokens: int = option(6_000_000, "tokens that the student's base is trained on", STUDENT_BASE)
+    student_base_batch: int = option(32, "rows of block_size tokens in an update", STUDENT_BASE)
+    distill_steps: int = option(50, "steps, each with new completions", STUDENT, STUDENT_RL)
+    distill_prompts: int = option(512, "problems of a step, one completion each", STUDENT, STUDENT_RL)
+    distill_minibatches: int = option(8, "updates in an epoch over a step's completions", STUDENT, STUDENT_RL)
+    distill_epochs: int = option(3, "epochs over a step's completions", STUDENT, STUDENT_RL, absent=1)
+    distill_muon_lr: float = option(7e-3, "learning rate of Muon", STUDENT)
+    distill_adam_lr: float = option(1.5e-3, "learning rate of AdamW", STUDENT)
+    divergence: Literal["forward", "reverse", "jsd", "sft"] = option("forward", "the loss: see distill.py", STUDENT)
+    distill_temperature: float = option(2.0, "temperature at which both distributions are compared", STUDENT)
+    on_policy: bool = option(False, "learn on the student's own completions, not the teacher's", STUDENT)
     # evaluation
-    eval_problems: int = 256          # of the test and of the hard side each
-    eval_greedy: bool = False         # also the accuracy of greedy decoding
+    eval_problems: int = option(256, "problems of each held-out kind", EVALUATION, high=10_000)
 
 
 PRESETS = {
-    # For one data-centre GPU: 14 million parameters, and problems of up to 8 operations, parentheses and two digits.
+    # For one data-centre GPU: 14 million parameters, problems of up to 8 operations with parentheses and two digits.
     "gpu": dict(micro_batch=65_536, max_ops=6, max_number=99, max_factor=20, parentheses=True, block_size=256,
                 n_layer=8, n_head=6, n_embd=384, base_tokens=60_000_000, base_batch=256, rl_prompts=128, rl_samples=16,
                 rl_max_new_tokens=160, rl_lr=2e-4, student_n_layer=4, student_n_embd=128,
                 student_base_tokens=40_000_000, student_base_batch=128, distill_prompts=2048),
+    # A smoke run. Its teacher is too rarely right to learn from off policy.
     "tiny": dict(dtype="float32", compile="off", save_every=0.5, n_layer=2, n_head=1, n_embd=64, base_tokens=300_000,
                  base_batch=16, rl_steps=12, rl_prompts=16, rl_samples=8, rl_lr=1e-3, student_n_layer=1,
                  student_n_head=1, student_n_embd=32, student_base_tokens=300_000, student_base_batch=16,
-                 distill_steps=8, distill_prompts=128, eval_problems=32,
-                 on_policy=True),  # its teacher is too rarely right to learn from off policy
+                 distill_steps=8, distill_prompts=128, eval_problems=32, on_policy=True),
 }
-MAY_BE_ZERO = {"seed", "threads", "save_every", "worked_share", "wait_share", "accuracy_weight", "format_weight",
-               "kl_coef", "ref_every"}
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 
-# Which fields shaped a stage's checkpoint (names, or beginnings of names that end in _): they may not change after it.
-POSED = ("seed", "task", "max_ops", "max_number", "max_factor", "parentheses")
-SHARED = POSED + ("device", "dtype", "compile", "micro_batch", "worked_share", "wait_share", "corpus", "corpus_share",
-                  "block_size")
-TEACHER = SHARED + ("problems", "n_", "base_", "rl_", "accuracy_weight", "format_weight", "shuffle_rewards", "baseline",
-                    "clip_", "kl_coef", "ref_every", "normalize", "scale")
-SHAPED_BY = {
-    "base": SHARED + ("n_", "base_"),
-    "zero": TEACHER,
-    "student_base": SHARED + ("student_n_", "student_base_", "base_"),
-    "student": TEACHER + ("student_n_", "student_base_", "distill_", "divergence", "on_policy"),
-    "student_rl": TEACHER + ("student_n_", "student_base_", "distill_steps", "distill_prompts",
-                   "distill_minibatches", "distill_epochs"),
-}
-EVALUATED_BY = POSED + ("problems", "eval_", "rl_max_new_tokens")
-STAGES = {"base": ["base"], "zero": ["zero"], "student": ["student_base", "student", "student_rl"]}  # what --stage runs
-SHOWN = ("loss", "heldout_loss", "reward", "accuracy", "format", "length", "reflection", "kl", "entropy", "no_signal",
-         "accepted", "tokens_per_s")  # the metrics on a terminal line; log.jsonl has them all
+
+def shaped_by(stage: str) -> list[str]:
+    """The fields that shape a stage's weights, by itself or through a stage that it starts from; or the EVALUATION.
+
+    >>> [name for name in shaped_by("base") if name in ("n_embd", "rl_lr", "seed")]
+    ['seed', 'n_embd']
+    >>> "rl_lr" in shaped_by("student"), "rl_lr" in shaped_by("student_base")
+    (True, False)
+    """
+    starts = {name for start in DEPENDS.get(stage, ()) for name in shaped_by(start)}
+    return [name for name, field in FIELDS.items() if stage in field.metadata["stages"] or name in starts]
+
+
+def change(cfg: Config, stored: dict, stage: str) -> str:
+    """The first field that shapes a stage and is set otherwise than stored, as "name=old, not new"; or ""."""
+    for name in shaped_by(stage):
+        old, new = stored.get(name, FIELDS[name].metadata["absent"]), getattr(cfg, name)
+        if str(old).split(" (crc32 ")[-1] != str(new).split(" (crc32 ")[-1]:  # a file is compared by its content
+            return f"{name}={old}, not {new}"
+    return ""
+
+
+def refuse_changes(cfg: Config, stored: dict, path: Path, stage: str) -> None:
+    """Raises UsageError if a field that shaped a checkpoint is set otherwise now."""
+    if changed := change(cfg, stored, stage):
+        raise UsageError(f"{path} was made with {changed}: set it as it was, or start afresh with another --out")
+
+
+def check(cfg: Config) -> None:
+    """Raises ValueError where settings that are each right do not go together."""
+    for prefix in ("", "student_"):
+        GPTConfig(1, cfg.block_size, *(getattr(cfg, prefix + key) for key in ("n_layer", "n_head", "n_embd")))
+    of_arithmetic = ("max_ops", "max_factor", "parentheses")
+    for wrong, line in (
+        (cfg.task != "arithmetic" and any(getattr(cfg, key) != FIELDS[key].default for key in of_arithmetic),
+         "--max_ops, --max_factor and --parentheses are settings of --task=arithmetic"),
+        (not cfg.accuracy_weight and not cfg.format_weight, "--accuracy_weight and --format_weight cannot both be 0"),
+        (cfg.corpus_share < 1 and not cfg.corpus, "--corpus_share needs a --corpus"),
+        (cfg.block_size % 8, "--block_size must be a multiple of 8, as the lengths of micro-batches are"),
+        (cfg.ref_every and not cfg.kl_coef, "--ref_every refreshes the reference, which only a --kl_coef above 0 has"),
+        (cfg.on_policy and cfg.divergence == "sft", "--divergence=sft learns the teacher's samples: not --on_policy"),
+        (min(cfg.base_tokens // cfg.base_batch, cfg.student_base_tokens // cfg.student_base_batch) < cfg.block_size,
+         "--base_tokens and --student_base_tokens must be one batch at least"),
+        (cfg.device != "auto" and not has(cfg.device), f"--device={cfg.device}: torch sees no such GPU here"),
+    ):
+        if wrong:
+            raise UsageError(line)
 
 
 # The command line
 
 
-def one_of(name: str, text: str, choices) -> str:
-    """The text, if it is one of the choices. Raises Fault if it is not."""
-    if text not in choices:
-        raise Fault(f"--{name} must be one of {', '.join(choices)}, not {text!r}")
-    return text
+def number(kind: type, low: float | None, high: float | None) -> Callable[[str], int | float]:
+    """An argparse type: a finite number in a range. A whole number may be written as 1e6.
+
+    >>> number(int, None, None)("1e6")
+    1000000
+    """
+    def parse(text: str) -> int | float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if math.isfinite(value) and (value > 0 if low is None else value >= low) and (high is None or value <= high):
+            if kind is float or value.is_integer():
+                return kind(value)
+        bounds = ("above 0" if low is None else f"of {low} or more") + (f" and at most {high}" if high else "")
+        raise argparse.ArgumentTypeError(f"must be a {'whole ' * (kind is int)}number {bounds}, not {text!r}")
+    return parse
 
 
-def parse_value(field: dataclasses.Field, text: str):
-    """The value of a field that the text states. Raises Fault if it is of the wrong type or range."""
-    if get_origin(field.type) is Literal:
-        return one_of(field.name, text, get_args(field.type))
-    if field.type is bool:
-        return one_of(field.name, text, ("True", "False")) == "True"
-    if field.type is str:
-        return text
-    try:
-        value = field.type(text)
-    except ValueError:
-        value = math.nan
-    if math.isfinite(value) and (value > 0 or value == 0 and field.name in MAY_BE_ZERO):
-        return value
-    least = "of 0 or more" if field.name in MAY_BE_ZERO else "above 0"
-    raise Fault(f"--{field.name} must be a {'whole ' * (field.type is int)}number {least}, not {text!r}")
+class Parser(argparse.ArgumentParser):
+    """argparse with one line for an error, raised as UsageError."""
+
+    def error(self, message: str):
+        raise UsageError(message)
 
 
-def parse_args(argv: list[str]) -> tuple[Config, dict[str, str | None]]:
-    """--key=value arguments -> (Config, {"preset", "stage", "ask", "out"}, None where not given).
+def parse_args(argv: list[str], description: str = "") -> tuple[Config, argparse.Namespace]:
+    """--key=value arguments -> (Config, the options preset, stage, ask and out, None where not given).
 
-    Raises Fault for what is unknown, of the wrong type or out of range.
+    Raises UsageError for what is unknown, of the wrong type or out of range; --help prints and exits.
 
     >>> cfg, options = parse_args(["--seed=1", "--stage=zero"])
-    >>> cfg.seed, options["stage"]
+    >>> cfg.seed, options.stage
     (1, 'zero')
     """
-    fields = {field.name: field for field in dataclasses.fields(Config)}
-    options, values = dict.fromkeys(("preset", "stage", "ask", "out")), {}
-    for arg in argv:
-        name, equals, text = arg.removeprefix("--").partition("=")
-        if not arg.startswith("--") or name not in (*options, *fields):
-            near = difflib.get_close_matches(name, [*options, *fields], n=1)
-            raise Fault(f"unknown argument {arg!r}: " + (f"did you mean --{near[0]}=VALUE?" if near else "see --help"))
-        if not equals:
-            raise Fault(f"--{name} needs a value: --{name}=VALUE")
-        if name in options:
-            options[name] = one_of(name, text, {"preset": PRESETS, "stage": STAGES}.get(name, (text,)))
-        else:
-            values[name] = parse_value(fields[name], text)
-    return Config(**PRESETS.get(options["preset"], {}) | values), options
+    parser = Parser(prog="train.py", usage="python train.py [--key=value ...]", description=description,
+                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--preset", choices=PRESETS, help="a set of values for the settings below")
+    parser.add_argument("--stage", choices=(BASE, ZERO, STUDENT), help="train one stage alone")
+    parser.add_argument("--ask", metavar="PROBLEM", help="print what each model in --out answers")
+    parser.add_argument("--out", metavar="DIR", help="where the run writes; out/, or out/PRESET, by default")
+    for name, field in FIELDS.items():
+        choices = ("True", "False") if field.type is bool else get_args(field.type) or None
+        kind = number(field.type, field.metadata["low"], field.metadata["high"]) if field.type in (int, float) else str
+        parser.add_argument(f"--{name}", type=kind, choices=choices, metavar=None if choices else "VALUE",
+                            help=f"{field.metadata['help']} (default: {field.default})")
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].partition("=")[0].lstrip("-"), FIELDS, n=1)
+        raise UsageError(f"unknown argument {unknown[0]!r}: "
+                         + (f"did you mean --{near[0]}=VALUE?" if near else "see --help"))
+    given = {name: value == "True" if FIELDS[name].type is bool else value
+             for name, value in vars(options).items() if name in FIELDS and value is not None}
+    return Config(**PRESETS.get(options.preset, {}) | given), options
+
+
+# The machine
+
+
+def has(device: str) -> bool:
+    """Is this device here?"""
+    return {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}[device]
+
+
+def has_bfloat16(device: str) -> bool:
+    """Does this device compute with bfloat16, instead of converting it first?"""
+    if device == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def settle(cfg: Config, stored: dict) -> Config:
+    """Replace what the settings leave open by what the run began with (`stored`), or else by what this machine has."""
+    if not has(stored.get("device", "cpu")):
+        stored = {}  # the run began on another machine
+    settled = {key: stored[key] for key in ("device", "dtype") if getattr(cfg, key) == "auto" and key in stored}
+    cfg = dataclasses.replace(cfg, **settled, threads=cfg.threads or torch.get_num_threads())
+    if cfg.device == "auto":
+        cfg.device = next(device for device in ("cuda", "mps", "cpu") if has(device))
+    if cfg.dtype == "auto":
+        cfg.dtype = "bfloat16" if has_bfloat16(cfg.device) else "float32"
+    if cfg.compile == "auto":
+        cfg.compile = "on" if cfg.device == "cpu" and can_compile() else "off"
+    return cfg
+
+
+def tune_libraries() -> None:
+    """Set what torch's libraries read from the environment. Call it before the first matrix product.
+
+    oneDNN would keep its compiled kernels for 1,024 shapes, which costs memory; 256 cost no time. torch.compile is told
+    to call its kernels from C++ instead of Python, and to believe the CPU about its vector units, which it would spend
+    6 s on trying one by one.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+    os.environ.setdefault("TORCHINDUCTOR_CPP_WRAPPER", "1")
+    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+
+
+def can_compile() -> bool:
+    """Does torch.compile work here? On a CPU it needs a C++ compiler and Python's headers. Prints a line if not."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8))
+    except RuntimeError as error:
+        print(f"torch.compile does not work here, and the run goes without: {str(error).splitlines()[0]}")
+        return False
+    return True
+
+
+def compiled(model: GPT, cfg: Config, training: bool = False, sampling: bool = False) -> GPT:
+    """The model, with its passes for training and for sampling compiled if the run compiles: once, for all sizes."""
+    if cfg.compile == "on":
+        # subtle: code that was compiled for another size rounds differently. So everything is compiled here, at a fixed
+        # size, and nothing later; what does not fit (a batch of one row) runs as it is. No other dimension has these
+        # sizes, or the compiler would take the two for one.
+        torch.compiler.set_stance("default")
+        torch._dynamo.config.specialize_float = True  # no float varies; the compiler would find out by tracing twice
+        if training:
+            for block in model.blocks:
+                block.compile(dynamic=True)
+            # The compiler writes other code for more than 4,096 tokens, which is why micro_batch is 4,096.
+            length = model.config.block_size - 3
+            idx = torch.zeros(max(2, cfg.micro_batch // length - 1), length, dtype=torch.long, device=cfg.device)
+            model(idx).float().sum().backward()
+            model.zero_grad(set_to_none=True)
+        if sampling:
+            model.next_token = torch.compile(model.next_token, dynamic=True)
+            generate(model, [[0] * 11], 3, eos_id=-1, samples=509)
+        torch.compiler.set_stance("eager_on_recompile")
+    return model
 
 
 # Files
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, if this is the first process. Raises Fault, with the old content intact, if it
-    cannot be written."""
+    """Write a file whole or not at all, if this is rank 0. Raises UsageError, with the old content intact, if it cannot
+    be written."""
     if rank():
         return
     temporary = path.with_name(path.name + ".tmp")
@@ -209,76 +344,60 @@ def write_file(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise Fault(f"cannot write {path}: {error.strerror}; what was saved before is intact") from None
+        raise UsageError(f"cannot write {path}: {error.strerror}; what was saved before is intact") from None
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
-    """torch.save into memory first: into a full disk it would fail with an error of its own kind."""
-    if rank():
-        return
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_file(path, buffer.getvalue())
+    """torch.save by way of memory: onto a full disk it would fail with an error of its own kind."""
+    if not rank():
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        write_file(path, buffer.getvalue())
 
 
 def load_checkpoint(path: Path, stage: str | None = None) -> dict:
-    """A checkpoint's content, read without executing anything in it. Raises Fault if it is none of ours, or of another
-    stage than the one named."""
+    """A checkpoint's content, read without executing anything in it. Raises UsageError if the file is not a checkpoint
+    of ours, or one of another stage than the one named."""
+    if not path.exists():
+        raise UsageError(f"{path} is missing: an earlier stage makes it (python train.py runs them all)")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's lines about foreign pickles, beside the one of ours
             content = torch.load(path, map_location="cpu", weights_only=True)
-        found = content["stage"] if content["nanor1"] == 1 else None
-    except FileNotFoundError:
-        raise Fault(f"{path} is missing: an earlier stage makes it (python train.py runs them all)") from None
+        found = {1: content["stage"]}[content["nanor1"]]  # 1 is the format of these checkpoints
     except Exception:  # torch.load raises a dozen kinds for what is cut off, foreign or malicious
-        found = None
-    if found is None:
-        raise Fault(f"{path} is not a whole nanoR1 checkpoint: remove it to have it made again")
-    if found != (stage or found):
-        raise Fault(f"{path} is a checkpoint of {found}")
+        raise UsageError(f"{path} is not a whole nanoR1 checkpoint: remove it to have it made again") from None
+    if stage not in (None, found):
+        raise UsageError(f"{path} is a checkpoint of {found}")
     return content
 
 
 def build_model(content: dict) -> GPT:
-    """The model of a checkpoint's content, on the CPU, computing in the type that it was trained in."""
+    """The model of a checkpoint's content, on the CPU, with the type of matrix products that it was trained with."""
     model = GPT(GPTConfig(**content["shape"]), getattr(torch, content["config"]["dtype"]))
     model.load_state_dict(content["model"])
     return model
 
 
-def what_counts(value):
-    """Of a setting: of a file its checksum, wherever it lies."""
-    return value.rpartition(" (")[2] if isinstance(value, str) else value
-
-
-def among(name: str, fields) -> bool:
-    """Is a field one of these, which are names or, if they end in _, beginnings of names?
-
-    >>> among("rl_steps", ("seed", "rl_")), among("seeds", ("seed", "rl_"))
-    (True, False)
-    """
-    return any(name == f or f.endswith("_") and name.startswith(f) for f in fields)
-
-
-def refuse_changes(cfg: Config, stored: dict, what: str, fields: tuple[str, ...]) -> None:
-    """Raises Fault if a field that shaped `what` is set otherwise now."""
-    for field in dataclasses.fields(cfg):
-        if among(field.name, fields):
-            old, new = stored.get(field.name, field.default), getattr(cfg, field.name)
-            if what_counts(old) != what_counts(new):
-                raise Fault(f"{what} was made with {field.name}={old}, not {new}: go on with --{field.name}={old}, or "
-                            "start afresh with another --out")
+def lock(out: Path) -> sqlite3.Connection:
+    """Lock a folder -> what holds the lock until it is closed or this process ends, however it ends. SQLite's locks are
+    the operating system's, on every system. Raises UsageError if another run holds the lock."""
+    holder = sqlite3.connect(out / "lock", timeout=0)
+    try:
+        holder.execute("BEGIN EXCLUSIVE")
+    except sqlite3.Error:
+        raise UsageError(f"cannot lock {out}: another run is writing into it; wait, or use another --out") from None
+    return holder
 
 
 @dataclass
 class Run:
     """A run under way: its settings and its task, where it writes, and what results.json holds."""
     cfg: Config
-    task: object  # what train.make_task gives
+    task: object  # what train.make_task returns
     out: Path
     results: dict
-    began: float = 0.0  # when the stage under way did, by time.perf_counter()
+    began: float = 0.0  # when the current stage began, by time.perf_counter()
 
     def path(self, name: str) -> Path:
         return self.out / f"{name}.pt"
@@ -287,101 +406,114 @@ class Run:
         write_file(self.out / "results.json", json.dumps(self.results, indent=1).encode())
 
     def log_rows(self) -> list[dict]:
-        """The rows of log.jsonl; a last line that a killed run left unfinished is not one."""
+        """The rows of log.jsonl, without a last line that a killed run left unfinished."""
         path = self.out / "log.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         try:
             return [json.loads(line) for line in lines if line.endswith("\n")]
         except ValueError:
-            raise Fault(f"{path} is not a nanoR1 log: remove it, or use another --out") from None
+            raise UsageError(f"{path} is not a nanoR1 log: remove it, or use another --out") from None
 
     def checkpoint(self, name: str) -> dict:
-        """What a finished stage left. Raises Fault if it is not there, or not of this run."""
+        """What a finished stage left. Raises UsageError if it is missing, or was made with other settings."""
         content = load_checkpoint(self.path(name), name)
-        refuse_changes(self.cfg, content["config"], str(self.path(name)), SHAPED_BY[name])
+        refuse_changes(self.cfg, content["config"], self.path(name), name)
         self.results["seconds"][name] = round(content["seconds"], 1)
         return content
 
     def load_model(self, name: str) -> GPT:
-        """The model that a finished stage left, on the run's device."""
-        return build_model(self.checkpoint(name)).to(self.cfg.device)
+        """The model that a finished stage left, on the run's device and in its dtype."""
+        model = build_model(self.checkpoint(name)).to(self.cfg.device)
+        model.dtype = getattr(torch, self.cfg.dtype)
+        return model
+
+
+def open_run(cfg: Config, task, out: Path) -> Run:
+    """Begin a run, or go on with the one in `out`. Raises UsageError if that one was made with other settings."""
+    path, results = out / "results.json", {"config": {}, "seconds": {}, "models": {}}
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else results
+        results = {key: dict(stored[key]) for key in results}
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{path} is not a nanoR1 run's: use another --out") from None
+    run = Run(settle(cfg, results["config"]), task, out, results)
+    for name in DEPENDS:
+        if run.path(name).exists():
+            run.checkpoint(name)
+    if results["models"] and (changed := change(cfg, results["config"], EVALUATION)):
+        print(f"the models were evaluated with {changed}: they are evaluated again")
+        results["models"] = {}
+    results["config"] = dataclasses.asdict(run.cfg)
+    run.save_results()
+    return run
 
 
 # One loop for all stages
 
 
-def draws(run: Run, name: str, step: int) -> tuple[random.Random, torch.Generator]:
-    """What a step draws from: a pure function of (seed, stage, step), so that no generator's state need be saved."""
-    rng = random.Random(f"{run.cfg.seed}/{name}/{step}")
-    return rng, torch.Generator(run.cfg.device).manual_seed(rng.getrandbits(63))
+def seeded(cfg: Config, name: str, step: int) -> tuple[random.Random, torch.Generator]:
+    """The generators of a step on this rank: a pure function of (seed, stage, step, rank). Rank 0 draws what one
+    process draws."""
+    rng = random.Random(f"{cfg.seed}/{name}/{step}" + f"/{rank()}" * (rank() > 0))
+    return rng, torch.Generator(cfg.device).manual_seed(rng.getrandbits(63))
 
 
-def lr_scale(step: int, steps: int, hold: float = 0.4) -> float:
-    """Factor of the learning rate at step 1..steps: up over the first twentieth, down to 3 % after a share `hold`.
+def lr_schedule(step: int, steps: int, hold: float = 0.4) -> float:
+    """Factor of the learning rate at step 1..steps: it rises over the first twentieth, stays at 1 up to a share `hold`
+    of the steps, and falls to 3 %.
 
-    >>> [round(lr_scale(step, 100), 2) for step in (1, 5, 40, 70, 100)]
+    >>> [round(lr_schedule(step, 100), 2) for step in (1, 5, 40, 70, 100)]
     [0.2, 1.0, 1.0, 0.53, 0.05]
     """
     return min(1.0, step / max(1, steps // 20)) * (0.03 + 0.97 * min(1.0, (steps + 1 - step) / (steps * (1 - hold))))
 
 
-@contextmanager
-def ctrl_c_noted():
-    """Inside, Ctrl-C only adds to the list that this yields, so that a step is never torn in the middle."""
-    pressed = []
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN if rank() else lambda *_: pressed.append(True))
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def train_stage(run: Run, name: str, steps: int, parts: dict, train_step: Callable[[int], dict]) -> None:
     """Run train_step(1..steps) -> metrics, from resume.pt if it is this stage's, and leave NAME.pt.
 
-    parts are the things with a state_dict that the steps change; parts["model"] is what the stage makes. Each step is
-    logged; the state is saved every save_every seconds. Raises Fault if a metric is no longer finite, KeyboardInterrupt
-    (after saving) on Ctrl-C.
+    parts are the objects with a state_dict that the steps change; parts["model"] is what the stage makes. Each step is
+    logged, with tokens_per_s in place of its metric "tokens"; the state is saved every save_every seconds. Raises
+    UsageError if a metric is no longer finite.
     """
-    cfg, resume = run.cfg, run.path("resume")
-    done, seconds = 0, 0.0
+    resume, step, seconds, saved_step = run.path("resume"), 0, 0.0, 0
 
-    def content() -> dict:
-        return {"nanor1": 1, "stage": name, "step": done, "seconds": seconds, "config": dataclasses.asdict(cfg),
-                "shape": dataclasses.asdict(parts["model"].config), "model": parts["model"].state_dict()}
+    def save(path: Path, **more) -> None:
+        save_checkpoint(path, {
+            "nanor1": 1, "stage": name, "step": step, "seconds": seconds, "config": dataclasses.asdict(run.cfg),
+            "shape": dataclasses.asdict(parts["model"].config), "model": parts["model"].state_dict(), **more})
 
     if resume.exists() and (saved := load_checkpoint(resume))["stage"] == name:
-        refuse_changes(cfg, saved["config"], str(resume), SHAPED_BY[name])
-        done, seconds = saved["step"], saved["seconds"]
+        refuse_changes(run.cfg, saved["config"], resume, name)
+        step, seconds, saved_step = saved["step"], saved["seconds"], saved["step"]
         for key, part in parts.items():
             part.load_state_dict(saved["parts"][key])
-        print(f"{name}: going on after step {done}")
-    broadcast(None)  # all have read resume.pt, which the first may now replace
-    rows = [row for row in run.log_rows() if row["stage"] != name or row["step"] <= done]
+        print(f"{name}: going on after step {step}")
+    barrier()  # all ranks have read resume.pt, which rank 0 may now replace
+    rows = [row for row in run.log_rows() if row["stage"] != name or row["step"] <= step]
     write_file(run.out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
-    started, resumed, saved_step = run.began - seconds, done, done
+    began, first = run.began - seconds, step + 1  # the stage's seconds go on from those of the checkpoint
     looping = saved_at = time.perf_counter()
-    with open(os.devnull if rank() else run.out / "log.jsonl", "a") as log, ctrl_c_noted() as pressed:
-        while done < steps:
-            metrics = train_step(done + 1)
-            bad = [key for key, value in metrics.items() if value is not None and not math.isfinite(value)]
-            if bad:
-                raise Fault(f"{name}: {bad[0]} is {metrics[bad[0]]} at step {done + 1}; the last good checkpoint is "
-                            + (f"{resume}, step {saved_step}" if saved_step else "the stage before's"))
-            done += 1
-            seconds = time.perf_counter() - started
-            log.write(json.dumps({"stage": name, "step": done, "seconds": round(seconds, 2), **metrics}) + "\n")
+    with open(os.devnull if rank() else run.out / "log.jsonl", "a") as log:
+        for step in range(first, steps + 1):
+            check_launcher()
+            step_began = time.perf_counter()
+            metrics = train_step(step)
+            metrics["tokens_per_s"] = metrics.pop("tokens") / (time.perf_counter() - step_began)
+            for key, value in metrics.items():
+                if value is not None and not math.isfinite(value):
+                    raise UsageError(f"{name}: {key} is {value} at step {step}; the last good checkpoint is "
+                                     + (f"{resume}, step {saved_step}" if saved_step else "the stage before's"))
+            seconds = time.perf_counter() - began
+            log.write(json.dumps({"stage": name, "step": step, "seconds": round(seconds, 2), **metrics}) + "\n")
             log.flush()
-            if "reward" in metrics or done % PRETRAIN_PRINT == 0 or done in (1, steps):
-                eta = (steps - done) * (time.perf_counter() - looping) / (done - resumed)
-                shown = "  ".join(f"{k} {metrics[k]:.4g}" for k in SHOWN if metrics.get(k) is not None)
-                print(f"{name} {done}/{steps}  {shown}  eta {eta:.0f} s", flush=True)
-            if pressed or time.perf_counter() - saved_at >= cfg.save_every:
-                save_checkpoint(resume, content() | {"parts": {k: part.state_dict() for k, part in parts.items()}})
-                saved_at, saved_step = time.perf_counter(), done
-            if pressed:
-                raise KeyboardInterrupt(f"saved {resume} at step {done} of {name}")
-    save_checkpoint(run.path(name), content())
+            if "reward" in metrics or step % PRETRAIN_PRINT == 0 or step in (1, steps):
+                eta = (steps - step) * (time.perf_counter() - looping) / (step + 1 - first)
+                shown = "  ".join(f"{key} {metrics[key]:.4g}" for key in SHOWN if metrics.get(key) is not None)
+                print(f"{name} {step}/{steps}  {shown}  eta {eta:.0f} s", flush=True)
+            if time.perf_counter() - saved_at >= run.cfg.save_every:
+                save(resume, parts={key: part.state_dict() for key, part in parts.items()})
+                saved_at, saved_step = time.perf_counter(), step
+    save(run.path(name))
     if not rank():
         resume.unlink(missing_ok=True)
-    broadcast(None)  # whoever reads NAME.pt next finds it
+    barrier()  # whoever reads NAME.pt next finds it

@@ -1,21 +1,22 @@
-"""The default task, and the little "web" that the base model reads before RL.
+"""The default task, and the small "web" that the base model reads before RL.
 
-A problem is an expression over + - *, its question the expression itself, its answer an integer. How hard they are is
-set (`Arithmetic`): by default 1 to 6 operations, operands 1 to 20, factors 2 to 9, at most two factors a product, and
-no parentheses.
+A problem asks for the value of an expression over + - *; the answer is an integer. `Arithmetic` sets how hard the
+problems are. By default they have 1 to 6 operations, operands from 1 to 20, factors from 2 to 9, at most two factors in
+a product, and no parentheses.
 
     User: 8*7-19
     Assistant: <think>8*7=56, 56-19=37</think><answer>37</answer>
 
-The corpus has two kinds of documents: textbook pages of single facts, and forum threads as above, whose authors answer
-in the styles of STYLES. Most blurt a number; some show working, with tags or without; a minority works inside
-<think>...</think><answer>...</answer>; a few look again ("wait"). Whoever works makes a slip in SLIP of the steps and
-carries on from the wrong value. Pretraining imitates them all, right and wrong alike.
+The corpus has two kinds of documents. Textbook pages list single facts. Forum threads hold one question and one answer,
+as above, and their authors answer in the styles listed in STYLES. Most authors blurt out a number. Some show their
+working, with tags or without. A minority works inside <think>...</think><answer>...</answer>. A few notice a slip,
+write "wait" and do the step again. An author who shows working gets each step wrong with probability SLIP, and carries
+on from the wrong value. Pretraining imitates all of them, right and wrong alike.
 
-Train and test never meet: a hash of the expression decides which side it is on, and no expression of the test side is
-ever the `User:` line of a document or a prompt of RL.
+Training and test problems never meet: a hash of the expression decides its side. No test expression is ever the `User:`
+line of a document or a prompt in RL. (A textbook page may hold a single step of a test problem, such as 8*7=56.)
 
-    python -m data.arithmetic      prints the styles with their share, their share of correct answers and an example
+    python experiments/styles.py    prints each style with its share, how often it is right, and an example
 """
 import functools
 import operator
@@ -26,13 +27,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.tokenizer import END_OF_TEXT, get_tokenizer
+from data.tokenizer import END_OF_TEXT, END_OF_TEXT_ID, get_tokenizer
+from rewards import TAGS, rule_rewards
 
-SLIP = 0.03          # chance that a step of somebody's working is wrong
-PAGE_SHARE = 0.3     # share of documents that are textbook pages (they are longer than threads)
-RECHECK_SLIP = 0.15  # the same for those who look again, and then see it
-BLURT_RIGHT = 0.3    # chance that a number blurted out is right
-STYLES = {           # share of the forum's answers
+SLIP = 0.03          # probability that a step of somebody's working is wrong
+RECHECK_SLIP = 0.15  # the same for authors who check their steps, and who then correct the slip
+BLURT_RIGHT = 0.3    # probability that a number blurted out is right
+PAGE_SHARE = 0.3     # share of the documents that are textbook pages (a page is longer than a thread)
+STYLES = {           # share of the forum's answers that are in each style
     "blurt": 0.34,         # 37
     "answer tag": 0.10,    # <answer>37</answer>
     "empty thought": 0.06, # <think></think><answer>37</answer>
@@ -47,7 +49,7 @@ OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 @dataclass(frozen=True)
 class Problem:
-    """An expression to evaluate. `question` is what the user asks, `answer` the exact integer as text.
+    """An expression to evaluate. `question` is what the user asks, `answer` is the exact integer as text.
 
     >>> parse("8*7-19").prompt
     'User: 8*7-19\\nAssistant: '
@@ -61,11 +63,11 @@ class Problem:
         return f"User: {self.question}\nAssistant: "
 
     def canonical(self, answer: str) -> str:
-        """The same for answers that are equal, which have one vote together."""
+        """One spelling for all answers that are equal, so that they have one vote together."""
         return answer
 
     def check(self, answer: str) -> bool:
-        """Is this text the answer? Exactly: "-0", "007", "+3", " 3" and other digits than ASCII's are wrong.
+        """Is this text the answer? The match is exact: "-0", "007", "+3", " 3" and non-ASCII digits are wrong.
 
         >>> [parse("8*7-19").check(a) for a in ("37", "037", "37.0", "8*7-19")]
         [True, False, False, False]
@@ -74,22 +76,22 @@ class Problem:
 
 
 def write_step(step: str, value: int) -> tuple[str, int]:
-    """A step as somebody who makes no mistakes writes it, and the value that the next step goes on from."""
+    """The text of a step as somebody writes it who makes no mistakes, and the value that the next step goes on from."""
     return f"{step}={value}", value
 
 
 def solve(question: str, write=write_step) -> tuple[list[str], int]:
-    """The steps of working an expression out, left to right, each term when it is reached, and its value.
+    """Work an expression out from left to right, each term when it is reached -> (the texts of the steps, the value).
 
-    `write` maps a step ("3*4") and its right value to its text and to the value that is carried on from. Raises
-    ValueError if the question is no expression.
+    `write` maps a step ("3*4") and its right value to the step's text and to the value that the working goes on from.
+    Raises ValueError if the question is not an expression.
 
     >>> solve("20-3*4+1")
     (['3*4=12', '20-12=8', '8+1=9'], 9)
     >>> solve("2-(3+4)*5")
     (['3+4=7', '7*5=35', '2-35=-33'], -33)
     """
-    steps, left = [], [""] + re.findall("[0-9]+|.", question)[::-1]  # what is still to be read, its end first
+    steps, unread = [], [""] + re.findall("[0-9]+|.", question)[::-1]  # the next token is the last in the list
 
     def apply(a: int, sign: str, b: int) -> int:
         text, value = write(f"{a}{sign}{b}", OPERATIONS[sign](a, b))
@@ -97,42 +99,42 @@ def solve(question: str, write=write_step) -> tuple[list[str], int]:
         return value
 
     def factor() -> int:
-        if left[-1] != "(":
-            return int(left.pop())
-        left.pop()
+        if unread[-1] != "(":
+            return int(unread.pop())
+        unread.pop()
         value = total()
-        if left.pop() != ")":
+        if unread.pop() != ")":
             raise ValueError("parentheses do not match")
         return value
 
     def term() -> int:
         value = factor()
-        while left[-1] == "*":
-            value = apply(value, left.pop(), factor())
+        while unread[-1] == "*":
+            value = apply(value, unread.pop(), factor())
         return value
 
     def total() -> int:
         value = term()
-        while left[-1] in ("+", "-"):
-            value = apply(value, left.pop(), term())
+        while unread[-1] in ("+", "-"):
+            value = apply(value, unread.pop(), term())
         return value
 
     value = total()
-    if left != [""]:
-        raise ValueError("more than an expression")
+    if unread != [""]:
+        raise ValueError("something follows the expression")
     return steps, value
 
 
 def is_test(question: str) -> bool:
-    """True for the tenth of all expressions that neither the corpus nor RL ever asks."""
+    """True for a tenth of all expressions. Neither the corpus nor RL ever asks one of these."""
     return zlib.crc32(question.encode()) % 10 == 0
 
 
 def parse(text: str, max_ops: int = 6, parentheses: bool = False) -> Problem:
-    """The problem that an expression such as "8*7-19" states; white space around numbers is dropped.
+    """The problem that an expression such as "8*7-19" states. White space around numbers is dropped.
 
-    Raises ValueError if it is not numbers of 1 to 3 digits (no leading zero) joined by 1 to max_ops of + - *, with
-    parentheses only if they are allowed.
+    Raises ValueError unless the text is numbers of 1 to 3 digits (without leading zeros) joined by 1 to max_ops of + -
+    *, with parentheses only where they are allowed.
 
     >>> parse("2*3*4 - 5").answer
     '19'
@@ -143,18 +145,17 @@ def parse(text: str, max_ops: int = 6, parentheses: bool = False) -> Problem:
         ops, depth = len(re.findall("[-+*]", question)), question.count("(")
         if not (1 <= ops <= max_ops and depth <= max_ops and re.fullmatch(f"({token})+", question)):
             raise ValueError
-        _, value = solve(question)
+        return Problem(question, str(solve(question)[1]))
     except ValueError:
         raise ValueError(f"{text[:60]!r} is no expression of 1 to {max_ops} operations + - * over numbers of 1 to 3 "
                          "digits, such as 8*7-19") from None
-    return Problem(question, str(value))
 
 
-# The styles
+# How the authors of the forum write
 
 
-def near(rng: random.Random, value: int) -> int:
-    """A wrong value of the kind that people write: off by a few, or by ten."""
+def near_miss(rng: random.Random, value: int) -> int:
+    """A wrong value of the kind that people write: off by 1, 2, 3 or 10."""
     return value + rng.choice((-10, -3, -2, -1, 1, 2, 3, 10))
 
 
@@ -164,25 +165,20 @@ def write_working(rng: random.Random, question: str, style: str) -> tuple[str, i
         if style == "rechecked":
             if rng.random() >= RECHECK_SLIP:
                 return write_step(step, value)
-            return f"{step}={near(rng, value)}, wait, {step}={value}", value
-        return write_step(step, near(rng, value) if rng.random() < SLIP else value)
+            return f"{step}={near_miss(rng, value)}, wait, {step}={value}", value
+        return write_step(step, near_miss(rng, value) if rng.random() < SLIP else value)
 
     steps, value = solve(question, write)
     return ", ".join(steps), value
 
 
-def dress(rng: random.Random, working: str, answer: str, style: str) -> str:
-    """Working and an answer as an author of this style writes them."""
-    if style == "blurt":
-        return answer
-    if style == "answer tag":
-        return f"<answer>{answer}</answer>"
-    if style == "plain working":
-        return f"{working}, so {answer}"
+def format_answer(rng: random.Random, working: str, answer: str, style: str) -> str:
+    """The working and the answer as an author of this style puts them on the page."""
     text = f"<think>{working}</think><answer>{answer}</answer>"
     if style == "lost tag":
-        text = text.replace(rng.choice(("<think>", "</think>", "<answer>", "</answer>")), "")
-    return text
+        text = text.replace(rng.choice(TAGS), "")
+    untagged = {"blurt": answer, "answer tag": f"<answer>{answer}</answer>", "plain working": f"{working}, so {answer}"}
+    return untagged.get(style, text)
 
 
 def write_answer(rng: random.Random, question: str, style: str) -> tuple[str, int]:
@@ -192,20 +188,21 @@ def write_answer(rng: random.Random, question: str, style: str) -> tuple[str, in
     else:
         working, value = "", solve(question)[1]
         if rng.random() >= BLURT_RIGHT:
-            value = near(rng, value)
-    return dress(rng, working, str(value), style), value
+            value = near_miss(rng, value)
+    return format_answer(rng, working, str(value), style), value
 
 
-def mixture(styles: dict[str, float], worked_share: float, wait_share: float) -> dict[str, float]:
-    """The shares of styles when only a share of the authors who look again does ("rechecked"; the others are "worked"),
-    and then only a share of all who show working does (the others blurt).
+def style_shares(styles: dict[str, float], worked_share: float, wait_share: float) -> dict[str, float]:
+    """The share of each style after two reductions, which are controls: only `wait_share` of the authors who recheck go
+    on doing so (the rest write in the style "worked"), and then only `worked_share` of all authors who show working go
+    on doing so (the rest blurt).
 
-    >>> round(mixture(STYLES, 0.0, 1.0)["blurt"], 2), mixture(STYLES, 1.0, 1.0) == STYLES
+    >>> round(style_shares(STYLES, 0.0, 1.0)["blurt"], 2), style_shares(STYLES, 1.0, 1.0) == STYLES
     (0.84, True)
     """
     styles = dict(styles)
-    for style, share, instead in [("rechecked", wait_share, "worked")] + [(w, worked_share, "blurt") for w in WORKED]:
-        moved = styles[style] * (1 - share)
+    for style, kept, instead in [("rechecked", wait_share, "worked")] + [(w, worked_share, "blurt") for w in WORKED]:
+        moved = styles[style] * (1 - kept)
         styles[style] -= moved
         styles[instead] += moved
     return styles
@@ -216,43 +213,57 @@ def mixture(styles: dict[str, float], worked_share: float, wait_share: float) ->
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """The task, as hard as it is set: its problems, what of them is held out, and the corpus.
+    """The task: its prompts and rewards, its training and held-out problems, and its corpus.
 
-    >>> problem = Arithmetic().make_problem(random.Random(0), n_ops=(2, 2))
+    >>> task = Arithmetic()
+    >>> problem = task.make_problem(random.Random(0))
     >>> problem.check(problem.answer), is_test(problem.question)
     (True, False)
+    >>> task.encoding.decode(task.encode_prompt(problem)) == problem.prompt
+    True
     """
-    max_ops: int = 4           # most operations of a problem that RL sees; the corpus has up to two more
+    max_ops: int = 4           # most operations of a problem in RL; the corpus and the hard problems have up to 2 more
     max_number: int = 20       # largest number that is added or subtracted
     max_factor: int = 9        # largest factor
-    parentheses: bool = False  # a sum in parentheses in half of all problems that have room for one
-    worked_share: float = 1.0  # of the authors who show working
-    wait_share: float = 1.0    # of the authors who look again
+    parentheses: bool = False  # half of all problems with 2 or more operations have a sum in parentheses
+    worked_share: float = 1.0  # share of the authors who show working that are kept
+    wait_share: float = 1.0    # share of the authors who recheck that are kept
 
-    notes = ()  # lines about the task to print when a run begins
+    notes = ()                     # lines about the task to print when a run begins
+    stop_ids = (END_OF_TEXT_ID,)   # the tokens that end a completion
+    reward = staticmethod(rule_rewards)
+
+    @property
+    def encoding(self):
+        """The tiktoken.Encoding of prompts, completions and corpus."""
+        return get_tokenizer()
+
+    def encode_prompt(self, problem) -> list[int]:
+        """The token ids of a problem's prompt."""
+        return self.encoding.encode_ordinary(problem.prompt)
 
     @property
     def held_out(self) -> dict[str, tuple[int, int]]:
-        """The kinds of held-out problems: fewest and most operations of each."""
+        """The kinds of held-out problems, with the fewest and the most operations of each."""
         return {"test": (2, self.max_ops), "hard": (self.max_ops + 1, self.max_ops + 2)}
 
     @functools.cached_property
     def styles(self) -> dict[str, float]:
-        """The share of each style."""
-        return mixture(STYLES, self.worked_share, self.wait_share)
+        """The share of each style in the forum."""
+        return style_shares(STYLES, self.worked_share, self.wait_share)
 
     @property
     def max_prompt_tokens(self) -> int:
-        """Of the longest prompt: the two speakers, the numbers, the operations, the parentheses."""
+        """Tokens of the longest prompt: the two speakers, the numbers, the operations, the parentheses."""
         digits = len(str(max(self.max_number, self.max_factor)))
         return 2 + digits * (self.max_ops + 3) + self.max_ops + 2 + 2 * self.parentheses
 
     def parse(self, text: str) -> Problem:
-        """The problem that an expression states. Raises ValueError if it is none of this task."""
+        """The problem that an expression states. Raises ValueError if it is not one of this task."""
         return parse(text, self.max_ops + 2, self.parentheses)
 
     def make_sum(self, rng: random.Random, n_ops: int, signs: str = "+-*") -> str:
-        """An expression without parentheses: no two products touch, so that a term is a number or a*b."""
+        """An expression without parentheses. No two products touch: a term is a number or a*b."""
         ops = []
         for _ in range(n_ops):
             ops.append(rng.choice(signs.replace("*", "") if ops and ops[-1] == "*" else signs))
@@ -263,8 +274,8 @@ class Arithmetic:
         return text
 
     def make_question(self, rng: random.Random, n_ops: int) -> str:
-        """A random expression of n_ops operations; with parentheses, a sum of one or two of them takes the place of a
-        number."""
+        """A random expression of n_ops operations. With parentheses, a sum of one or two operations may take the place
+        of a number."""
         if not self.parentheses or n_ops < 2 or rng.random() < 0.5:
             return self.make_sum(rng, n_ops)
         inside = rng.randint(1, min(2, n_ops - 1))
@@ -272,16 +283,19 @@ class Arithmetic:
         number = rng.choice(list(re.finditer("[0-9]+", outer)))
         return f"{outer[:number.start()]}({inner}){outer[number.end():]}"
 
-    def make_problem(self, rng: random.Random, n_ops: tuple[int, int] | None = None, test: bool = False) -> Problem:
-        """A random problem with n_ops[0] to n_ops[1] operations (each number equally likely; RL's 1 to max_ops if not
-        given) from one side of the split."""
+    def make_problem(self, rng: random.Random, longer: bool = False, *, n_ops: tuple[int, int] | None = None,
+                     test: bool = False) -> Problem:
+        """A random training problem of 1 to max_ops operations, each number equally likely; with `longer`, of 1 to
+        max_ops + 2. n_ops sets the fewest and the most instead, and `test` takes the test side of the split."""
+        fewest, most = n_ops or (1, self.max_ops + 2 * longer)
         while True:
-            question = self.make_question(rng, rng.randint(*(n_ops or (1, self.max_ops))))
+            question = self.make_question(rng, rng.randint(fewest, most))
             if is_test(question) == test:
                 return Problem(question, str(solve(question)[1]))
 
     def heldout_problems(self, n: int, kind: str, seed: int) -> list[Problem]:
-        """n different problems of the test side, of a kind in held_out. Raises ValueError if there are not as many."""
+        """n different problems of the test side, of a kind in held_out. Raises ValueError if there are not that
+        many."""
         rng, found = random.Random(f"{kind}/{seed}"), {}
         for _ in range(1000 * n):
             question = self.make_question(rng, rng.randint(*self.held_out[kind]))
@@ -292,14 +306,14 @@ class Arithmetic:
         raise ValueError(f"there are fewer than {n} {kind} problems of this difficulty")
 
     def write_thread(self, rng: random.Random) -> tuple[str, str, bool]:
-        """A forum thread -> (its text, the style of its answer, is the answer right)."""
-        problem = self.make_problem(rng, (1, self.max_ops + 2))
+        """A forum thread -> (its text, the style of its answer, whether the answer is right)."""
+        problem = self.make_problem(rng, longer=True)
         style, = rng.choices(tuple(self.styles), tuple(self.styles.values()))
         text, value = write_answer(rng, problem.question, style)
         return problem.prompt + text, style, problem.check(str(value))
 
     def write_page(self, rng: random.Random) -> str:
-        """A textbook page: the right steps of a few problems, in any order."""
+        """A textbook page: the right steps of a few expressions, in random order."""
         questions = (self.make_question(rng, rng.randint(1, self.max_ops + 2)) for _ in range(4))
         facts = [step for question in questions for step in solve(question)[0]]
         rng.shuffle(facts)
@@ -313,33 +327,14 @@ class Arithmetic:
 
 def write_corpus(task, n_tokens: int, rng: random.Random) -> np.ndarray:
     """At least n_tokens token ids, uint16 (n,), of a task's pages and threads."""
-    parts, size, encoding = [], 0, get_tokenizer()
+    parts, size = [], 0
     while size < n_tokens:
         documents = [task.write_page(rng) if rng.random() < PAGE_SHARE else task.write_thread(rng)[0]
                      for _ in range(1000)]
         text = "".join(document + END_OF_TEXT for document in documents)
-        parts.append(np.array(encoding.encode(text, allowed_special="all"), dtype=np.uint16))
+        parts.append(np.array(task.encoding.encode(text, allowed_special="all"), dtype=np.uint16))
         size += len(parts[-1])
     return np.concatenate(parts)
 
 
 make_problem = Arithmetic().make_problem
-
-
-def style_table(task, n: int = 20_000, seed: int = 0) -> str:
-    """A Markdown table of the styles in a task's forum, counted over n threads."""
-    rng, rows = random.Random(f"table/{seed}"), {style: [] for style in task.styles}
-    for _ in range(n):
-        text, style, right = task.write_thread(rng)
-        rows[style].append((right, text.split("Assistant: ")[1]))
-    lines = ["| style | share of threads | right | example |", "|---|---|---|---|"]
-    for style, found in rows.items():
-        share, right = len(found) / n, sum(right for right, _ in found) / len(found)
-        examples = [text for _, text in found if "wait" in text or style != "rechecked"]
-        example = min(examples, key=lambda text: abs(len(text) - 60))
-        lines.append(f"| {style} | {share:.1%} | {right:.0%} | `{example}` |")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(style_table(Arithmetic()))

@@ -1,81 +1,56 @@
-"""Problems and text of one's own, from files, in place of the built-in ones or beside them.
+"""Your own problems and text, from files, in place of the built-in ones or beside them.
 
-    --problems=FILE  JSONL, {"prompt": "Calculate 5 - 3.", "answer": "2"} a line and, if wanted, "split": "train" or
-                     "test"; without it a hash of the prompt puts a tenth of the lines on the test side
-    --corpus=FILE    JSONL (a name that ends in .jsonl), {"text": ...} a line, a document each; or plain text, whose
-                     documents are its paragraphs: what stands between blank lines. A document of more than 2,048
-                     tokens is cut into such
-    --corpus_share   how much of what the base reads is that text; the rest is the built-in corpus
+    --problems=FILE  JSONL with one problem a line: {"prompt": "Calculate 5 - 3.", "answer": "2"}. The line may hold a
+                     "split", "train" or "test"; without it a hash of the prompt puts a tenth on the test side
+    --corpus=FILE    JSONL, if the name ends in .jsonl, with one document a line: {"text": ...}. Any other file is plain
+                     text, with blank lines between its documents
+    --corpus_share   the share of this text in the corpus, counted in tokens; the rest is the built-in corpus
 
-Two answers are equal if both are numbers (integers, decimals, fractions) of exactly the same value, or else the same
-text but for case and white space. A file with a bad line is refused, with the line's number; problems that cannot be
-posed or answered are left out and counted (`notes`). A fiftieth of the text is not read but kept for the held-out loss.
+Two answers are equal if both are numbers (integers, decimals, fractions) of the same value, or both the same text apart
+from case and white space. A file with a bad line is refused. Problems that cannot be used are left out and counted in
+`notes`. A fiftieth of the text is kept for the held-out loss.
 """
 import json
 import random
 import re
 import zlib
-from collections.abc import Iterable
-from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
 from data import arithmetic
-from data.tokenizer import get_tokenizer
 from rewards import TAGS
 
-SIDES = ("train", "test")
-LONGEST = 2_048  # tokens of a document
+LONGEST = 2_048  # most tokens of a document; a longer one is cut into several
+NUMBER = re.compile(r"[-+]?([0-9]+(/0*[1-9][0-9]*)?|[0-9]*\.[0-9]+)")  # an integer, a fraction or a decimal
 
 
-class Numeral(str):
-    """A JSON number, as its digits stand in the file: no float would keep them all."""
-
-
-def number(text: str) -> Fraction | None:
-    """The exact value of an integer, a decimal or a fraction in ASCII digits; None for anything else.
-
-    >>> number("0.50") == number("1/2") == number("+2/4"), number("1e9")
-    (True, None)
-    """
-    if len(text) > 100 or not re.fullmatch(r"[-+]?([0-9]+(/0*[1-9][0-9]*)?|[0-9]*\.[0-9]+)", text):
-        return None
-    return Fraction(text)
+def normalize(text: str) -> str:
+    """The text in lower case, with a single space in place of any white space."""
+    return " ".join(text.split()).casefold()
 
 
 class Problem(arithmetic.Problem):
-    """A problem from a file: its question is the file's prompt, and equal answers need not be spelt alike."""
+    """A problem from a file. Its question is the file's prompt, and its answer may be spelled in more than one way."""
 
     def canonical(self, answer: str) -> str:
-        """The same for answers that are equal.
+        """One spelling for all answers that are equal.
+
+        subtle: Fraction alone would also take "1_000" and Arabic digits, and would need seconds for "1e3000000".
 
         >>> [Problem("?", "").canonical(a) for a in ("0.50", "2/4", "New  Delhi")]
         ['1/2', '1/2', 'new delhi']
         """
-        value = number(answer)
-        return plain(answer) if value is None else str(value)
+        return str(Fraction(answer)) if len(answer) <= 100 and NUMBER.fullmatch(answer) else normalize(answer)
 
     def check(self, answer: str) -> bool:
-        """Is this the answer?
-
-        >>> [Problem("A half?", "1/2").check(a) for a in ("0.5", "2/4", "0.51", "half")]
-        [True, True, False, False]
-        """
+        """Is this text equal to the answer?"""
         return self.canonical(answer) == self.canonical(self.answer)
 
 
-def plain(text: str) -> str:
-    """The text in lower case, white space as single blanks."""
-    return " ".join(text.split()).casefold()
-
-
-# Files
-
-
 def read_text(path: str) -> str:
-    """Raises ValueError, with the line, if the file is not UTF-8; OSError if it cannot be read."""
+    """The text of a file, without a byte-order mark. Raises ValueError, with the line number, if it is not UTF-8."""
     content = Path(path).read_bytes()
     try:
         return content.decode("utf-8-sig")
@@ -83,155 +58,113 @@ def read_text(path: str) -> str:
         raise ValueError(f"{path}, line {content[:error.start].count(10) + 1}: not UTF-8 text") from None
 
 
-def numeral(text: str) -> Numeral:
-    """A JSON number without an exponent, unless it is beyond all answers: 1e3 is 1000."""
-    value = Decimal(text)
-    return Numeral(format(value, "f") if abs(value.adjusted()) < 100 else text)
-
-
-def no_number(text: str) -> None:
-    raise ValueError(f"{text} is no number")
-
-
-def read_rows(path: str, wanted: dict[str, tuple[type, ...]]) -> Iterable[tuple[int, dict]]:
-    """(line number, object) of each line that is not blank. Raises ValueError, with the line, for one that is no JSON
-    object, or lacks a field in `wanted` of one of these types (str or Numeral)."""
-    for at, line in enumerate(read_text(path).split("\n"), 1):
+def read_rows(path: str, *fields: str):
+    """Yields (line number, row) of each line of JSONL that is not blank. Raises ValueError, with the line number, for a
+    line that is not a JSON object or in which one of `fields` is neither text nor a number."""
+    for line_no, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             try:
-                row = json.loads(line, parse_float=numeral, parse_int=Numeral, parse_constant=no_number)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {at}: not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {at}: not a JSON object")
-            for key, types in wanted.items():
-                if type(row.get(key)) not in types:
-                    raise ValueError(f'{path}, line {at}: "{key}" must be given, as text'
-                                     + " or a number" * (Numeral in types))
-                if any("\ud800" <= letter <= "\udfff" for letter in row[key]):
-                    raise ValueError(f'{path}, line {at}: "{key}" holds half of a character (a lone surrogate)')
-            yield at, row
+                row = json.loads(line, parse_int=str, parse_float=str)  # a number becomes text, with all its digits
+                "".join(row[field] for field in fields).encode()  # also raises an error for half of a surrogate pair
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise ValueError(f"{path}, line {line_no}: not JSON with {' and '.join(fields)} ({error})") from None
+            yield line_no, row
 
 
 def fingerprint(path: str) -> str:
-    """The path with a checksum of the file, so that a run notices that it has changed; "" for no file."""
+    """The path with a checksum of the file, so that a run notices when the file changes; "" for no file."""
     return f"{path} (crc32 {zlib.crc32(Path(path).read_bytes()):08x})" if path else ""
 
 
 def path_of(text: str) -> str:
-    """The path in a fingerprint, or in a path."""
+    """The path in a fingerprint. A plain path stays as it is."""
     return re.sub(r" \(crc32 [0-9a-f]{8}\)$", "", text)
 
 
-# What a run asks of a task: see "Your own problems, text, task" in the README
-
-
 class OwnProblems:
-    """The problems of a file, with the corpus of another task.
-
-    max_prompt_tokens and max_answer_tokens are what fits. Raises ValueError for a bad line, or if a side is empty.
-    """
+    """The problems of a file; everything else is the wrapped task's. A prompt has at most max_prompt_tokens tokens, an
+    answer at most max_answer_tokens. Raises ValueError for a bad line, or if there are too few problems."""
 
     def __init__(self, task, path: str, max_prompt_tokens: int, max_answer_tokens: int):
-        self.make_corpus, encoding = task.make_corpus, get_tokenizer()
-        self.sides, left_out, sizes = {side: {} for side in SIDES}, {}, [0]
-        for at, row in read_rows(path, {"prompt": (str,), "answer": (str, Numeral)}):
-            question, answer = row["prompt"].strip(), row["answer"].strip()
-            side = row.get("split", SIDES[zlib.crc32(plain(question).encode()) % 10 == 0])
-            if side not in SIDES:
-                raise ValueError(f'{path}, line {at}: "split" must be one of {", ".join(SIDES)}')
-            problem = Problem(question, answer)
-            size = len(encoding.encode_ordinary(problem.prompt))
-            for wrong, why in (
-                (not question, "an empty prompt"),
-                (size > max_prompt_tokens, f"a prompt of more than {max_prompt_tokens} tokens"),
-                (not answer or any(tag in answer for tag in TAGS)
-                 or len(encoding.encode_ordinary(answer)) > max_answer_tokens, "an answer that no reward could match"),
-                (plain(question) in self.sides[side], "a prompt that was there before"),
-            ):
-                if wrong:
-                    left_out.setdefault(why, []).append(at)
-                    break
+        self.task, self.held_out, self.max_prompt_tokens = task, ("test",), max_prompt_tokens
+        self.problems, self.by_prompt, rows, left_out = {"train": [], "test": []}, {}, [], []
+        for line_no, row in read_rows(path, "prompt", "answer"):
+            problem = Problem(row["prompt"].strip(), row["answer"].strip())
+            prompt = normalize(problem.question)
+            side = row.get("split", "test" if zlib.crc32(prompt.encode()) % 10 == 0 else "train")
+            if side not in ("train", "test"):
+                raise ValueError(f'{path}, line {line_no}: "split" must be "train" or "test"')
+            rows.append((side, line_no, prompt, problem))
+        for side, line_no, prompt, problem in sorted(rows):  # "test" first: a prompt on both sides is not trained on
+            answer_tokens = len(task.encoding.encode_ordinary(problem.answer))
+            if (prompt and prompt not in self.by_prompt and len(task.encode_prompt(problem)) <= max_prompt_tokens
+                    and 1 <= answer_tokens <= max_answer_tokens and not any(tag in problem.answer for tag in TAGS)):
+                self.problems[side].append(problem)
+                self.by_prompt[prompt] = problem
             else:
-                self.sides[side][plain(question)] = problem
-                sizes.append(size)
-        both = [question for question in self.sides["train"] if question in self.sides["test"]]
-        for question in both:
-            del self.sides["train"][question]
-        self.max_prompt_tokens = max(sizes)
-        self.held_out = SIDES[1:]
-        self.notes = [f"{path}: {len(self.sides['train'])} problems to train on, {len(self.sides['test'])} to test on"]
-        self.notes += [f"{path}: {len(lines)} left out for {why}, the first in line {lines[0]}"
-                       for why, lines in left_out.items()]
-        if both:
-            self.notes.append(f"{path}: {len(both)} of the test side not trained on, though given for that too")
-        self.listed = {side: list(problems.values()) for side, problems in self.sides.items()}
-        if not self.listed["train"] or len(self.listed["test"]) < 2:
-            raise ValueError("; ".join(self.notes) + "; needed are 1 and 2 at least")
+                left_out.append(line_no)
+        n_train, n_test = len(self.problems["train"]), len(self.problems["test"])
+        self.notes = [*task.notes, f"{path}: {n_train} problems to train on, {n_test} to test on"]
+        if left_out:
+            self.notes.append(f"{path}: {len(left_out)} problems left out, the first in line {min(left_out)}: empty, "
+                              f"repeated, over {max_prompt_tokens} tokens, or with an answer that cannot be matched")
+        if n_train < 1 or n_test < 2:
+            raise ValueError("; ".join(self.notes) + "; at least 1 and 2 are needed")
 
-    def make_problem(self, rng: random.Random) -> Problem:
-        return rng.choice(self.listed["train"])
+    def __getattr__(self, name: str):
+        return getattr(vars(self).get("task"), name)  # subtle: while an object is unpickled it has no task yet
+
+    def make_problem(self, rng: random.Random, longer: bool = False) -> Problem:
+        """A random training problem, with `longer` too."""
+        return rng.choice(self.problems["train"])
 
     def heldout_problems(self, n: int, kind: str, seed: int) -> list[Problem]:
         """n different problems of the test side, or all of them if there are fewer."""
-        pool = self.listed[kind]
-        return random.Random(f"{kind}/{seed}").sample(pool, min(n, len(pool)))
+        return random.Random(f"{kind}/{seed}").sample(self.problems[kind], min(n, len(self.problems[kind])))
 
     def parse(self, text: str) -> Problem:
         """The file's problem with this prompt, or one without an answer."""
-        for problems in self.sides.values():
-            if plain(text) in problems:
-                return problems[plain(text)]
-        return Problem(text.strip(), "")
+        return self.by_prompt.get(normalize(text)) or Problem(text.strip(), "")
 
 
 class OwnCorpus:
-    """The text of a file as the share of the corpus, with the problems of another task. Raises ValueError for a bad
-    line, or if there is no text."""
+    """The text of a file as a share of the corpus; everything else is the wrapped task's. Raises ValueError for a bad
+    line, or if there is too little text."""
 
     def __init__(self, task, path: str, share: float):
-        self.task, self.share, encoding = task, share, get_tokenizer()
-        self.held_out, self.max_prompt_tokens = task.held_out, task.max_prompt_tokens
-        self.make_problem, self.heldout_problems, self.parse = task.make_problem, task.heldout_problems, task.parse
-        if path.lower().endswith(".jsonl"):
-            texts = [row["text"] for _, row in read_rows(path, {"text": (str,)})]
-        else:
-            texts = re.split(r"\n[ \t\r]*\n\s*", read_text(path))
+        self.task, self.share, parts = task, share, [np.zeros(0, dtype=np.uint16)]
+        texts = ([row["text"] for _, row in read_rows(path, "text")] if path.lower().endswith(".jsonl")
+                 else re.split(r"\n[ \t\r]*\n\s*", read_text(path)))
         texts = [text for text in texts if text.strip()]
         random.Random("own text").shuffle(texts)
-        parts = [np.zeros(0, dtype=np.uint16)]
         for text in texts:
-            ids = np.array(encoding.encode_ordinary(text), dtype=np.uint16)
-            for at in range(0, len(ids), LONGEST - 1):
-                parts += ids[at:at + LONGEST - 1], np.array([encoding.eot_token], dtype=np.uint16)
+            ids = task.encoding.encode_ordinary(text)
+            parts += [np.array([*ids[at:at + LONGEST - 1], task.encoding.eot_token], dtype=np.uint16)
+                      for at in range(0, len(ids), LONGEST - 1)]
         tokens = np.concatenate(parts)
         if len(tokens) < 10_000:
             raise ValueError(f"{path}: {len(tokens)} tokens are too little text, 10,000 are the least")
-        self.kept = {True: tokens[:len(tokens) // 50], False: tokens[len(tokens) // 50:]}  # held out, to be read
-        self.n_tokens = len(self.kept[False])
+        self.tokens = {True: tokens[:len(tokens) // 50], False: tokens[len(tokens) // 50:]}  # held out, to train on
         self.notes = [*task.notes, f"{path}: {len(texts)} documents of {len(tokens)} tokens together"]
 
+    __getattr__ = OwnProblems.__getattr__
+
+    def split_documents(self, tokens: np.ndarray) -> list[np.ndarray]:
+        """The documents of a corpus, each with its end of text."""
+        ends = np.flatnonzero(tokens == self.encoding.eot_token) + 1
+        return [part for part in np.split(tokens, ends) if len(part)]
+
     def make_corpus(self, n_tokens: int, seed: int, heldout: bool = False) -> np.ndarray:
-        """As the built-in corpus's; the text is read again, in another order, where there is too little of it."""
-        rng, own, parts, read = random.Random(f"own/{seed}"), [], [], 0
-        others = documents(self.task.make_corpus(int(n_tokens * (1 - self.share)) + 1, seed, heldout))[::-1]
-        size = 0
+        """At least n_tokens token ids, uint16 (n,), with the same share of the text everywhere. A text that is too
+        short is read again, in another order."""
+        rng, own, parts, size, own_size = random.Random(f"own/{seed}"), [], [], 0, 0
+        others = self.split_documents(self.task.make_corpus(int(n_tokens * (1 - self.share)) + 1, seed, heldout))[::-1]
         while size < n_tokens:
-            if read <= size * self.share:
-                if not own:
-                    own = documents(self.kept[heldout])
-                    rng.shuffle(own)
-                parts.append(own.pop())
-                read += len(parts[-1])
-            elif others:
-                parts.append(others.pop())
-            else:
-                break
+            if not own:
+                own = self.split_documents(self.tokens[heldout])
+                rng.shuffle(own)
+            source = own if own_size <= size * self.share else others
+            parts.append(source.pop())
             size += len(parts[-1])
+            own_size += len(parts[-1]) * (source is own)
         return np.concatenate(parts)
-
-
-def documents(tokens: np.ndarray) -> list[np.ndarray]:
-    """The documents of a corpus, each with its end of text."""
-    ends = np.flatnonzero(tokens == get_tokenizer().eot_token) + 1
-    return [part for part in np.split(tokens, ends) if len(part)]

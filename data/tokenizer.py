@@ -1,13 +1,14 @@
-"""The tokenizer: one tiktoken Encoding, made here, nothing downloaded.
+"""The tokenizer: one tiktoken.Encoding, made here; nothing is downloaded.
 
-The vocabulary is the 256 bytes, then a short list of word pieces that each count as one token (the four tags, the two
-speakers, a few words), then the only special token, end of text. Digits stay single: a model that reads "56" as "5",
-"6" can learn to carry. Any UTF-8 text round-trips, because every byte has a token of its own.
+The vocabulary holds the 256 bytes, then a short list of word pieces that count as one token each (the four tags, the
+two speakers, a few words), then the only special token, end of text. Digits stay single tokens: a model that reads "56"
+as "5", "6" can learn to carry. Any UTF-8 text round-trips, because every byte has a token of its own.
 
-subtle: tiktoken cuts the text with a regular expression first and looks up whole cuts, so a piece must be a cut of its
-own or it would never be found: the pattern lists the pieces, and takes everything else one character at a time.
+subtle: tiktoken first splits a text with a regular expression and then looks up each split. A word piece must therefore
+be a split of its own, or it is never found. So the pattern lists the pieces, and takes everything else one character at
+a time.
 
-Encode text from outside with `encode_ordinary`: it treats "<|endoftext|>" as thirteen plain characters, so that no
+Encode text from outside with `encode_ordinary`. It treats "<|endoftext|>" as thirteen plain characters, so that no
 input can inject the end-of-text token.
 
     >>> encoding = get_tokenizer()
@@ -24,19 +25,20 @@ PIECES = (
     "wait", "check", "hmm", "so", "it is", "right", "I think", "about", "first", "then", "answer",
 )
 END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT_ID = 256 + len(PIECES)
 
 
 @functools.cache
 def get_tokenizer() -> tiktoken.Encoding:
-    """The Encoding, with ids 0-255 the bytes, then PIECES, then end of text (its `eot_token`).
+    """The Encoding: ids 0 to 255 are the bytes, then come PIECES, then end of text (its `eot_token`).
 
-    >>> get_tokenizer().n_vocab == 256 + len(PIECES) + 1
+    >>> get_tokenizer().n_vocab == END_OF_TEXT_ID + 1
     True
     >>> get_tokenizer().decode(get_tokenizer().encode_ordinary("naïve <|endoftext|> 日本"))
     'naïve <|endoftext|> 日本'
     """
-    ranks = {bytes([b]): b for b in range(256)} | {p.encode(): 256 + i for i, p in enumerate(PIECES)}
+    ranks = {bytes([b]): b for b in range(256)} | {piece.encode(): 256 + i for i, piece in enumerate(PIECES)}
     longest_first = sorted(PIECES, key=len, reverse=True)
-    pattern = "|".join(re.escape(p) for p in longest_first) + r"|[\s\S]"
+    pattern = "|".join(re.escape(piece) for piece in longest_first) + r"|[\s\S]"
     return tiktoken.Encoding("nanor1", pat_str=pattern, mergeable_ranks=ranks,
-                             special_tokens={END_OF_TEXT: len(ranks)}, explicit_n_vocab=len(ranks) + 1)
+                             special_tokens={END_OF_TEXT: END_OF_TEXT_ID}, explicit_n_vocab=END_OF_TEXT_ID + 1)

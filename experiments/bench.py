@@ -1,39 +1,43 @@
-"""Speed and memory beside the peers: transformers (sampling, pretraining) and TRL (GRPO, distillation).
+"""Speed and memory, compared with those of peers: transformers (sampling, pretraining) and TRL (GRPO, distillation).
 
     pip install -r experiments/requirements.txt
     python experiments/bench.py                           everything; a row is printed as soon as it is known
     python experiments/bench.py --only=grpo --reps=3      sampling, pretrain, grpo or distill alone
-    python experiments/bench.py --dtype=float32           bfloat16 off on both sides; by default each takes the quicker
-    --device=cpu|cuda                                     by default a GPU if there is one
+    python experiments/bench.py --dtype=float32           no bfloat16; by default each side takes the quicker type
+    python experiments/bench.py --device=cpu              cpu or cuda; by default a GPU if there is one
+    python experiments/bench.py --beside=../old           the peer is another checkout of nanoR1; needs no installation
 
-Both sides start from random weights of one shape: the peer's is a LlamaForCausalLM with exactly as many parameters.
-Nobody meets an end of text, so that both make exactly as many tokens. Nothing is downloaded, or written outside a
-temporary folder. What is compared:
+Both sides start from random weights of one shape: the peer's model is a LlamaForCausalLM with exactly as many
+parameters as ours. Completions never end early, so that both sides make the same number of tokens. Nothing is
+downloaded, and nothing is written outside a temporary folder. What is compared:
 
-    sampling   R rows x T new tokens after a prompt of 12, from the whole distribution at temperature 1, on a KV cache:
-               generate(samples=8) beside transformers' generate(num_return_sequences=8)
+    sampling   R rows x T new tokens after a prompt of 12, from the whole distribution at temperature 1, with a KV
+               cache: generate(samples=8) and transformers' generate(num_return_sequences=8)
     pretrain   an update on 32 x 128 tokens: Muon for the layers' matrices, AdamW for the rest, gradients clipped
-    grpo       32 prompts x 16 samples x 48 tokens, a reward, group advantages, the token-level loss with k3 to a
-               reference, one AdamW update: grpo_step beside a step of GRPOTrainer.train()
-    distill    512 completions of 48 tokens sampled from the teacher, forward KL, one AdamW update: distill_step beside
-               a step of GKDTrainer.train() with seq_kd (lmbda 0, beta 0). "Update alone" is given the completions
+    grpo       32 prompts x 16 samples x 48 tokens, a reward, group advantages, the token-level loss with a KL penalty
+               (k3), one AdamW update: grpo_step and a step of GRPOTrainer.train()
+    distill    512 completions of 48 tokens sampled from the teacher, forward KL, one AdamW update: distill_step and a
+               step of GKDTrainer.train() with seq_kd (lmbda 0, beta 0). "Update alone" is given the completions
 
 How it is measured
-1. Each side of each case is a process of its own: neither shares the other's memory, allocator or caches. They take
-   turns, ours, peer, ours, peer, a step each (several where one is short), and the other sleeps. The ratio of speeds is
-   taken pair by pair: what slows the machine for a while slows both of a pair.
-2. Before that each side tries its settings and keeps the quickest: float32 or bfloat16, for us compiled or not (the
-   seconds of compiling are not in the table) and, for the peer, the kind of cache (sampling), attention and micro-batch
-   (training; "sdpa" is the quicker in sampling). In training both keep float32 weights; the peer samples with bfloat16
-   weights, as is usual there. The peer is compiled in rows of their own: in pretraining, and at two sizes of sampling,
-   as generate compiles on a GPU only, and elsewhere "for tests". TRL's trainers, whose model also generates, are not.
-3. Our processes set up torch's libraries as train.py does; the peers' are as they come.
-4. A trainer's step lasts from the end of the one before to its own, so that its loading, callbacks and metrics count,
-   as grpo_step's metrics do.
-5. Peak memory is the whole process's, imported libraries included; on a GPU, what torch has allocated there.
-6. The roof is what this machine reaches in the layers' own matrix products, [rows, C] x [C, C] and so on, with as many
-   rows as our pass has. MFU is the share of the roof that our step attains, with the FLOPs of `forward_flops`.
+1. Each side of each case is a process of its own, so that neither shares the other's memory, allocator or caches. The
+   two take turns, ours, peer, ours, peer, one step each (several where a step is short), while the other sleeps. The
+   ratio of speeds is taken pair by pair: what slows the machine for a while slows both of a pair.
+2. Before that, each side tries its settings and keeps the quickest. Both try float32 and bfloat16. We try with and
+   without torch.compile (the seconds of compiling are not in the table). The peer tries kinds of cache (sampling), and
+   of attention and micro-batch (training; in sampling "sdpa" is always the quicker). In training both keep float32
+   weights; in sampling the peer has bfloat16 weights, as is usual there. The compiled peer has rows of its own, in
+   pretraining and at two sizes of sampling: by default generate compiles on GPUs only. TRL's trainers, whose model also
+   generates, are not compiled. Another checkout (--beside) takes the settings that are the quickest for us.
+3. Our processes set up torch's libraries as train.py does. The peers' processes leave them as they are.
+4. A trainer's step lasts from the end of the step before to its own end, so that its loading, callbacks and metrics
+   count, as the metrics of grpo_step do.
+5. Peak memory is that of the whole process, with the libraries that it imported; on a GPU, what torch allocated there.
+6. The roof is the speed that this machine reaches in the layers' own matrix products, [rows, C] x [C, C] and so on,
+   with as many rows as our pass has. MFU (model FLOPs utilization) is the share of the roof that our step reaches, by
+   the FLOPs of `forward_flops`.
 """
+import argparse
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -42,6 +46,7 @@ import multiprocessing
 import os
 import platform
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -54,29 +59,28 @@ from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 import torch
 import torch.nn.functional as F
 
+from data.arithmetic import Arithmetic
 from data.tokenizer import get_tokenizer
 from distill import distill_loss, distill_step
 from grpo import grpo_step
 from model import GPT, GPTConfig, Optimizer, generate
-from run import Config, Fault, one_of
-from train import compiled, tune_libraries
+from run import Config, Parser, UsageError, compiled, number, tune_libraries
 
 CFG, ENCODING = Config(), get_tokenizer()
 VOCAB = ENCODING.n_vocab
 TEACHER = GPTConfig(VOCAB, CFG.block_size, CFG.n_layer, CFG.n_head, CFG.n_embd)
 STUDENT = GPTConfig(VOCAB, CFG.block_size, CFG.student_n_layer, CFG.student_n_head, CFG.student_n_embd)
 B, T = 32, 128            # the pretraining batch
-PROMPT = 12               # tokens of every prompt: one length, so that nobody pads
+PROMPT = 12               # tokens of every prompt; with one length for all, neither side pads
 P, G, NEW = 32, 16, 48    # a GRPO iteration: prompts, samples of each, new tokens
 N = P * G                 # its completions, and those of a distillation step
-KL, CLIP = 0.01, 0.2
-FLAGS = {"only": ("sampling", "pretrain", "grpo", "distill"), "dtype": ("best", "float32", "bfloat16"),
-         "device": ("auto", "cpu", "cuda")}
+KL = 0.01
 
 
 # What both sides are given
@@ -87,7 +91,7 @@ def prompt_texts(n: int) -> list[str]:
 
 
 def prompt_ids(n: int) -> list[list[int]]:
-    """Those texts as token ids, n lists of PROMPT."""
+    """These texts as token ids, n lists of PROMPT."""
     return [ENCODING.encode_ordinary(text) for text in prompt_texts(n)]
 
 
@@ -98,12 +102,12 @@ def given_rows() -> list[list[int]]:
 
 
 def odd_characters(text: str) -> float:
-    """The reward. About half of all characters count, so that the answers to one prompt do not all earn the same."""
+    """The reward. About half of all characters count, so that the answers to one prompt differ in their reward."""
     return float(sum(ord(character) % 2 for character in text))
 
 
 class Turns:
-    """A process's side of the game: take so many steps, say how long each took, wait for the next turn."""
+    """What a process does in its turn: it takes steps, sends the seconds of a step, and waits for its next turn."""
 
     def __init__(self, pipe, device: str):
         self.pipe, self.device, self.start = pipe, device, time.perf_counter()
@@ -121,13 +125,13 @@ class Turns:
         return self.left > 0
 
     def take(self, step: Callable[[], None]) -> None:
-        """Take steps as long as they are wanted."""
+        """Take as many steps as are wanted."""
         step()
         while self.next():
             step()
 
     def train(self, trainer) -> None:
-        """The same with the steps of a trainer's own loop."""
+        """The same, with the steps of a trainer's own loop."""
         from transformers import TrainerCallback
         turns = self
 
@@ -142,25 +146,27 @@ class Turns:
 # Our side of each case
 
 
+class Endless(Arithmetic):
+    stop_ids = (-1,)  # no token has this id, so that no completion ends early
+
+
+def problems(n: int) -> list:
+    return [SimpleNamespace(prompt=text) for text in prompt_texts(n)]
+
+
+def our_reward(completion: str, problem) -> dict[str, float]:
+    return {"reward": odd_characters(completion), "accuracy": 1.0}  # distill_step keeps every completion
+
+
 def gpt(config: GPTConfig, option: dict) -> GPT:
-    """Ours, of random weights."""
+    """Our model, of random weights."""
     return GPT(config, getattr(torch, option["dtype"])).to(option["device"])
 
 
 def ready(config: GPTConfig, option: dict, **passes: bool) -> GPT:
-    """Ours, with these passes compiled if they are to be."""
+    """Our model, with these passes compiled if the option says so."""
     compile = "on" if option["compile"] == "compiled" else "off"
     return compiled(gpt(config, option), dataclasses.replace(CFG, device=option["device"], compile=compile), **passes)
-
-
-def our_reward(completion: str, problem) -> dict[str, float]:
-    return {"reward": odd_characters(completion), "accuracy": 1.0, "format": 1.0}  # distill_step keeps every completion
-
-
-def our_task(n: int) -> tuple:
-    """n problems, the reward, and the encoding with a stop token that is none."""
-    encoding = SimpleNamespace(eot_token=-1, encode_ordinary=ENCODING.encode_ordinary, decode=ENCODING.decode)
-    return [SimpleNamespace(prompt=text) for text in prompt_texts(n)], our_reward, encoding
 
 
 def our_sampling(option: dict, turns: Turns, rows: int, new: int) -> None:
@@ -188,10 +194,10 @@ def our_grpo(option: dict, turns: Turns) -> None:
     policy, reference = ready(TEACHER, option, training=True, sampling=True), gpt(TEACHER, option)
     reference.requires_grad_(False).load_state_dict(policy.state_dict())
     optimizer = Optimizer(policy, CFG.rl_lr)
+    cfg = dataclasses.replace(CFG, rl_samples=G, rl_max_new_tokens=NEW, rl_minibatches=1, kl_coef=KL)
 
     def step():
-        metrics, _ = grpo_step(policy, reference, optimizer, *our_task(P), samples=G, max_new_tokens=NEW,
-                               minibatches=1, clip_low=CLIP, clip_high=CLIP, kl_coef=KL, normalize="token", scale="std")
+        metrics, _ = grpo_step(policy, reference, optimizer, problems(P), our_reward, Endless(), cfg)
         assert metrics["no_signal"] == 0 and metrics["length"] == NEW, "every row must be whole, and teach something"
 
     turns.take(step)
@@ -200,10 +206,11 @@ def our_grpo(option: dict, turns: Turns) -> None:
 def our_distillation(option: dict, turns: Turns, sampling: bool) -> None:
     student, teacher = ready(STUDENT, option, training=True), ready(TEACHER, option, sampling=sampling)
     optimizer, given = Optimizer(student, CFG.distill_adam_lr), given_rows()
+    cfg = dataclasses.replace(CFG, rl_max_new_tokens=NEW, distill_minibatches=1, distill_epochs=1,
+                              distill_temperature=1.0)
 
     def sample_and_update():
-        metrics = distill_step(student, teacher, optimizer, *our_task(N), divergence="forward", on_policy=False,
-                               max_new_tokens=NEW, minibatches=1)
+        metrics = distill_step(student, teacher, optimizer, problems(N), our_reward, Endless(), cfg)
         assert metrics["accepted"] == 1 and metrics["length"] == NEW, "every row must be whole, and kept"
 
     def update():  # as distill_step does it
@@ -224,14 +231,14 @@ def our_distillation(option: dict, turns: Turns, sampling: bool) -> None:
 
 
 def llama(config: GPTConfig, attention: str = "sdpa"):
-    """transformers' Llama of a shape of ours."""
+    """transformers' Llama, with the shape of a model of ours."""
     from transformers import LlamaConfig, LlamaForCausalLM
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=config.vocab_size, max_position_embeddings=config.block_size, num_hidden_layers=config.n_layer,
         num_attention_heads=config.n_head, hidden_size=config.n_embd, intermediate_size=config.n_hidden,
         rms_norm_eps=1e-5, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
         attn_implementation=attention))
-    assert sum(p.numel() for p in model.parameters()) == GPT(config).n_params(), "both sides must be of one size"
+    assert sum(p.numel() for p in model.parameters()) == GPT(config).n_params(), "both sides must have one size"
     return model
 
 
@@ -240,7 +247,7 @@ def peer_sampling(option: dict, turns: Turns, rows: int, new: int) -> None:
     model = llama(dataclasses.replace(TEACHER, block_size=PROMPT + new)).eval()
     model.to(option["device"], getattr(torch, option["dtype"]))
     compiling = CompileConfig(mode="default")
-    compiling._compile_all_devices = True  # on a CPU generate would not
+    compiling._compile_all_devices = True  # on a CPU generate would not compile
     cache = {"growing cache": {}, "static cache": dict(cache_implementation="static", disable_compile=True),
              "static cache, compiled": dict(cache_implementation="static", compile_config=compiling)}[option["cache"]]
 
@@ -281,7 +288,7 @@ def spell(ids: list[int]) -> str:
 
 
 def peer_tokenizer():
-    """A character a token. The stop token is the first id that the model cannot sample."""
+    """A tokenizer with one character for each token. Its stop token is the first id that the model cannot sample."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     words = Tokenizer(models.WordLevel({spell([i]): i for i in range(VOCAB)} | {"<eos>": VOCAB}, unk_token="<eos>"))
@@ -290,7 +297,7 @@ def peer_tokenizer():
 
 
 def trainer_settings(option: dict, folder: str, lr: float) -> dict:
-    """What TRL's two trainers are told: one update a step, and nothing but training."""
+    """The settings of TRL's two trainers: one update a step, and nothing but training."""
     return dict(output_dir=folder, bf16=option["dtype"] == "bfloat16", use_cpu=option["device"] == "cpu",
                 per_device_train_batch_size=option["rows"], gradient_accumulation_steps=N // option["rows"],
                 gradient_checkpointing=False, learning_rate=lr, lr_scheduler_type="constant", max_steps=1_000_000,
@@ -312,10 +319,11 @@ def peer_grpo(option: dict, turns: Turns) -> None:
     with tempfile.TemporaryDirectory() as folder:
         llama(TEACHER).save_pretrained(folder)  # the trainer loads the reference from where the policy came from
         policy = LlamaForCausalLM.from_pretrained(folder, attn_implementation=option["attention"])
-        # "dapo" averages over tokens, as ours; without the KL's bias correction the penalty is k3, as ours.
+        # "dapo" averages over tokens, as we do. Without the bias correction the KL penalty is k3, as ours.
         args = GRPOConfig(**trainer_settings(option, folder, CFG.rl_lr), num_generations=G, max_completion_length=NEW,
-                          top_k=0, top_p=1.0, beta=KL, epsilon=CLIP, loss_type="dapo", use_bias_correction_kl=False)
-        assert args.steps_per_generation == args.gradient_accumulation_steps, "one update a rollout, as ours"
+                          top_k=0, top_p=1.0, beta=KL, epsilon=CFG.clip_low, loss_type="dapo",
+                          use_bias_correction_kl=False)
+        assert args.steps_per_generation == args.gradient_accumulation_steps, "a rollout must serve one update, as ours"
         data = Dataset.from_dict({"prompt": [spell(ids) for ids in prompt_ids(P)] * 64})
         turns.train(GRPOTrainer(policy, reward, args, data, processing_class=peer_tokenizer()))
 
@@ -340,16 +348,17 @@ class Case:
     group: str                                # what --only names
     ours: Callable[[dict, Turns], None]
     peer: Callable[[dict, Turns], None]
-    our_options: list[dict]                   # what each side tries, all in each dtype
+    our_options: list[dict]                   # what each side tries, each in all types of numbers
     peer_options: list[dict]
     work: list[tuple[GPTConfig, int, float]]  # shape, rows of its products, FLOPs of a step
     tokens: int = 0                           # of a step, where the table shows tokens/s and not seconds
-    steps: int = 1                            # in a turn, so that it lasts long enough to be timed
+    steps: int = 1                            # in a turn, so that a turn lasts long enough to be timed
 
 
 def forward_flops(config: GPTConfig, tokens: int, context: float) -> float:
-    """2 for each parameter and token (the embedding is the output matrix), and 2 for each number that goes into the two
-    attention products, whose tokens see `context` others on average. Training takes three times that."""
+    """The FLOPs of a forward pass: 2 for each parameter and token (the embedding is also the output matrix), and 2 for
+    each multiplication of the two attention products, whose tokens see `context` others on average. A training pass
+    takes three times as many."""
     return tokens * (2 * GPT(config).n_params() + 4 * config.n_layer * config.n_embd * context)
 
 
@@ -370,7 +379,7 @@ def pretraining_case(compile: dict) -> Case:
 
 
 def passes(config: GPTConfig, n: int) -> tuple[GPTConfig, int, float]:
-    """The work of n forward passes over the rows of a GRPO or distillation step."""
+    """The work of n forward passes over all rows of a GRPO or distillation step."""
     return config, CFG.micro_batch, n * forward_flops(config, N * (PROMPT + NEW), (PROMPT + NEW) / 2)
 
 
@@ -382,7 +391,7 @@ CASES = {f"sampling, {rows} x {new}": sampling_case(rows, new) for rows, new in 
     for rows, new in ((512, 48), (64, 256))} | {
     f"pretraining, {B} x {T}": pretraining_case(COMPILE[0]),
     f"pretraining, {B} x {T}, peer compiled": pretraining_case(COMPILE[1]),
-    # 3 passes to learn and 1 for the reference. One for pi_old, where a side makes it, is not needed with one update.
+    # Learning takes 3 passes and the reference 1. With one update none is needed for pi_old.
     f"GRPO iteration, {P} x {G} x {NEW}": Case("grpo", our_grpo, peer_grpo, COMPILE, TRAINER,
                                                SAMPLED + [passes(TEACHER, 4)]),
     f"distillation, {N} x {NEW}": Case("distill", partial(our_distillation, sampling=True),
@@ -397,8 +406,8 @@ CASES = {f"sampling, {rows} x {new}": sampling_case(rows, new) for rows, new in 
 
 
 def serve(pipe, side: str, name: str, options: list[dict]) -> None:
-    """A process: one side of a case, with one option after another. For each it sends the seconds of a step at every
-    turn, and the peak memory in MiB at the end; None instead if the option fails."""
+    """What a process does: it runs one side of a case with one option after another. For each option it sends the
+    seconds of a step at every turn, and the peak memory in MiB at the end. It sends None if the option fails."""
     sys.stdout = open(os.devnull, "w")
     if side == "ours":
         tune_libraries()
@@ -412,44 +421,47 @@ def serve(pipe, side: str, name: str, options: list[dict]) -> None:
             getattr(CASES[name], side)(option, Turns(pipe, option["device"]))
             kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**10 if sys.platform == "darwin" else 1)
             pipe.send(torch.cuda.max_memory_allocated() / 2**20 if option["device"] == "cuda" else kib / 2**10)
-        except (EOFError, BrokenPipeError):  # the parent is gone
+        except (EOFError, BrokenPipeError):  # the parent has ended
             return
         except Exception:
             traceback.print_exc()
             pipe.send(None)
 
 
-def launch(side: str, name: str, options: list[dict]):
-    """Start a process that serves -> our end of its pipe."""
-    context = multiprocessing.get_context("spawn")
-    pipe, end = context.Pipe()
-    context.Process(target=serve, args=(end, side, name, options), daemon=True).start()
+def launch(checkout: Path, side: str, name: str, options: list[dict]):
+    """Start a process in which the bench.py of a checkout serves a side of a case -> our end of its pipe."""
+    pipe, end = multiprocessing.Pipe()
+    code = (f"import sys; sys.path[:0] = {[str(checkout / 'experiments'), str(checkout)]}; import bench; "
+            "from multiprocessing.connection import Connection; "
+            f"bench.serve(Connection({end.fileno()}), {side!r}, {name!r}, {options!r})")
+    subprocess.Popen([sys.executable, "-c", code], pass_fds=[end.fileno()])
     end.close()  # so that recv() raises EOFError if the process dies
     return pipe
 
 
 def ask(pipe, steps: int) -> float | None:
-    """Have it take steps -> seconds of one; or, for 0, end the job -> MiB. None if it failed."""
+    """Ask a process for so many steps -> the seconds of one; or, with 0, to end its option -> its peak memory in MiB.
+    None if the option failed."""
     pipe.send(steps)
     return pipe.recv()
 
 
 def quickest(side: str, name: str, dtypes: list[str], device: str) -> dict:
-    """Try a side's options for a case -> the best. Raises Fault if none works."""
+    """Try a side's options for a case -> the quickest. Raises UsageError if none works."""
     options = [dict(device=device, dtype=dtype) | option for dtype in dtypes
                for option in (CASES[name].peer_options if side == "peer" else CASES[name].our_options)]
-    pipe, tried = launch(side, name, options), []
+    pipe, tried = launch(ROOT, side, name, options), []
     for option in options:
         seconds = pipe.recv() and ask(pipe, CASES[name].steps)  # after a step that warms up
         if seconds and ask(pipe, 0):
             tried.append((seconds, option))
     if not tried:
-        raise Fault(f"{name}: {side} failed: the error is above")
+        raise UsageError(f"{name}: {side} failed: the error is above")
     return min(tried, key=lambda pair: pair[0])[1]
 
 
 def roof(config: GPTConfig, rows: int, dtype: str, device: str) -> float:
-    """FLOP/s of the matrix products of all layers and the output, on so many rows: the best of a few tries."""
+    """The FLOP/s of the matrix products of all layers and of the output on so many rows, the best of a few tries."""
     C, H = config.n_embd, config.n_hidden
     sizes = ([(C, C)] * 4 + [(C, H)] * 2 + [(H, C)]) * config.n_layer + [(C, config.vocab_size)]
     make = partial(torch.randn, dtype=getattr(torch, dtype), device=device)
@@ -465,11 +477,13 @@ def roof(config: GPTConfig, rows: int, dtype: str, device: str) -> float:
     return sum(2 * rows * k * n for k, n in sizes) / best
 
 
-def measure(name: str, options: list[dict], reps: int, roofs: dict) -> list[float]:
-    """Both sides of a case in turn, `reps` times; print its row -> the median seconds of each side."""
-    case, pipes = CASES[name], [launch(side, name, [option]) for side, option in zip(("ours", "peer"), options)]
+def measure(name: str, sides: list[tuple[Path, str]], options: list[dict], reps: int, roofs: dict) -> list[float]:
+    """Run both sides of a case in turn, `reps` times, and print its row -> the median seconds of each side. A side is a
+    checkout, and which functions of its bench.py to run."""
+    case = CASES[name]
+    pipes = [launch(checkout, side, name, [option]) for (checkout, side), option in zip(sides, options)]
     if None in [pipe.recv() for pipe in pipes]:
-        raise Fault(f"{name} failed: the error is above")
+        raise UsageError(f"{name} failed: the error is above")
     pairs = [[ask(pipe, case.steps) for pipe in pipes] for _ in range(reps)]
     peaks = [f"{ask(pipe, 0):,.0f}" for pipe in pipes]
     ratios, seconds = [peer / ours for ours, peer in pairs], [median(side) for side in zip(*pairs)]
@@ -485,28 +499,29 @@ def measure(name: str, options: list[dict], reps: int, roofs: dict) -> list[floa
 # The command line
 
 
-def parse(argv: list[str]) -> dict[str, str]:
-    """--key=value arguments -> all flags. Raises Fault for what is unknown, out of range or not installed."""
-    flags = {"reps": "5", "only": "", "dtype": "best", "device": "auto"}
-    for arg in argv:
-        name, equals, text = arg.removeprefix("--").partition("=")
-        if not arg.startswith("--") or not equals or name not in flags:
-            raise Fault(f"unknown argument {arg!r}: see --help")
-        flags[name] = one_of(name, text, FLAGS.get(name, (text,)))
-    if not flags["reps"].isdecimal() or int(flags["reps"]) < 1:
-        raise Fault(f"--reps must be a whole number above 0, not {flags['reps']!r}")
-    for package in ("transformers", "trl", "datasets", "accelerate"):
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The flags. Raises UsageError for what is unknown, out of range or not there."""
+    parser = Parser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False)
+    parser.add_argument("--reps", type=number(int, None, None), default=5, help="turns of each side")
+    parser.add_argument("--only", choices=("sampling", "pretrain", "grpo", "distill"), default="")
+    parser.add_argument("--dtype", choices=("best", "float32", "bfloat16"), default="best")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--beside", metavar="PATH", type=Path, help="another checkout of nanoR1, instead of the peers")
+    flags = parser.parse_args(argv)
+    if flags.beside and not (flags.beside / "experiments" / "bench.py").exists():
+        raise UsageError(f"--beside={flags.beside} is no checkout of nanoR1")
+    for package in () if flags.beside else ("transformers", "trl", "datasets", "accelerate"):
         if not importlib.util.find_spec(package):
-            raise Fault(f"{package} is missing: pip install -r experiments/requirements.txt")
-    if flags["device"] == "auto":
-        flags["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+            raise UsageError(f"{package} is missing: pip install -r experiments/requirements.txt")
     return flags
 
 
-def compare(reps: int, only: str, dtype: str, device: str) -> None:
+def compare(reps: int, only: str, dtype: str, device: str, beside: Path | None) -> None:
     """Measure the chosen cases and print the tables."""
     dtypes = ["float32", "bfloat16"] if dtype == "best" else [dtype]
-    chosen = [name for name, case in CASES.items() if only in ("", case.group)]
+    chosen = [name for name, case in CASES.items() if only in ("", case.group) and not (beside and "peer" in name)]
+    sides = [(ROOT, "ours"), (beside.resolve(), "ours") if beside else (ROOT, "peer")]
     shapes = {(config.n_embd, rows): config for name in chosen for config, rows, _ in CASES[name].work}
     keys = [(width, rows, dtype) for width, rows in sorted(shapes) for dtype in dtypes]
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -516,11 +531,13 @@ def compare(reps: int, only: str, dtype: str, device: str) -> None:
                "peak memory, ours / peer")
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
     for name in chosen:
-        seconds[name] = measure(name, [quickest(side, name, dtypes, device) for side in ("ours", "peer")], reps, roofs)
+        options = [quickest("ours", name, dtypes, device)]
+        options += options if beside else [quickest("peer", name, dtypes, device)]
+        seconds[name] = measure(name, sides, options, reps, roofs)
         if name == "sampling, 64 x 512":
             ours, peer = (f"{long / 512 / (short / 64):.2f} times"
                           for long, short in zip(seconds[name], seconds["sampling, 64 x 64"]))
-            print(f"| time of a token at length 512 beside 64 | {ours} | {peer} | | | | |", flush=True)
+            print(f"| time of a token at length 512, in times of length 64 | {ours} | {peer} | | | | |", flush=True)
     print("\n| the roof, GFLOP/s: width | rows |", " | ".join(dtypes), "|\n|---|---|" + "---|" * len(dtypes))
     for width, rows in sorted(shapes):
         print(f"| {width} | {rows:,} |", " | ".join(f"{roofs[width, rows, d] / 1e9:,.0f}" for d in dtypes), "|")
@@ -537,19 +554,17 @@ def machine(device: str) -> str:
 
 def main(argv: list[str]) -> int:
     """Run the command line -> exit code."""
-    if "--help" in argv:
-        print(__doc__)
-        return 0
     try:
-        flags = parse(argv)
+        flags = vars(parse(argv))
         with tempfile.TemporaryDirectory() as folder:
             os.environ.update(HF_HOME=folder, HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error",
                               TRL_EXPERIMENTAL_SILENCE="1")
-            compare(**flags | {"reps": int(flags["reps"])})
-    except (Fault, EOFError) as fault:
-        print(f"bench.py: {fault if str(fault) else 'a process died'}", file=sys.stderr)
+            compare(**flags)
+    except (UsageError, EOFError) as error:
+        print(f"bench.py: {error if str(error) else 'a process died'}", file=sys.stderr)
         return 2
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "trl", "numpy")]
+    packages = ("torch", "numpy") + (() if flags["beside"] else ("transformers", "trl"))
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
     print(f"\n{', '.join(versions)}; {machine(flags['device'])}, {torch.get_num_threads()} threads\n"
           + " ".join(["python experiments/bench.py"] + [f"--{key}={value}" for key, value in flags.items() if value]))
     return 0

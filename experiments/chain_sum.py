@@ -1,13 +1,14 @@
-"""Problems that nobody here wrote, as files for train.py: reasoning-gym's chain_sum, and a forum that discusses it.
+"""Files for train.py with problems from another project: chain_sum of reasoning-gym, and a forum that discusses them.
 
     pip install -r experiments/requirements.txt
     python experiments/chain_sum.py out/chain_sum
     python train.py --problems=out/chain_sum/problems.jsonl --corpus=out/chain_sum/corpus.jsonl --corpus_share=0.5 \\
         --rl_max_new_tokens=44 --out=out/chain_sum
 
-problems.jsonl holds 20,000 different problems of 2 to 4 terms of one or two digits, 1,000 of them to test on. No base
-as small as ours could read such a prompt without having met its like, so corpus.jsonl has 60,000 threads about training
-problems, in the same styles as the built-in corpus, slips included (`data.arithmetic.write_answer`).
+problems.jsonl holds 20,000 different problems of 2 to 4 terms of one or two digits; 1,000 of them are held out for
+tests. A base as small as ours cannot read such a prompt unless it has met similar ones. So corpus.jsonl has 60,000
+threads about the training problems, in the styles of the built-in corpus, slips included
+(`data.arithmetic.write_answer`).
 """
 import json
 import random
@@ -17,13 +18,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.arithmetic import STYLES, Problem, write_answer
-from run import Fault, write_file
+from run import UsageError, write_file
 
 PROBLEMS, TESTED, THREADS = 20_000, 1_000, 60_000
 
 
 def chain_sums(n: int) -> list[dict]:
-    """n different entries of reasoning-gym's chain_sum, in random order."""
+    """n different entries of reasoning-gym's chain_sum, in random order. Raises UsageError if there are fewer."""
     import reasoning_gym
     found = {}
     for entry in reasoning_gym.create_dataset("chain_sum", seed=0, size=20 * n, min_terms=2, max_terms=4, min_digits=1,
@@ -31,7 +32,7 @@ def chain_sums(n: int) -> list[dict]:
         found.setdefault(entry["question"], entry)
         if len(found) == n:
             return list(found.values())
-    raise Fault(f"chain_sum has fewer than {n} different problems")
+    raise UsageError(f"chain_sum has fewer than {n} different problems")
 
 
 def threads(entries: list[dict], n: int) -> list[str]:
@@ -45,9 +46,10 @@ def threads(entries: list[dict], n: int) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
+    """Run the command line -> exit code."""
     try:
         if len(argv) != 1 or argv[0].startswith("-"):
-            raise Fault("give it a folder to write into: python experiments/chain_sum.py DIR")
+            raise UsageError("it needs a folder to write into: python experiments/chain_sum.py DIR")
         folder, entries = Path(argv[0]), chain_sums(PROBLEMS)
         folder.mkdir(parents=True, exist_ok=True)
         problems = [{"prompt": entry["question"], "answer": entry["answer"], "split": "test" if i < TESTED else "train"}
@@ -58,8 +60,8 @@ def main(argv: list[str]) -> int:
         return 0
     except ImportError:
         print("chain_sum.py: pip install -r experiments/requirements.txt first", file=sys.stderr)
-    except (Fault, OSError) as fault:
-        print(f"chain_sum.py: {fault}", file=sys.stderr)
+    except (UsageError, OSError) as error:
+        print(f"chain_sum.py: {error}", file=sys.stderr)
     return 2
 
 

@@ -1,11 +1,11 @@
-"""A checkpoint as a folder that transformers loads, with none of our code: config, safetensors, a fast tokenizer.
+"""Export a checkpoint as a folder that transformers loads without our code: config, safetensors, a fast tokenizer.
 
     pip install -r experiments/requirements.txt
     python experiments/export_hf.py out/zero.pt DIR
 
-The GPT is a Llama, so its weights only get other names; computed in float32 they give the same logits. The tokenizer
-splits as ours does, but for one thing: as everywhere in transformers, a text that holds <|endoftext|> gets the stop
-token there. The chat template makes a user's message the prompt that the model was trained on:
+The GPT is a Llama, so its weights only get other names. In float32 they give the same logits. The tokenizer splits
+texts as ours does, with one exception: as everywhere in transformers, "<|endoftext|>" in a text becomes the stop token.
+The chat template turns a user's message into the prompt that the model was trained on:
 
     tokenizer, model = AutoTokenizer.from_pretrained(DIR), AutoModelForCausalLM.from_pretrained(DIR)
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "8*7-19"}], return_tensors="pt")
@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.tokenizer import END_OF_TEXT, PIECES, get_tokenizer
-from run import Fault, load_checkpoint
+from run import UsageError, load_checkpoint
 
 NAMES = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm", "gate": "mlp.gate_proj", "up": "mlp.up_proj",
          "down": "mlp.down_proj"} | {name: f"self_attn.{name}_proj" for name in "qkvo"}
@@ -52,15 +52,16 @@ def llama(content: dict):
 
 
 def byte_letters() -> list[str]:
-    """The character that stands for each byte in a byte-level tokenizer's vocabulary, as GPT-2 chose them: itself where
-    it is printable, else the next one from 256 on."""
+    """The character that stands for each byte in the vocabulary of a byte-level tokenizer, as GPT-2 chose them. A
+    printable byte stands for itself; the others get the characters from 256 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 def fast_tokenizer(block_size: int):
-    """Our tokenizer as a PreTrainedTokenizerFast: the same cuts, and a cut that is no piece spelt in bytes."""
+    """Our tokenizer as a PreTrainedTokenizerFast. It splits at the same places, and spells what is no piece in
+    bytes."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     encoding, letters = get_tokenizer(), byte_letters()
@@ -78,12 +79,13 @@ def fast_tokenizer(block_size: int):
 
 
 def main(argv: list[str]) -> int:
+    """Run the command line -> exit code."""
     try:
         if len(argv) != 2 or any(arg.startswith("-") for arg in argv):
-            raise Fault("give it a checkpoint and a folder: python experiments/export_hf.py out/zero.pt DIR")
+            raise UsageError("it needs a checkpoint and a folder: python experiments/export_hf.py out/zero.pt DIR")
         path, folder = map(Path, argv)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise Fault(f"{folder} is there already, and not an empty folder")
+            raise UsageError(f"{folder} exists already, and is not an empty folder")
         content = load_checkpoint(path)
         model, tokenizer = llama(content), fast_tokenizer(content["shape"]["block_size"])
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -91,15 +93,15 @@ def main(argv: list[str]) -> int:
             try:
                 model.save_pretrained(unfinished)
                 tokenizer.save_pretrained(unfinished)
-            except Exception as error:  # a full disk is an error of safetensors' own kind, or of tokenizers'
-                raise Fault(f"cannot write {folder}: {error}") from None
+            except Exception as error:  # on a full disk safetensors and tokenizers raise errors of their own kinds
+                raise UsageError(f"cannot write {folder}: {error}") from None
             shutil.copytree(unfinished, folder, dirs_exist_ok=True)
-        print(f"{content['stage']}, {model.num_parameters():,} parameters, is in {folder}")
+        print(f"{folder} holds {content['stage']}, {model.num_parameters():,} parameters")
         return 0
     except ImportError:
         print("export_hf.py: pip install -r experiments/requirements.txt first", file=sys.stderr)
-    except (Fault, OSError) as fault:
-        print(f"export_hf.py: {fault}", file=sys.stderr)
+    except (UsageError, OSError) as error:
+        print(f"export_hf.py: {error}", file=sys.stderr)
     return 2
 
 

@@ -1,24 +1,22 @@
 """The findings: what is said of DeepSeek-R1, measured at toy scale, each claim with a control that could refute it.
 
-    python experiments/findings.py             runs what is missing, or goes on, and writes experiments/findings.md
+    python experiments/findings.py             trains what is missing, or goes on, and writes experiments/findings.md
     python experiments/findings.py --only=7    one row
-    python experiments/findings.py --jobs=4    so many trainings at a time (default: one a core, of one thread each)
+    python experiments/findings.py --jobs=4    so many trainings at a time (default: one for each core, of one thread)
 
-A cell is a run of train.py with some flags and a seed; it starts from the checkpoints of another cell where it shares
-its first stages. What the rows (rows.py) need of a cell is kept in experiments/results/CELL-SEED.json, with the
-settings that shaped it: a cell is run again when these have changed, and the page is written from the files alone.
-Checkpoints and logs go to out/findings/, where a run that was stopped goes on. There is no training loop here.
-
-Each figure is a mean over the seeds ± its standard deviation over them; of pass@1, if that is larger, ± its standard
-error over problems. A difference is taken seed by seed; one that is not larger than its spread is no difference.
+A cell is a run of train.py with some flags and a seed. If it shares its first stages with another cell, it starts from
+that cell's checkpoints. What the rows (rows.py) need of a cell is kept in experiments/results/CELL-SEED.json, with the
+settings that shaped it. A cell is run again if these settings have changed. The page is written from the files alone.
+Checkpoints and logs go to out/findings/, where an interrupted run goes on. There is no training loop in this file.
 """
-import dataclasses
+import argparse
 import json
 import os
 import shutil
 import statistics
 import subprocess
 import sys
+import textwrap
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,29 +27,28 @@ RESULTS, OUT, PAGE = (ROOT / name for name in ("experiments/results", "out/findi
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 from rows import ROWS, Known, table  # noqa: E402
-from run import EVALUATED_BY, SHAPED_BY, STAGES, Config, Fault, among, parse_args, write_file  # noqa: E402
+from run import (BASE, DEPENDS, EVALUATION, FIELDS, STUDENT, ZERO, Config, Parser, UsageError, change,  # noqa: E402
+                 number, parse_args, shaped_by, write_file)
 
 SEEDS = (0, 1, 2)
-NEEDS = {"zero": ("base",), "student": ("zero", "student_base")}  # the checkpoints that a cell takes from its start
-NOT_THE_CELL = ("device", "dtype", "compile", "micro_batch", "seed")  # the machine's fields, and what differs in a cell
 
 
 @dataclass(frozen=True)
 class Cell:
     """A run of train.py for each seed."""
-    trains: tuple[str, ...]           # the models that it makes
-    flags: str = ""                   # beside the defaults
-    start: str | None = None          # the cell whose other checkpoints it starts from
-    measures: tuple[str, ...] = ()    # of experiments/measures.py, beside what train.py measures
+    trains: tuple[str, ...]         # the models that it makes
+    flags: str = ""                 # what differs from train.py's defaults
+    start: str | None = None        # the cell whose checkpoints it starts from
+    measures: tuple[str, ...] = ()  # functions of measures.py, which measure what train.py does not
 
     def stages(self) -> list[str]:
-        """The --stage flags to run train.py with, one after the other; none runs all stages."""
-        stages = [stage for stage in STAGES if any(name.startswith(stage) for name in self.trains)]
-        return [""] if len(stages) == len(STAGES) else [f"--stage={stage}" for stage in stages]
+        """The --stage flags to run train.py with, one after the other. An empty flag runs all stages."""
+        stages = [stage for stage in (BASE, ZERO, STUDENT) if any(name.startswith(stage) for name in self.trains)]
+        return [""] if len(stages) == 3 else [f"--stage={stage}" for stage in stages]
 
 
 COUNTDOWN = "--task=countdown --max_number=10 --rl_max_new_tokens=104 --rl_steps=120"
-# As many updates of the student as the default's, on three times as many samples: each is learnt from once.
+# The student learns once from each sample: 960 updates on 61,440 samples. The default is 1,200 updates on 25,600.
 ONE_PASS = "--distill_steps=120 --distill_epochs=1"
 CELLS = {
     "default": Cell(("base", "zero", "student_base", "student", "student_rl"), f"{ONE_PASS} --student_rl=True",
@@ -91,15 +88,14 @@ CELLS = {
 
 
 def settings(cell: Cell) -> dict:
-    """The fields that shape a cell's models and their evaluation, whatever the machine and the seed."""
+    """The fields that shape a cell's models and their evaluation, but for the seed."""
     cfg, _ = parse_args(cell.flags.split())
-    names = {name for trained in cell.trains for name in SHAPED_BY[trained]} | set(EVALUATED_BY)
-    return {field.name: getattr(cfg, field.name) for field in dataclasses.fields(Config)
-            if field.name not in NOT_THE_CELL and among(field.name, names)}
+    names = {name for stage in (*cell.trains, EVALUATION) for name in shaped_by(stage)} - {"seed"}
+    return {name: getattr(cfg, name) for name in FIELDS if name in names}
 
 
 def slug(name: str) -> str:
-    """A cell's name as a file's.
+    """The name of a cell's files.
 
     >>> slug("countdown, no wait"), slug("tokens 1/4")
     ('countdown_no_wait', 'tokens_1-4')
@@ -108,44 +104,47 @@ def slug(name: str) -> str:
 
 
 def folder(name: str, seed: int) -> Path:
-    """Where a cell's run writes: other settings go elsewhere."""
+    """Where a cell's run writes. Other settings have another folder."""
     key = json.dumps(settings(CELLS[name]), sort_keys=True)
     return OUT / f"{slug(name)}-{seed}-{zlib.crc32(key.encode()):08x}"
 
 
 def stored(name: str, seed: int) -> dict | None:
-    """What is known of a cell, if that is of its settings as they are now, with all that is measured of it."""
+    """What is known of a cell; None if it was not run, not measured in full, or run with other settings than now.
+
+    A field that the file does not hold stands for its value "absent" in run.py. What the file holds of fields that no
+    longer exist is ignored.
+    """
     path = RESULTS / f"{slug(name)}-{seed}.json"
     if not path.exists():
         return None
     found, cell = json.loads(path.read_text()), CELLS[name]
-    before = {key: getattr(Config, key) for key in settings(cell)} | found["settings"]  # fields that were added since
+    cfg, _ = parse_args(cell.flags.split())
+    changed = any(change(cfg, found["settings"], stage) for stage in (*cell.trains, EVALUATION))
     complete = set(found["models"]) >= set(cell.trains) and set(found["measures"]) >= set(cell.measures)
-    return found if complete and before == settings(cell) else None
+    return found if complete and not changed else None
 
 
 def train(name: str, seed: int, threads: int) -> None:
-    """Have train.py make a cell's models, from its start's checkpoints. Raises Fault if it fails."""
+    """Have train.py make a cell's models, from the checkpoints of its start. Raises UsageError if that fails."""
     cell, out = CELLS[name], folder(name, seed)
     out.mkdir(parents=True, exist_ok=True)
     flags = [f"--seed={seed}", f"--threads={threads}", f"--out={out}", *cell.flags.split()]
     if cell.start:
         parent = folder(cell.start, seed)
-        for needed in NEEDS[cell.trains[0]]:
+        for needed in DEPENDS[cell.trains[0]]:
             if not (out / f"{needed}.pt").exists():
                 shutil.copy(parent / f"{needed}.pt", out / "copying")
                 os.replace(out / "copying", out / f"{needed}.pt")
-        made_with = json.loads((parent / "results.json").read_text())["config"]
-        flags += [f"--{key}={made_with[key]}" for key in ("device", "dtype", "compile")]
     for stage in cell.stages():
         with open(out / "output.txt", "a") as output:
             command = [sys.executable, str(ROOT / "train.py"), *stage.split(), *flags]
             if subprocess.run(command, stdout=output, stderr=output).returncode:
-                raise Fault(f"{name}, seed {seed}: train.py failed; {out / 'output.txt'} says why")
+                raise UsageError(f"{name}, seed {seed}: train.py failed; {out / 'output.txt'} says why")
 
 
 def curve(rows: list[dict]) -> dict[str, list[float]]:
-    """What an RL run logged, averaged over each tenth of it."""
+    """The metrics that an RL run logged, averaged over each tenth of its steps."""
     tenths = [rows[i * len(rows) // 10:(i + 1) * len(rows) // 10] for i in range(10)]
     means = {}
     for key in ("accuracy", "format", "length", "length_wrong", "reflection", "no_signal"):
@@ -155,11 +154,11 @@ def curve(rows: list[dict]) -> dict[str, list[float]]:
 
 
 def work(rows: list[dict], cfg: Config, name: str) -> dict[str, float]:
-    """Tokens that the student and the teacher saw in training a student, a forward and backward pass counted as three:
-    FLOPs divided by twice the model's parameters.
+    """The tokens that the student and the teacher read while a student was trained. A forward and backward pass counts
+    three times. Times twice a model's parameters, this is the number of its FLOPs.
 
-    Distillation: the teacher samples, and reads what the student learns. RL: the student samples, trains on completions
-    with an advantage, and reads those of all minibatches but the first once more for pi_old.
+    In distillation the teacher samples, and then reads what the student learns from. In RL the student samples, trains
+    on the completions that have an advantage, and reads those of all minibatches but the first again for pi_old.
     """
     prompt = 9  # tokens, on average
     if name == "student_rl":
@@ -173,7 +172,7 @@ def work(rows: list[dict], cfg: Config, name: str) -> dict[str, float]:
 
 
 def collect(name: str, seed: int, threads: int) -> None:
-    """Measure a trained cell, and keep what the table needs."""
+    """Measure a trained cell, and keep what the page needs."""
     cell, out = CELLS[name], folder(name, seed)
     results = json.loads((out / "results.json").read_text())
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -184,7 +183,7 @@ def collect(name: str, seed: int, threads: int) -> None:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             why = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise Fault(f"{name}, seed {seed}: measuring {measure} failed: {why[-1]}")
+            raise UsageError(f"{name}, seed {seed}: measuring {measure} failed: {why[-1]}")
         measures[measure] = json.loads(done.stdout)
     found = {
         "cell": name, "seed": seed, "settings": settings(cell),
@@ -203,7 +202,7 @@ def collect(name: str, seed: int, threads: int) -> None:
 
 
 def run_cells(names: list[str], jobs: int) -> None:
-    """Run the cells that are missing, those that others start from first."""
+    """Run the cells that are missing. Those that others start from come first."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     missing = [(name, seed) for name in names for seed in SEEDS if stored(name, seed) is None]
     starts = {(CELLS[name].start, seed) for name, seed in missing if CELLS[name].start}
@@ -219,11 +218,41 @@ def run_cells(names: list[str], jobs: int) -> None:
         with ThreadPoolExecutor(jobs) as pool:
             try:
                 list(pool.map(run, keys))
-            finally:  # after a fault, or Ctrl-C, which ends the runs under way, none is begun
+            finally:  # after an error, or Ctrl-C, which ends the runs under way, no other is begun
                 pool.shutdown(cancel_futures=True)
 
 
 # The page
+
+HEAD = """# Findings
+
+What is said of DeepSeek-R1 and of GRPO, measured at toy scale. Each claim has a control that could refute it, and a
+bar that decides whether it holds here. `python experiments/findings.py` writes this page from experiments/results/,
+after training what is missing there. All cells together took {hours:.1f} hours of training and evaluation on one
+thread ({machines}).
+
+- **Models.** *base* was pretrained on the corpus, and *zero* is the base after RL. *student_base* is a smaller base,
+  and *student* is zero distilled into it. *student_rl* is student_base after RL with as many updates as the student
+  had. It is the control for distillation. Distillation takes 120 steps of one epoch each here, and 50 steps of three
+  by train.py's default.
+- **Problems.** *test* holds unseen problems of 2 to 4 operations; RL trains on 1 to 4. *hard* holds unseen problems of
+  5 and 6 operations, which are longer than any in RL. In countdown (row 4) test problems have three numbers, and hard
+  ones four.
+- **Measures.** The models answer 256 problems of a kind, each 16 times at temperature 1, unless a table says
+  otherwise. *pass@1* is the share of right answers. *maj@16* is the share of problems that the most frequent of the 16
+  answers solves. *format* is the share of well-formed answers: a thought and an answer inside their tags, and nothing
+  else. *length* is the mean number of tokens. An answer *reflects* if it holds one of the ten words that R1 counts,
+  such as "wait". Shares are in %, and differences of shares in percentage points.
+- **RL.** GRPO samples a *group* of G answers to each problem. The *advantage* of an answer is its reward minus the
+  mean reward of its group, divided by the group's standard deviation. A group has a *signal* if its rewards are not
+  all equal. Otherwise all its advantages are 0, and it teaches nothing.
+- **Spread.** "96.7 ± 0.6" is the mean over three seeds ± the standard deviation over them. For pass@1 the standard
+  error over problems takes the place of the latter if it is larger. Differences are taken seed by seed. A difference
+  that is not larger than its spread is called no difference.
+
+The bars of rows 1 to 7 were fixed before measuring. Those of rows 8 to 10 were made stricter when some of their cells
+were known.
+"""
 
 
 def known() -> Known:
@@ -233,59 +262,47 @@ def known() -> Known:
 
 
 def minutes(k: Known, cells: tuple[str, ...]) -> float:
-    """What training and evaluating these cells took, one after the other."""
+    """How long the training and evaluation of these cells took, one after the other."""
     return sum(sum(k.values(cell, "seconds")) for cell in cells) / 60
 
 
 def page(k: Known) -> str:
-    """experiments/findings.md, of the rows whose cells are all there."""
+    """experiments/findings.md, with the rows whose cells have all been run."""
     rows, details = [], []
-    for number, row in ROWS.items():
+    for n, row in ROWS.items():
         missing = [cell for cell in row.cells if cell not in k.cells]
         if missing:
-            print(f"row {number} is left out: {', '.join(missing)} has not been run")
+            print(f"row {n} is left out: {', '.join(missing)} has not been run")
             continue
         line, passed, lines = row.measure(k)
-        rows.append([number, row.claim, row.paper, row.bar, line, "**pass**" if passed else "**fail**"])
-        commands = [f"    python train.py {CELLS[cell].flags}" for cell in row.cells]
-        details += [f"## {number}. {row.claim}", "", f"`python experiments/findings.py --only={number}` "
-                    f"trains and evaluates for {minutes(k, row.cells):.0f} minutes of a thread, with seeds 0, 1 and 2:",
-                    "", *commands, *lines]
-    machines = {tuple(cell["machine"].values()) for cells in k.cells.values() for cell in cells}
-    head = ["# Findings", "",
-            "What is said of DeepSeek-R1, at toy scale, with controls. `python experiments/findings.py` writes this "
-            "page from experiments/results/, after running what is missing there; its first lines say what a spread "
-            f"is. All cells together trained and evaluated for {minutes(k, tuple(k.cells)) / 60:.1f} hours of a thread "
-            f"({' and '.join(sorted(f'{device}, {dtype}' for device, dtype, *_ in machines))}). pass@1, format, length "
-            "and reflection are of 256 unseen problems x 16 samples at temperature 1, in %, unless a table says more.",
-            "",
-            "The bars of rows 1 to 7 were fixed before measuring; those of 8 to 10 were made stricter when some of their "
-            "cells were known.",
-            *table(["#", "claim", "paper", "bar", "measured", ""], rows)]
-    return "\n".join(head + details).rstrip() + "\n"
+        rows.append([n, row.claim, row.paper, row.bar, line, "**pass**" if passed else "**fail**"])
+        details += [f"## {n}. {row.claim}", "", f"`python experiments/findings.py --only={n}` takes "
+                    f"{minutes(k, row.cells):.0f} minutes of one thread, for these runs with seeds 0, 1 and 2:", "",
+                    *(f"    python train.py {CELLS[cell].flags}" for cell in row.cells)]
+        if row.note:
+            details += ["", textwrap.fill(" ".join(row.note.split()), 119)]
+        details += lines
+    machines = {"{device}, {dtype}".format(**cell["machine"]) for cells in k.cells.values() for cell in cells}
+    head = HEAD.format(hours=minutes(k, tuple(k.cells)) / 60, machines=" and ".join(sorted(machines)))
+    summary = table(["#", "claim", "said of large models", "bar", "measured here", "verdict"], rows)
+    return head + "\n".join(summary + details).rstrip() + "\n"
 
 
 def main(argv: list[str]) -> int:
     """Run the command line -> exit code."""
-    options = {"only": None, "jobs": os.cpu_count() or 1}
+    parser = Parser(prog="findings.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False)
+    parser.add_argument("--only", type=int, choices=ROWS, help="one row of the page")
+    parser.add_argument("--jobs", type=number(int, None, None), default=os.cpu_count() or 1, help="trainings at a time")
     try:
-        if "--help" in argv:
-            print(__doc__)
-            return 0
-        for arg in argv:
-            name, _, text = arg.removeprefix("--").partition("=")
-            if not arg.startswith("--") or name not in options or not text.isdecimal() or int(text) == 0:
-                raise Fault(f"unknown argument {arg!r}: --only=ROW and --jobs=N are known, whole numbers")
-            options[name] = int(text)
-        if options["only"] not in (None, *ROWS):
-            raise Fault(f"--only={options['only']}: rows are 1 to {len(ROWS)}")
-        rows = [ROWS[options["only"]]] if options["only"] else ROWS.values()
-        run_cells([name for name in CELLS if any(name in row.cells for row in rows)], options["jobs"])
+        options = parser.parse_args(argv)
+        rows = [ROWS[options.only]] if options.only else ROWS.values()
+        run_cells([name for name in CELLS if any(name in row.cells for row in rows)], options.jobs)
         write_file(PAGE, page(known()).encode())
         print(f"wrote {PAGE.relative_to(ROOT)}")
         return 0
-    except (Fault, OSError) as fault:
-        print(f"findings.py: {fault}", file=sys.stderr)
+    except (UsageError, OSError) as error:
+        print(f"findings.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nfindings.py: interrupted; the same command goes on from there", file=sys.stderr)

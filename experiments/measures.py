@@ -1,11 +1,12 @@
-"""What findings.py measures of a run's models beside what train.py does, printed as JSON:
+"""What findings.py measures of a run's models beyond what train.py measures, printed as JSON:
 
     python experiments/measures.py MEASURE OUT THREADS
 
-All samples are drawn at temperature 1, from generators seeded by the run's seed and the measure.
+All samples are drawn at temperature 1, from generators that are seeded by the run's seed and the name of the measure.
 """
 import dataclasses
 import json
+import math
 import random
 import re
 import sys
@@ -18,12 +19,11 @@ import torch  # noqa: E402
 
 from data import countdown  # noqa: E402
 from data.arithmetic import OPERATIONS  # noqa: E402
-from data.tokenizer import get_tokenizer  # noqa: E402
 from grpo import sample_rollout  # noqa: E402
 from model import GPT  # noqa: E402
 from rewards import format_reward  # noqa: E402
-from run import Config, build_model, draws, load_checkpoint  # noqa: E402
-from train import make_task, pass_at_k, reward_function, tune_libraries  # noqa: E402
+from run import Config, build_model, load_checkpoint, seeded, tune_libraries  # noqa: E402
+from train import make_task  # noqa: E402
 
 CHUNK = 1024  # completions sampled at a time
 
@@ -32,7 +32,7 @@ CHUNK = 1024  # completions sampled at a time
 class Sampler:
     """A run's settings and task, and samples of its models."""
     out: Path
-    name: str  # of the measure: what is drawn depends on it
+    name: str  # the measure's; what is drawn depends on it
 
     def __post_init__(self):
         self.cfg = Config(**json.loads((self.out / "results.json").read_text())["config"])
@@ -42,15 +42,16 @@ class Sampler:
         return build_model(load_checkpoint(self.out / f"{name}.pt", name)).to(self.cfg.device)
 
     def draws(self, what: str = "") -> tuple[random.Random, torch.Generator]:
-        return draws(self, f"{self.name} {what}", 0)
+        return seeded(self.cfg, f"{self.name} {what}", 0)
 
     def sample(self, model: GPT, problems: list, samples: int, what: str = "") -> list[list[tuple[str, bool]]]:
-        """`samples` completions of each problem: their texts, and are they right? `what` makes them others."""
+        """`samples` completions of each problem, as pairs of the text and whether it is right. Another `what` draws
+        other completions."""
         generator, groups = self.draws(f"samples {what}")[1], []
         step = max(1, CHUNK // samples)
         for at in range(0, len(problems), step):
-            rollout = sample_rollout(model, problems[at:at + step], reward_function(self.cfg), get_tokenizer(),
-                                     samples=samples, max_new_tokens=self.cfg.rl_max_new_tokens, generator=generator)
+            rollout = sample_rollout(model, problems[at:at + step], self.task.reward, self.task, samples=samples,
+                                     max_new_tokens=self.cfg.rl_max_new_tokens, generator=generator)
             rows = [(text, score["accuracy"] == 1) for text, score in zip(rollout.texts, rollout.scores)]
             groups += [rows[i:i + samples] for i in range(0, len(rows), samples)]
         return groups
@@ -60,9 +61,29 @@ class Sampler:
 
 
 def share(values) -> float | None:
-    """The share of what is true; None of nothing."""
+    """The share of the values that are true, or None if there are no values."""
     values = list(values)
     return round(sum(values) / len(values), 5) if values else None
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The chance that at least one of k samples is right, estimated without bias from n samples of which c are right:
+    1 - C(n-c, k) / C(n, k) (Chen et al., 2107.03374, eq. 1).
+
+    >>> pass_at_k(4, 1, 2)
+    0.5
+    """
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def mixed(n: int, c: int, G: int) -> float:
+    """The chance that G answers are neither all right nor all wrong, estimated without bias from n answers of which c
+    are right. It is the chance that one of the G is right, plus the chance that one is wrong, minus 1.
+
+    >>> round(mixed(4, 2, 2), 3)  # four of the six pairs
+    0.667
+    """
+    return pass_at_k(n, c, G) + pass_at_k(n, n - c, G) - 1
 
 
 def conditional(run: Sampler) -> dict:
@@ -73,11 +94,11 @@ def conditional(run: Sampler) -> dict:
 
 
 def operations(run: Sampler) -> dict:
-    """pass@1 of base and zero on 256 problems of the test side by their number of operations. Those of one operation
-    are fewer than 256, and repeat; the textbook pages hold them as facts."""
+    """pass@1 of base and zero by the number of operations, on 256 problems of the test side for each number. There are
+    fewer than 256 problems of one operation, so some of these repeat; the textbook pages hold them as facts."""
     rng, found = run.draws()[0], {"base": {}, "zero": {}}
     for n in range(1, run.cfg.max_ops + 3):
-        problems = [run.task.make_problem(rng, (n, n), test=True) for _ in range(256)]
+        problems = [run.task.make_problem(rng, n_ops=(n, n), test=True) for _ in range(256)]
         for name in found:
             found[name][str(n)] = run.accuracy(run.model(name), problems)
     return found
@@ -96,9 +117,9 @@ def many_samples(run: Sampler) -> dict:
 
 
 def distributions(run: Sampler) -> dict:
-    """pass@1 on problems of distillation's last step, on unseen ones of as many operations (test), longer ones (hard),
-    and with larger numbers."""
-    rng, _ = draws(run, "student", run.cfg.distill_steps)
+    """pass@1 on problems of distillation's last step, on unseen problems of as many operations (test), on longer ones
+    (hard), and on unseen ones with larger numbers."""
+    rng, _ = seeded(run.cfg, "student", run.cfg.distill_steps)
     trained = {problem.question: problem for problem in (run.task.make_problem(rng)
                for _ in range(run.cfg.distill_prompts)) if len(re.findall("[-+*]", problem.question)) > 1}
     larger = dataclasses.replace(run.task, max_number=99)
@@ -110,9 +131,11 @@ def distributions(run: Sampler) -> dict:
 
 
 def signal(run: Sampler) -> dict:
-    """Of groups of G answers of the base to 256 training problems: the share with right and wrong ones, counted over
-    two groups of each problem; and as 1 - p^G - (1-p)^G says, estimated without bias for each problem from 64 other
-    samples, and at the mean p."""
+    """The share of groups of G answers that hold right and wrong ones, for the base's answers to 256 training problems.
+
+    It is counted over two groups of each problem. It is also computed as 1 - p^G - (1-p)^G, where p is the chance of a
+    right answer: once estimated for each problem without bias from 64 other samples, and once at the mean p.
+    """
     G, rng, n = run.cfg.rl_samples, run.draws()[0], 64
     problems = [run.task.make_problem(rng) for _ in range(256)]
     groups = [[right for _, right in group] for group in run.sample(run.model("base"), problems, n)]
@@ -125,21 +148,12 @@ def signal(run: Sampler) -> dict:
             "at the mean p": round(1 - p ** G - (1 - p) ** G, 5)}
 
 
-def mixed(n: int, c: int, G: int) -> float:
-    """Unbiased chance that G answers are neither all right nor all wrong, from n answers of which c were right: both
-    one of G is right (`pass_at_k`), and one is wrong.
-
-    >>> round(mixed(4, 2, 2), 3)  # four of the six pairs
-    0.667
-    """
-    return pass_at_k(n, c, G) + pass_at_k(n, n - c, G) - 1
-
-
 def reflections(run: Sampler) -> dict:
-    """What looking again does, in base and zero, on test problems, over the answers that work inside a thought.
+    """What a reflection does, in base and zero, over the answers to test problems that show working inside a thought.
 
-    A reflection is a "wait" in a thought; `turns_of` says what it turns into what. In countdown, where one looks again
-    only after an attempt that missed, those who do and who do not are compared over answers whose first attempt missed.
+    A reflection is a "wait" in a thought; `turns_of` says what it turns into what. In countdown an author looks again
+    only after an attempt that missed, so answers with and without a reflection are compared only if their first attempt
+    missed.
     """
     problems, found = run.task.heldout_problems(256, "test", run.cfg.seed), {}
     for name in ("base", "zero"):
@@ -160,7 +174,7 @@ def reflections(run: Sampler) -> dict:
 
 
 def parts_of(text: str) -> list[str]:
-    """The thought of an answer, cut at each "wait".
+    """The thought of an answer, split at each "wait".
 
     >>> parts_of("<think>8*7=54, wait, 8*7=56</think><answer>56</answer>"), parts_of("56")
     (['8*7=54', '8*7=56'], [''])
@@ -169,20 +183,20 @@ def parts_of(text: str) -> list[str]:
 
 
 def true_step(text: str) -> bool:
-    """Is this text an equation such as 3*4=12 that holds?"""
+    """Is this text an equation that holds, such as 3*4=12?"""
     found = re.fullmatch(r"(-?[0-9]+)([-+*])([0-9]+)=(-?[0-9]+)", text)
     return bool(found) and OPERATIONS[found[2]](int(found[1]), int(found[3])) == int(found[4])
 
 
 def hits(problem: countdown.Problem, attempt: str) -> bool:
-    """Does an attempt at a countdown come to the target, by steps that are all true?"""
+    """Does an attempt at a countdown reach the target by steps that are all true?"""
     steps = [step for step in attempt.split(", ") if "=" in step]
     return bool(steps) and all(map(true_step, steps)) and steps[-1].endswith(f"={problem.target}")
 
 
 def turns_of(problem, parts: list[str]) -> list[str]:
-    """For each "wait" between the parts of a thought, what it turned into what: in countdown attempts, which are right
-    if they hit the target; in arithmetic the last step before it and the first one after it.
+    """What each "wait" between the parts of a thought turned into what. In countdown the parts are attempts, which are
+    right if they hit the target. In arithmetic the last step before the "wait" is compared with the first one after it.
 
     >>> from data import arithmetic
     >>> turns_of(arithmetic.parse("13-8"), ["13-8=6", "13-8=5"])

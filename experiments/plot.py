@@ -1,8 +1,7 @@
-"""A run's RL stage as a figure: python experiments/plot.py OUT FIGURE.png, with OUT a finished run of train.py.
+"""Draw a run's RL stage as a figure: python experiments/plot.py OUT FIGURE.png, where OUT is a finished run.
 
-Four panels over the RL steps, from OUT/log.jsonl: accuracy, format, length and reflection of the answers that were
-sampled to training problems. The levels of base, zero and student on test problems, from OUT/results.json, are drawn
-across.
+Four panels show accuracy, format, length and reflection of the answers to training problems over the RL steps, from
+OUT/log.jsonl. Horizontal lines show the levels of base, zero and student on test problems, from OUT/results.json.
 """
 import json
 import sys
@@ -14,18 +13,18 @@ matplotlib.use("Agg")  # no window
 
 import matplotlib.pyplot as plt  # noqa: E402
 
-PANELS = {  # what log.jsonl calls it: (what results.json calls it, the panel's title)
+PANELS = {  # the name in log.jsonl: (the name in results.json, the panel's title)
     "accuracy": ("pass@1", "accuracy"),
     "format": ("format", "format"),
     "length": ("length", "length, tokens"),
     "reflection": ("reflection", "answers that reflect"),
 }
 LEVELS = {"base": "tab:gray", "zero": "tab:blue", "student": "tab:orange"}
-SMOOTH = 2  # steps before and after that the running mean takes in
+SMOOTH = 2  # the running mean is over so many steps before and after each step
 
 
 def smooth(values: list[float]) -> list[float]:
-    """The mean of each value and its neighbours.
+    """The running mean of the values.
 
     >>> smooth([0, 0, 5, 0, 0, 0])
     [1.6666666666666667, 1.25, 1.0, 1.0, 1.25, 0.0]
@@ -35,7 +34,7 @@ def smooth(values: list[float]) -> list[float]:
 
 
 def plot(rows: list[dict], models: dict[str, dict], path: Path) -> None:
-    """The RL stage's log rows and the models' results -> a PNG."""
+    """Draw the log rows of the RL stage and the models' results into a PNG file."""
     figure, axes = plt.subplots(2, 2, figsize=(9, 5.5), layout="constrained", sharex=True)
     for (key, (measured, title)), ax in zip(PANELS.items(), axes.flat):
         steps, values = [row["step"] for row in rows], [row[key] for row in rows]
@@ -66,7 +65,7 @@ def main(argv: list[str]) -> int:
         plot(rows, models, path)
         return 0
     except (ValueError, KeyError, OSError) as error:
-        print(f"plot.py: {error}: python experiments/plot.py OUT FIGURE.png, OUT a finished run", file=sys.stderr)
+        print(f"plot.py: {error}; it needs a finished run: python experiments/plot.py OUT FIGURE.png", file=sys.stderr)
         return 2
 
 

@@ -1,5 +1,6 @@
-"""The rows of the findings: each claim, what is said of large models, the bar that decides, and how the stored cells
-are read. findings.py runs the cells and writes the page; `k` is its Known.
+"""The rows of the findings: each claim, what is said of large models, the bar that decides whether it holds here, and
+how the stored cells are read. findings.py runs the cells and writes the page, which explains the terms that stand here.
+In every function below, k is the Known of all stored cells.
 """
 import math
 import statistics
@@ -7,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 
-# Means and their spread
+# Means and spreads
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A mean over seeds and its spread."""
+    """A mean over the seeds and its spread."""
     mean: float
     spread: float
 
@@ -20,14 +21,14 @@ class Figure:
         return format(self)
 
     def __format__(self, spec: str) -> str:
-        """"96.6 ± 0.6", of a share in percent or points; with a spec such as ".2f" the number itself."""
+        """Without a spec, a share in percent, such as "96.6 ± 0.6"; with a spec such as ".2f", the number itself."""
         scale = 1 if spec else 100
         return f"{scale * self.mean:{spec or '.1f'}} ± {scale * self.spread:{spec or '.1f'}}"
 
 
 def figure(values: list[float], errors: list[float] | None = None) -> Figure:
-    """Of one value a seed: the spread is their standard deviation, or the mean of their standard errors over problems,
-    where these are given and larger.
+    """The mean of one value for each seed. Its spread is the standard deviation of the values, or the mean of their
+    standard errors over problems, if these are given and larger.
 
     >>> f"{figure([0.5, 0.6, 0.7])}", f"{figure([1.0, 2.0, 3.0], [4.0, 4.0, 4.0]):.1f}"
     ('60.0 ± 10.0', '2.0 ± 4.0')
@@ -37,11 +38,11 @@ def figure(values: list[float], errors: list[float] | None = None) -> Figure:
 
 @dataclass(frozen=True)
 class Known:
-    """The stored cells, and figures of them. Raises KeyError for one that has not been run."""
+    """The stored cells, and figures of them. Raises KeyError for a cell that has not been run."""
     cells: dict[str, list[dict]]  # by name: what is stored for each seed
 
     def values(self, name: str, *path: str) -> list[float]:
-        """What stands at a path in the results, for each seed."""
+        """The value at a path in a cell's results, for each seed."""
         found = self.cells[name]
         for key in path:
             found = [cell[key] for cell in found]
@@ -56,33 +57,34 @@ class Known:
                       self.errors(name, model, kind) if what == "pass@1" else None)
 
     def gain(self, before: tuple[str, str, str], after: tuple[str, str, str]) -> Figure:
-        """What pass@1 gains, seed by seed, between two (cell, model, kind)."""
+        """The gain in pass@1 between two (cell, model, kind), taken seed by seed."""
         pairs = [self.values(name, "models", model, kind, "pass@1") for name, model, kind in (before, after)]
         errors = zip(self.errors(*before), self.errors(*after))
         return figure([b - a for a, b in zip(*pairs)], [math.hypot(a, b) for a, b in errors])
 
 
 def table(head: list[str], rows: list[list]) -> list[str]:
-    """A Markdown table's lines."""
+    """The lines of a Markdown table."""
     return ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head),
             *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
 
 
 def differs(gain: Figure) -> str:
-    """In words, with the points."""
-    return f"{gain:} points" + ("" if abs(gain.mean) > gain.spread else ", no difference")
+    """A gain in words."""
+    return f"{gain} points" + ("" if abs(gain.mean) > gain.spread else ", no difference")
 
 
-# The rows: each -> (what was measured in a line, did it pass, the details' lines)
+# The rows. The function of each returns what was measured in one line, whether it passed, and the lines of the details.
 
 
 @dataclass(frozen=True)
 class Row:
     claim: str
-    paper: str                       # what is said of the large models, and where
-    bar: str                         # what decides
-    cells: tuple[str, ...]
+    paper: str              # what is said of the large models, and where
+    bar: str                # what decides
+    cells: tuple[str, ...]  # the cells that it reads
     measure: Callable[[Known], tuple[str, bool, list[str]]]
+    note: str = ""          # what the page says above the row's table: the terms that the table needs
 
 
 def row_1(k: Known) -> tuple[str, bool, list[str]]:
@@ -93,10 +95,11 @@ def row_1(k: Known) -> tuple[str, bool, list[str]]:
     predicted = figure(k.values("default", "measures", "conditional", "right if well formed"))
     curves = [curve["accuracy"] for curve in k.values("format alone", "curves", "zero")]
     best = figure([max(curve) for curve in curves])
-    line = (f"base {k.score('default', 'base')} -> zero {k.score('default')} %, {differs(gain)}; with shuffled rewards "
-            f"{differs(shuffled)}; the format reward alone ends at {alone} %, after {best} % in its best tenth, where "
-            f"{predicted} % of the base's well-formed answers are right")
-    details = table(["RL from the base with", "pass@1, %", "hard, %", "format, %", "length"], [
+    line = (f"Pass@1 rises from {k.score('default', 'base')} % (base) to {k.score('default')} % (zero), by "
+            f"{differs(gain)}. Shuffled rewards change it by {differs(shuffled)}. With the format reward alone it ends "
+            f"at {alone} %, after {best} % in the best tenth of RL; {predicted} % of the base's well-formed answers "
+            "are right.")
+    details = table(["RL from the base with", "pass@1 on test", "pass@1 on hard", "format", "length"], [
         [name, k.score(cell, model), k.score(cell, model, "hard"), k.score(cell, model, what="format"),
          f"{k.score(cell, model, what='length'):.1f}"]
         for name, cell, model in (("(the base)", "default", "base"), ("both rewards", "default", "zero"),
@@ -114,17 +117,17 @@ def row_2(k: Known) -> tuple[str, bool, list[str]]:
         rows.append([model, kind, k.score(cell, model, kind), k.score(cell, model, kind, "maj@16"), gain])
         if model == "zero" and statistics.fmean(pairs[0]) < 0.95:
             passed &= gain.mean >= 0.03
-            below.append(f"zero on {kind}: {k.score(cell, model, kind)} -> {k.score(cell, model, kind, 'maj@16')} %, "
-                         f"{differs(gain)}")
-    return "; ".join(below), passed and bool(below), table(["model", "problems", "pass@1", "maj@16", "gain"], rows)
+            below.append(f"On {kind} problems zero's pass@1 is {k.score(cell, model, kind)} %, and its maj@16 "
+                         f"{k.score(cell, model, kind, 'maj@16')} %: a gain of {differs(gain)}.")
+    return " ".join(below), passed and bool(below), table(["model", "problems", "pass@1", "maj@16", "gain"], rows)
 
 
 def row_3(k: Known) -> tuple[str, bool, list[str]]:
     pairs = [k.values("default", "models", model, "test", "length") for model in ("base", "zero")]
     ratio = figure([b / a for a, b in zip(*pairs)])
     rows, wrong = [], {}
-    for name, cell in (("sequence: 1/\\|o_i\\|", "sequence"), ("token", "half the steps"),
-                       ("constant: Dr. GRPO", "constant")):
+    for name, cell in (("sequence: each token weighs 1/\\|o_i\\|", "sequence"), ("token", "half the steps"),
+                       ("constant", "constant")):
         curves = k.values(cell, "curves", "zero")
         tail = {key: figure([statistics.fmean([v for v in c[key][7:] if v is not None]) for c in curves])
                 for key in ("length", "length_wrong")}
@@ -134,12 +137,13 @@ def row_3(k: Known) -> tuple[str, bool, list[str]]:
     alone, again = (figure([b / a for a, b in zip(k.values(start, "models", "base", "test", "length"),
                                                   k.values(cell, "models", "zero", "test", "length"))])
                     for start, cell in (("default", "format alone"), ("countdown", "countdown")))
-    line = (f"{k.score('default', 'base', what='length'):.1f} -> {k.score('default', what='length'):.1f} tokens, "
-            f"{ratio:.2f} times; the format reward alone gives {alone:.2f} times, countdown {again:.2f}; wrong answers "
-            f"late in RL have {wrong['sequence']:.1f} tokens with 1/\\|o_i\\|, "
-            f"{wrong['constant']:.1f} with the constant")
-    return line, ratio.mean >= 1.3, table(["average (100 RL steps)", "pass@1", "length on test",
-                                           "training: length, last 3 tenths", "of wrong answers"], rows)
+    line = (f"Answers grow from {k.score('default', 'base', what='length'):.1f} tokens (base) to "
+            f"{k.score('default', what='length'):.1f} (zero), {ratio:.2f} times as many. With the format reward alone "
+            f"they become {alone:.2f} times as long, in countdown {again:.2f} times. Late in RL wrong answers have "
+            f"{wrong['sequence']:.1f} tokens if each token weighs 1/\\|o_i\\|, and {wrong['constant']:.1f} with the "
+            "constant.")
+    return line, ratio.mean >= 1.3, table(["average in the loss", "pass@1", "length on test", "length late in RL",
+                                           "length of wrong answers late in RL"], rows)
 
 
 def row_4(k: Known) -> tuple[str, bool, list[str]]:
@@ -149,12 +153,14 @@ def row_4(k: Known) -> tuple[str, bool, list[str]]:
     turns = {turn: sum(k.values("countdown", "measures", "reflections", "zero", turn))
              for turn in ("wrong to right", "right to wrong", "wrong to wrong", "right to right")}
     total = sum(turns.values()) or 1
-    line = (f"countdown: reflection {k.score('countdown', 'base', what='reflection')} -> "
-            f"{k.score('countdown', what='reflection')} % of answers, {ratio:.1f} times; from a corpus without a "
-            f"single \"wait\" {without} %; of zero's {total:,} reflections {turns['wrong to right'] / total:.1%} turn "
-            f"wrong into right, {turns['right to wrong'] / total:.1%} right into wrong; pass@1 "
-            f"{k.score('countdown', 'base')} -> {k.score('countdown')}, without \"wait\" "
-            f"{k.score('countdown, no wait', 'base')} -> {k.score('countdown, no wait')} %")
+    line = ("In countdown the share of answers that reflect rises from "
+            f"{k.score('countdown', 'base', what='reflection')} % (base) to "
+            f"{k.score('countdown', what='reflection')} % (zero), {ratio:.1f} times. After a corpus without a single "
+            f"\"wait\" it is {without} %. Of zero's {total:,} reflections "
+            f"{turns['wrong to right'] / total:.1%} turn a wrong attempt into a right one, and "
+            f"{turns['right to wrong'] / total:.1%} a right one into a wrong one. pass@1 rises from "
+            f"{k.score('countdown', 'base')} to {k.score('countdown')} %, and without \"wait\" in the corpus from "
+            f"{k.score('countdown, no wait', 'base')} to {k.score('countdown, no wait')} %.")
     rows = []
     for cell in ("countdown", "countdown, no wait", "default"):
         for model in ("base", "zero"):
@@ -167,15 +173,14 @@ def row_4(k: Known) -> tuple[str, bool, list[str]]:
                     for turn in ("wrong to right", "right to wrong")]
             rows.append(["arithmetic" if cell == "default" else cell, model, k.score(cell, model),
                          k.score(cell, model, what="reflection"), *row])
-    details = ["", "\"Right\" is of worked answers; in countdown of those whose first attempt missed."]
-    details += table(["task", "model", "pass@1", "answers that reflect", "worked answers that look again",
-                      "right, looking again", "right, not looking again", "first attempt right",
-                      "reflections: wrong to right", "right to wrong"], rows)
+    details = table(["task", "model", "pass@1", "answers that reflect", "worked answers that look again",
+                     "right, looking again", "right, not looking again", "first attempt right",
+                     "reflections from wrong to right", "reflections from right to wrong"], rows)
     return line, ratio.mean >= 3 and without.mean < 0.01, details
 
 
 def logit(p: float) -> float:
-    """Log-odds, of at most 9 either way."""
+    """The log-odds log(p / (1 - p)), between -9.2 and 9.2."""
     return math.log(max(p, 1e-4) / max(1 - p, 1e-4))
 
 
@@ -188,9 +193,9 @@ def row_5(k: Known) -> tuple[str, bool, list[str]]:
         odds[n] = figure([logit(b) - logit(a) for a, b in zip(base, zero)])
         rows.append([n, figure(base), figure(zero), points[n], f"{odds[n]:.2f}"])
     most = [max(gains, key=lambda n: gains[n].mean) for gains in (points, odds)]
-    line = (f"gain by operations, in points: {', '.join(f'{100 * g.mean:.0f}' for g in points.values())} (1 to 6); in "
-            f"log-odds: {', '.join(f'{g.mean:.1f}' for g in odds.values())}; the most at {most[0]} in points, at "
-            f"{most[1]} in log-odds")
+    line = (f"Problems of 1 to 6 operations gain {', '.join(f'{100 * g.mean:.0f}' for g in points.values())} points. "
+            f"In log-odds they gain {', '.join(f'{g.mean:.1f}' for g in odds.values())}. The gain is largest at "
+            f"{most[0]} operations in points, and at {most[1]} in log-odds.")
     ends = [[zero[n] - base[n] for n in (list(base)[0], list(base)[-1])] for base, zero in zip(*by.values())]
     more = figure([hardest - easiest for easiest, hardest in ends])
     return line, more.mean > more.spread, table(["operations", "base", "zero", "gain, points", "gain, log-odds"], rows)
@@ -203,32 +208,37 @@ def row_6(k: Known) -> tuple[str, bool, list[str]]:
     of_student = figure([w["student_rl"]["student"] / w["student"]["student"] for w in work])
     of_both = figure([(w["student"]["student"] + w["student"]["teacher"] * m["zero"]["params"] / m["student"]["params"])
                       / w["student_rl"]["student"] for w, m in zip(work, params)])
-    line = (f"student {k.score('default', 'student')} %, student_rl {k.score('default', 'student_rl')} %, "
-            f"{differs(gain)}, with {of_student:.2f} times the student's FLOPs in RL (the teacher's counted too, "
-            f"distillation takes {of_both:.1f} times as many as RL); on hard {differs(hard)}")
+    line = (f"The student reaches {k.score('default', 'student')} %, student_rl {k.score('default', 'student_rl')} %: "
+            f"a difference of {differs(gain)}. On hard the difference is {differs(hard)}. RL took {of_student:.2f} "
+            "times as many FLOPs of the small model as distillation did. If the teacher's FLOPs are counted too, "
+            f"distillation took {of_both:.1f} times as many as RL.")
     rows = [[name, k.score(cell, model), k.score(cell, model, "hard"),
              differs(k.gain(("default", "student", "test"), (cell, model, "test")))]
             for name, cell, model in (("forward KL", "default", "student"), ("reverse KL", "reverse", "student"),
                                       ("JSD", "jsd", "student"), ("SFT on the teacher's answers", "sft", "student"),
                                       ("forward KL, on policy", "on policy", "student"),
                                       ("RL", "default", "student_rl"), ("(its base)", "default", "student_base"))]
-    return line, gain.mean >= 0.1, table(["student by", "test", "hard", "beside forward KL on test"], rows)
+    return line, gain.mean >= 0.1, table(
+        ["the student is trained by", "pass@1 on test", "pass@1 on hard", "test, compared with forward KL"], rows)
 
 
 def row_7(k: Known) -> tuple[str, bool, list[str]]:
-    rows, cells = [], ("tokens 1/4", "tokens 1/2", "worked 0", "worked 1/2", "default")
-    for cell in cells:
+    rows, cells = [], {"tokens 1/4": "a quarter of the tokens", "tokens 1/2": "half of the tokens",
+                       "worked 0": "no answers that show working",
+                       "worked 1/2": "half of the answers that show working", "default": "the default"}
+    for cell, name in cells.items():
         found, start = k.values(cell, "measures", "signal"), k.values(cell, "curves", "zero")
-        rows.append([cell, k.score(cell, "base"), k.score(cell), k.score(cell, what="format"),
+        rows.append([name, k.score(cell, "base"), k.score(cell), k.score(cell, what="format"),
                      *(figure([f[key] for f in found]) for key in ("mean p", "counted", "predicted", "at the mean p")),
                      figure([1 - c["no_signal"][0] for c in start])])
-    line = "zero after " + ", ".join(f"{cell}: {k.score(cell, 'base')} -> {k.score(cell)} %" for cell in cells)
+    line = "Pass@1, base -> zero, by the corpus of the base: " + "; ".join(
+        f"{name} {k.score(cell, 'base')} -> {k.score(cell)} %" for cell, name in cells.items())
     weakest = min(cells, key=lambda cell: k.score(cell, "base").mean)
     passed = k.score("default").mean - k.score(weakest).mean >= 0.2
-    return line, passed, ["", "Groups are of 8 answers of the base to a training problem."] + table(
-        ["corpus", "base", "zero", "zero's format", "mean p of training problems",
-         "groups with right and wrong: counted", "predicted", "at the mean p", "with any signal, first tenth of RL"],
-        rows)
+    return line, passed, table(
+        ["corpus of the base", "base", "zero", "format of zero", "mean p",
+         "groups with right and wrong answers: counted", "predicted", "predicted from the mean p",
+         "groups with a signal, first tenth of RL"], rows)
 
 
 def row_8(k: Known) -> tuple[str, bool, list[str]]:
@@ -237,35 +247,38 @@ def row_8(k: Known) -> tuple[str, bool, list[str]]:
     for kind in ("test", "hard"):
         base, zero = f"base {kind}", f"zero {kind}"
         for name in (base, zero):
-            rows.append([name, *(f"{100 * statistics.fmean([f[name][n] for f in found]):.1f}" for n in found[0][name])])
+            means = [100 * statistics.fmean([f[name][n] for f in found]) for n in found[0][name]]
+            rows.append([name.replace(" ", " on "), *(f"{mean:.1f}" for mean in means)])
         leads = {n: figure([f[base][n] - f[zero][n] for f in found]) for n in found[0][base]}
-        rows.append(["base less zero", *leads.values()])
+        rows.append([f"base minus zero on {kind}", *leads.values()])
         ahead = [n for n, lead in leads.items() if lead.mean > lead.spread]
-        lines.append(f"{kind}: the base is ahead at {'k = ' + ', '.join(ahead) if ahead else 'no k'}; pass@256 "
-                     f"{figure([f[base]['256'] for f in found])} against {figure([f[zero]['256'] for f in found])} %")
+        lines.append(f"On {kind} the base is ahead at {'k = ' + ', '.join(ahead) if ahead else 'no k'}; pass@256 is "
+                     f"{figure([f[base]['256'] for f in found])} % for the base and "
+                     f"{figure([f[zero]['256'] for f in found])} % for zero.")
         passed |= bool(ahead)
-    return "; ".join(lines), passed, ["", "128 problems x 256 samples."] + table(
-        ["pass@k, %", *(f"k = {n}" for n in found[0]["base test"])], rows)
+    return " ".join(lines), passed, table(["pass@k", *(f"k = {n}" for n in found[0]["base test"])], rows)
 
 
 def row_9(k: Known) -> tuple[str, bool, list[str]]:
     rows, real = [], []
-    changes = {"half the steps": "the default, 100 steps: 64 prompts x 8",
-               "no std": "advantages not divided by the deviation", "KL 0.01": "KL 0.01", "KL 0.1": "KL 0.1",
-               "clip higher": "clip higher, 0.28", "sequence": "the average over each sequence first",
-               "constant": "Dr. GRPO's constant", "G 4": "128 prompts x 4", "G 16": "32 x 16", "G 32": "16 x 32",
-               "batch baseline": "the batch's mean as baseline"}
+    changes = {"half the steps": "none: the default, with 64 prompts x 8 answers",
+               "no std": "advantages not divided by the standard deviation", "KL 0.01": "KL 0.01", "KL 0.1": "KL 0.1",
+               "clip higher": "clip higher, 0.28", "sequence": "loss averaged over each answer first (1/\\|o_i\\|)",
+               "constant": "loss divided by Dr. GRPO's constant", "G 4": "128 prompts x 4 answers",
+               "G 16": "32 prompts x 16 answers", "G 32": "16 prompts x 32 answers",
+               "batch baseline": "the batch's mean as the baseline"}
     for cell, name in changes.items():
         gain = k.gain(("half the steps", "zero", "test"), (cell, "zero", "test"))
         if abs(gain.mean) > 2 * gain.spread:
-            real.append(f"{name} ({100 * gain.mean:+.1f})")
+            real.append(f"{name} ({100 * gain.mean:+.1f} points)")
         curves = k.values(cell, "curves", "zero")
         rows.append([name, k.score(cell), k.score(cell, kind="hard"), differs(gain) if cell != "half the steps" else "",
                      figure([statistics.fmean(c["accuracy"]) for c in curves]),
                      figure([c["no_signal"][9] for c in curves])])
-    line = "differ on test by more than twice the spread: " + (", ".join(real) or "none")
-    return line, bool(real), table(["change", "test", "hard", "test, beside the default",
-                                    "training accuracy, mean over the run", "groups of equal rewards at the end"], rows)
+    line = "Changes that move pass@1 on test by more than twice the spread: " + (", ".join(real) or "none")
+    return line, bool(real), table(
+        ["change", "pass@1 on test", "pass@1 on hard", "test, compared with the default",
+         "training accuracy, mean over the run", "groups without a signal, last tenth of RL"], rows)
 
 
 def row_10(k: Known) -> tuple[str, bool, list[str]]:
@@ -274,42 +287,88 @@ def row_10(k: Known) -> tuple[str, bool, list[str]]:
     drop = lambda f, model, kind: f[model]["test"] - f[model][kind]
     more = {kind: figure([drop(f, "student", kind) - drop(f, "zero", kind) for f in found])
             for kind in ("trained on", "hard", "larger numbers")}
-    line = "; ".join(f"{what}: the student {figure([drop(f, 'student', kind) for f in found])} below test, its teacher "
-                     f"{figure([drop(f, 'zero', kind) for f in found])}" for kind, what in (
-                         ("trained on", "problems trained on"), ("hard", "longer ones"), ("larger numbers",) * 2))
+    line = " ".join(f"{what} the student is {figure([drop(f, 'student', kind) for f in found])} points below test, "
+                    f"its teacher {figure([drop(f, 'zero', kind) for f in found])}." for kind, what in (
+                        ("trained on", "On problems that it was trained on"), ("hard", "On longer problems"),
+                        ("larger numbers", "On larger numbers")))
     return line, all(more[kind].mean > more[kind].spread for kind in ("hard", "larger numbers")), \
         table(["model", *found[0]["student"]], rows)
 
 
 ROWS = {
-    1: Row("RL alone lifts pass@1", "AIME 2024: 15.6 -> 77.9 (R1-Zero; 2501.12948v2)",
-           "base -> zero at least +50 points; shuffled rewards at most +5; the format reward alone at least 20 below "
-           "zero",
-           ("default", "shuffled rewards", "format alone"), row_1),
-    2: Row("voting adds", "AIME 2024: 77.9 -> 86.7 by self-consistency (2501.12948v2)",
-           "maj@16 at least 3 points above pass@1 wherever zero's is under 95 %", ("default",), row_2),
-    3: Row("length grows unrewarded", "it rises throughout RL; 1/\\|o_i\\| lengthens wrong answers (2503.20783)",
-           "answers to test problems at least 1.3 times as long as the base's",
-           ("default", "format alone", "countdown", "half the steps", "sequence", "constant"), row_3),
-    4: Row("reflection rises", "ten reflective words rise 5 to 7 times (2501.12948v2, C.2)",
-           "at least 3 times the base's where checking pays; under 1 % from a corpus without \"wait\"",
-           ("default", "countdown", "countdown, no wait"), row_4),
-    5: Row("hard problems gain most",
-           "MATH level 5 goes from 0.55 to 0.90, levels 1-3 to 0.90-0.95 early (2501.12948v2, C.1)",
-           "the gain in points at 6 operations is above that at 1 by more than the spread", ("default",), row_5),
-    6: Row("distillation beats RL on the small model", "AIME 2024: 72.6 distilled, 47.0 by RL (2501.12948v2, table 16)",
-           "student at least 10 points above student_rl", ("default", "reverse", "jsd", "sft", "on policy"), row_6),
-    7: Row("the base gates RL", "small bases \"consistently failed\" (2501.12948v2, G.1)",
-           "zero from the weakest base at least 20 points under the default's",
-           ("default", "tokens 1/4", "tokens 1/2", "worked 0", "worked 1/2"), row_7),
-    8: Row("RL sharpens rather than teaches", "RL wins at small k of pass@k, the base at large k (2504.13837)",
-           "the base is ahead at some k up to 256", ("default",), row_8),
-    9: Row("what matters in GRPO",
-           "no deviation, a constant (2503.20783); clip higher, averages over tokens (2503.14476)",
-           "some of ten changes moves pass@1 on test by more than twice its spread",
+    1: Row("RL alone lifts pass@1", "AIME 2024: 15.6 -> 77.9 % (R1-Zero; 2501.12948v2)",
+           "Zero is at least 50 points above the base; RL with shuffled rewards gains at most 5 points; RL with the "
+           "format reward alone ends at least 20 points below zero",
+           ("default", "shuffled rewards", "format alone"), row_1,
+           """The first control deals the rewards of each group out to its answers at random, so that a reward says
+           nothing about its answer. The second rewards the format alone. Most well-formed answers of the base are
+           right, so pass@1 first rises with the format, and then falls."""),
+    2: Row("A majority vote beats a single answer", "AIME 2024: 77.9 -> 86.7 % by self-consistency, which is "
+           "such a vote (2501.12948v2)",
+           "Maj@16 is at least 3 points above pass@1 wherever zero's pass@1 is below 95 %", ("default",), row_2),
+    3: Row("Answers get longer although length is not rewarded",
+           "Length rises throughout RL (2501.12948v2); 1/\\|o_i\\| lengthens wrong answers (2503.20783)",
+           "Zero's answers to test problems are at least 1.3 times as long as the base's",
+           ("default", "format alone", "countdown", "half the steps", "sequence", "constant"), row_3,
+           """Answer i has |o_i| tokens. If the loss is averaged over each answer first ("sequence", as in
+           DeepSeekMath), each token of it weighs 1/|o_i|, so that a long wrong answer is punished less per token than
+           a short one. "token" averages over all tokens of a batch (DAPO, and the default here). "constant" divides
+           by a constant (Dr. GRPO, 2503.20783). With both, all tokens weigh the same. The table is of 100 RL steps;
+           "late in RL" means the last 30 of them, on training problems."""),
+    4: Row("Reflection becomes more frequent",
+           "Ten reflective words become 5 to 7 times as frequent (2501.12948v2, C.2)",
+           "In countdown, where checking pays, zero reflects in at least 3 times as many answers as the base; after a "
+           "corpus without \"wait\" it does so in fewer than 1 %",
+           ("default", "countdown", "countdown, no wait"), row_4,
+           """In countdown the answer is an expression that makes a target from given numbers (data/countdown.py), and
+           a second attempt may hit where the first one missed. "Worked" answers show working inside a thought; those
+           that "look again" hold a "wait" in it. The two columns "right" are shares of the worked answers, in
+           countdown of those whose first attempt missed. The last two columns are shares of all reflections."""),
+    5: Row("Hard problems gain most",
+           "Accuracy on MATH level 5 rises from 0.55 to 0.90; levels 1 to 3 reach 0.90 to 0.95 early (2501.12948v2, "
+           "C.1)",
+           "The gain in points is larger at 6 operations than at 1, by more than the spread", ("default",), row_5,
+           """Points favour hard problems: an easy problem cannot gain more than what it lacks to 100 %. So the gain
+           is also given in log-odds, log(p / (1 - p)) of pass@1 p, which have no ceiling: a rise from 95 to 99 %
+           counts as much as one from 50 to 84 %."""),
+    6: Row("Distillation beats RL on the small model",
+           "AIME 2024: 72.6 % by distillation, 47.0 % by RL (2501.12948v2, table 16)",
+           "The student is at least 10 points above student_rl",
+           ("default", "reverse", "jsd", "sft", "on policy"), row_6,
+           """P is the teacher's distribution over the next token, Q the student's. The losses are the forward KL
+           divergence, KL(P || Q); the reverse one, KL(Q || P); the Jensen-Shannon divergence (JSD), which is the mean
+           of KL(P || M) and KL(Q || M) with M = (P + Q) / 2; and supervised fine-tuning (SFT), -log Q of the tokens
+           that the teacher sampled, as R1 distills. "On policy" means on the student's own answers instead of the
+           teacher's. FLOPs (floating-point operations) are counted from the tokens that each model read, with a
+           training pass counted as three forward passes."""),
+    7: Row("RL needs a base that sometimes succeeds", "Small bases \"consistently failed\" (2501.12948v2, G.1)",
+           "Zero from the weakest base is at least 20 points below the default's zero",
+           ("default", "tokens 1/4", "tokens 1/2", "worked 0", "worked 1/2"), row_7,
+           """p is the chance that an answer of the base to a training problem is right. A group of G answers holds
+           right and wrong ones with probability 1 - p^G - (1-p)^G; here G is 8. "Counted" is their share among
+           sampled groups, "predicted" the mean of this formula over problems, "predicted from the mean p" the formula
+           at the mean of p. In the last column groups whose rewards differ by the format alone count too."""),
+    8: Row("RL sharpens what the base can do, rather than teaching it more",
+           "RL wins at small k of pass@k, the base at large k (2504.13837)",
+           "The base's pass@k is above zero's at some k up to 256, by more than the spread", ("default",), row_8,
+           """pass@k is the chance that at least one of k answers is right. It is estimated without bias from 256
+           answers to each of 128 problems of a kind."""),
+    9: Row("Some details of GRPO matter",
+           "Dr. GRPO does not divide by the standard deviation, and divides the loss by a constant (2503.20783); DAPO "
+           "clips higher, and averages over tokens (2503.14476)",
+           "At least one of ten changes moves pass@1 on test by more than twice its spread",
            ("half the steps", "no std", "KL 0.01", "KL 0.1", "clip higher", "sequence", "constant", "G 4", "G 16",
-            "G 32", "batch baseline"), row_9),
-    10: Row("easy tests flatter a student", "",
-            "the student loses more than its teacher on longer problems and on larger numbers, by more than the spread",
-            ("default",), row_10),
+            "G 32", "batch baseline"), row_9,
+           """All runs have 100 RL steps. KL is the weight of a penalty on the policy's KL divergence from the base
+           (default 0). The ratio says how much likelier a token has become since it was sampled; GRPO clips it at 0.8
+           and 1.2, so that one rollout cannot move a token's probability far. "Clip higher" clips it at 1.28 instead
+           of 1.2, so that rare tokens that did well can grow faster. Row 3 explains the averages of the loss. Other
+           group sizes G keep the number of answers of a step. The batch's mean as the baseline compares an answer
+           with all answers of the step, instead of those of its group."""),
+    10: Row("A student falls behind its teacher on other problems than it learnt from", "(A question of our own)",
+            "The student loses more than its teacher both on longer problems and on larger numbers, by more than the "
+            "spread",
+            ("default",), row_10,
+            """Problems "trained on" are those of the last step of distillation. "Larger numbers" are unseen problems
+            of as many operations as in test, with operands up to 99 instead of 20."""),
 }

@@ -1,11 +1,10 @@
-"""One problem, as the model answers it at steps 0, 5, 20 and the last of RL: experiments/walkthrough.md.
+"""How the model answers one problem before RL and after 5, 20 and all steps of it: experiments/walkthrough.md.
 
-    python experiments/walkthrough.py OUT [PROBLEM]     OUT holds a run of train.py; default problem 5-3*6+11
+    python experiments/walkthrough.py OUT [PROBLEM]     OUT holds a run of train.py; the default problem is 5-3*6+11
 
-It trains zero once more, by train.py with the run's own settings, in a folder of its own that it removes, and looks in
-before some steps; the run itself is not touched.
+It trains zero once more, by train.py with the run's own settings, in a temporary folder, and samples answers to the
+problem before some steps. The run itself is not touched.
 """
-import dataclasses
 import itertools
 import json
 import re
@@ -23,11 +22,10 @@ import torch  # noqa: E402
 
 import train  # noqa: E402
 from data.arithmetic import is_test  # noqa: E402
-from data.tokenizer import get_tokenizer  # noqa: E402
 from grpo import group_advantages, grpo_step, sample_rollout  # noqa: E402
 from model import GPT  # noqa: E402
 from rewards import format_reward  # noqa: E402
-from run import Config, Fault, build_model, load_checkpoint, write_file  # noqa: E402
+from run import FIELDS, Config, UsageError, build_model, load_checkpoint, write_file  # noqa: E402
 
 PAGE = ROOT / "experiments" / "walkthrough.md"
 LOOKS = {0: "before RL: the base", 5: "after 5 steps", 20: "after 20 steps"}
@@ -35,12 +33,14 @@ SAMPLES, SHOWN = 256, 6
 
 INTRODUCTION = """# One problem, step by step
 
-`{command}` writes this page: it trains zero once more from the base in {out}/ (seed {seed}), and looks in. The problem
-is `{question}`, {seen}; its answer is {answer}. At each step the model as it is then answers it
-{samples} times at temperature 1. *Likeliest* are its most frequent answers, with the reward of each. *A group* is what
-one GRPO step would see of this problem: {group} answers, their rewards (accuracy + format), and the advantages: the
-rewards less the group's mean, divided by its deviation. Tokens of answers with a positive advantage become likelier,
-those with a negative one less likely; nobody shows the model a solution.
+`{command}` writes this page. It trains zero once more from the base in {out}/ (seed {seed}),
+and samples answers to one problem on the way. The problem is `{question}`, {seen}.
+Its answer is {answer}. At each of these steps the model of that moment answers it {samples} times at temperature 1.
+*Likeliest* are its most frequent answers, with the
+reward of each. *A group* is what one GRPO step would see of this problem: {group} answers, their rewards (accuracy +
+format), and their advantages: the reward minus the group's mean, divided by the group's standard deviation. GRPO makes
+the tokens of answers with a positive advantage likelier, and those with a negative one less likely. Nobody shows the
+model a solution.
 """
 
 
@@ -55,10 +55,9 @@ def style(text: str) -> str:
     return "works inside the tags" if format_reward(text) else "works, but the tags are not right"
 
 
-def look(title: str, policy: GPT, problem, cfg: Config) -> list[str]:
-    """The page's lines on what the policy answers."""
-    reward_fn = train.reward_function(cfg)
-    rollout = sample_rollout(policy, [problem], reward_fn, get_tokenizer(), samples=SAMPLES,
+def look(title: str, policy: GPT, problem, task, cfg: Config) -> list[str]:
+    """The page's lines about the policy's answers."""
+    rollout = sample_rollout(policy, [problem], train.reward_function(cfg, task), task, samples=SAMPLES,
                              max_new_tokens=cfg.rl_max_new_tokens,
                              generator=torch.Generator(cfg.device).manual_seed(cfg.seed))
     mean = lambda name: rollout.column(name).mean().item()
@@ -78,33 +77,33 @@ def look(title: str, policy: GPT, problem, cfg: Config) -> list[str]:
     best, largest = int((rewards == rewards.max()).sum()), advantages[advantages.abs().argmax()]
     said = "All earned the same: the group has no signal, and GRPO leaves it out."
     if largest:
-        said = (f"{best} of {len(rewards)} earned the most. The largest advantage is {largest:+.2f}: the rarer a reward "
-                "is in its group, the more it weighs.")
+        said = (f"{best} of {len(rewards)} earned the most. The largest advantage is {largest:+.2f}: the rarer a "
+                "reward is in its group, the more it weighs.")
     return [*lines, "", said, ""]
 
 
 def walk(out: Path, text: str) -> list[str]:
-    """Train zero from the base in `out`, looking in before some steps -> the page's lines. Raises Fault if that
-    fails."""
+    """Train zero from the base in `out`, and look at its answers before some steps -> the page's lines. Raises
+    UsageError if that fails."""
     cfg = Config(**json.loads((out / "results.json").read_text())["config"])
     if cfg.task != "arithmetic" or cfg.problems:
-        raise Fault("the page is of the default task's problems")
-    problem, calls, lines = train.make_task(cfg).parse(text), itertools.count(), []
+        raise UsageError("the page shows problems of the default task")
+    task = train.make_task(cfg)
+    problem, calls, lines = task.parse(text), itertools.count(), []
 
     def watched(policy, *args, **kwargs):
         done = next(calls)
         if done in LOOKS:
-            lines.extend(look(LOOKS[done], policy, problem, cfg))
+            lines.extend(look(LOOKS[done], policy, problem, task, cfg))
         return grpo_step(policy, *args, **kwargs)
 
-    one = dataclasses.replace(cfg, processes=1)  # only the first of several would look in
-    flags = [f"--{key}={value}" for key, value in vars(one).items() if value != getattr(Config, key)]
+    flags = [f"--{key}={value}" for key, value in vars(cfg).items() if value != FIELDS[key].default]
     with tempfile.TemporaryDirectory(dir=out) as folder, mock.patch.object(train, "grpo_step", watched):
         shutil.copy(out / "base.pt", folder)
         if train.main(["--stage=zero", f"--out={folder}", *flags]):
-            raise Fault("training zero failed")
+            raise UsageError("training zero failed")
         zero = build_model(load_checkpoint(Path(folder) / "zero.pt", "zero")).to(cfg.device)
-        lines += look(f"after {cfg.rl_steps} steps: zero", zero, problem, cfg)
+        lines += look(f"after {cfg.rl_steps} steps: zero", zero, problem, task, cfg)
     seen = "which is held out of the corpus and of RL" if is_test(problem.question) else "which the models may have met"
     head = INTRODUCTION.format(command=f"python experiments/walkthrough.py {out}", out=out, seed=cfg.seed, seen=seen,
                                question=problem.question, answer=problem.answer, samples=SAMPLES, group=cfg.rl_samples)
@@ -115,13 +114,13 @@ def main(argv: list[str]) -> int:
     """Run the command line -> exit code."""
     try:
         if not 1 <= len(argv) <= 2:
-            raise Fault("python experiments/walkthrough.py OUT [PROBLEM]")
+            raise UsageError("python experiments/walkthrough.py OUT [PROBLEM]")
         lines = walk(Path(argv[0]), argv[1] if len(argv) == 2 else "5-3*6+11")
         write_file(PAGE, "\n".join(lines).encode())
         print(f"wrote {PAGE.relative_to(ROOT)}")
         return 0
-    except (Fault, ValueError, OSError) as fault:
-        print(f"walkthrough.py: {fault}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"walkthrough.py: {error}", file=sys.stderr)
         return 2
 
 

@@ -1,18 +1,69 @@
 """What several test files share. Everything runs offline, on one CPU thread, in float32."""
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 from model import GPT, GPTConfig
-from train import tune_libraries
+from run import tune_libraries
+from train import main
 
 tune_libraries()
 torch.set_num_threads(1)
 
+ROOT = Path(__file__).parent.parent
+NAMES = ["base", "zero", "student_base", "student"]
+
 # A run that passes through every stage in a few seconds and saves at every step. One thread, as this process has, so
-# that either may go on with what the other began.
-QUICK = ["--preset=tiny", "--device=cpu", "--threads=1", "--save_every=0", "--base_tokens=40000",
+# that either may go on with what the other began. Batches of 4 rows make enough updates for a base that now and then
+# writes the tags, without which RL would have no reward and leave the base as it is.
+QUICK = ["--preset=tiny", "--device=cpu", "--threads=1", "--save_every=0", "--base_tokens=40000", "--base_batch=4",
          "--student_base_tokens=40000", "--rl_steps=5", "--distill_steps=9", "--distill_epochs=2",
          "--distill_prompts=64", "--rl_max_new_tokens=40", "--eval_problems=3"]
+
+
+def results(out):
+    return json.loads((out / "results.json").read_text())
+
+
+def rows(out):
+    """The whole rows of log.jsonl: a run that is under way may still be writing the last one."""
+    lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def copy(out, to, *names):
+    """Copy the part of a finished run that a test goes on from."""
+    to.mkdir(exist_ok=True)
+    for name in names:
+        (to / name).write_bytes((out / name).read_bytes())
+
+
+def weights_equal(path, other):
+    """Are two checkpoints' weights equal, bit for bit?"""
+    a, b = (torch.load(p, weights_only=True)["model"] for p in (path, other))
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture(scope="session")
+def quick(tmp_path_factory):
+    """A finished quick run. No test changes it."""
+    out = tmp_path_factory.mktemp("quick")
+    assert main([*QUICK, f"--out={out}"]) == 0
+    return out
+
+
+@pytest.fixture
+def refused(capfd):
+    """refused(*args): the run ends with exit code 2 and one line on stderr, which is returned."""
+    def check(*args):
+        capfd.readouterr()
+        assert main(list(args)) == 2
+        line = capfd.readouterr().err
+        assert line.count("\n") == 1 and line.startswith("train.py: "), line
+        return line
+    return check
 
 
 @pytest.fixture

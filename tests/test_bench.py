@@ -1,4 +1,4 @@
-"""The benchmark's own command line and arithmetic; what it measures needs the peers, and a quiet machine."""
+"""The benchmark's command line, its processes and its arithmetic. Measuring needs the peers and a quiet machine."""
 import importlib.util
 
 import pytest
@@ -8,28 +8,46 @@ from model import GPT, GPTConfig
 
 
 @pytest.mark.parametrize("arg, words", [
-    ("--rep=3", "unknown argument"), ("--reps", "unknown argument"), ("--reps=0", "above 0"), ("--reps=x", "above 0"),
-    ("--only=rl", "sampling, pretrain, grpo, distill"), ("--dtype=int8", "float32"), ("--device=tpu", "cuda")])
+    ("--rep=3", "--rep=3"), ("--reps", "expected one argument"), ("--reps=0", "above 0"), ("--reps=x", "above 0"),
+    ("--only=rl", "sampling"), ("--dtype=int8", "float32"), ("--device=tpu", "cuda"),
+    ("--beside=nowhere", "no checkout")])
 def test_bad_input(capsys, arg, words):
-    """Ten minutes of measuring something else than was asked for."""
+    """Something else than what was asked for would be measured for ten minutes."""
     assert bench.main([arg]) == 2
     printed = capsys.readouterr()
     assert words in printed.err and printed.err.count("\n") == 1 and not printed.out
 
 
 def test_missing_peers_are_named(capsys, monkeypatch):
-    """A traceback where a line would tell what to install."""
+    """A peer that is not installed would end in a traceback, or another checkout would need it."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert bench.main([]) == 2
     assert "pip install -r experiments/requirements.txt" in capsys.readouterr().err
+    assert bench.parse([f"--beside={bench.ROOT}"]).beside == bench.ROOT
+
+
+def test_another_checkout_is_run_by_its_own_code(tmp_path, capsys):
+    """--beside would compare our code with itself: modules of this checkout would be imported in the other's process."""
+    for name, seconds in ("ours", 2.0), ("other", 3.0):
+        (tmp_path / name / "experiments").mkdir(parents=True)
+        (tmp_path / name / "speed.py").write_text(f"SECONDS = {seconds}")
+        (tmp_path / name / "experiments" / "bench.py").write_text(
+            "from speed import SECONDS\ndef serve(pipe, side, name, options):\n    pipe.send(9.0)\n"
+            "    while pipe.recv():\n        pipe.send(SECONDS)\n    pipe.send(100 * SECONDS)\n")
+    case, option = "pretraining, 32 x 128", {"dtype": "float32", "compile": "compiled", "device": "cpu"}
+    roofs = {(config.n_embd, rows, "float32"): 1e9 for config, rows, _ in bench.CASES[case].work}
+    sides = [(tmp_path / name, "ours") for name in ("ours", "other")]
+    assert bench.measure(case, sides, [option, option], 3, roofs) == [2.0, 3.0]
+    row = capsys.readouterr().out
+    assert "1.50 (1.50..1.50)" in row and "200 / 300 MiB" in row
 
 
 def test_flops_are_those_of_the_products():
-    """A forgotten factor of 2, or of attention: the share of the roof is then of another roof."""
+    """A factor of 2, or attention, would be forgotten, and the share of the roof would be wrong."""
     config = GPTConfig(11, n_layer=2, n_head=2, n_embd=32)
     C, H, V = 32, config.n_hidden, 11
     products = config.n_layer * (4 * C * C + 3 * C * H) + C * V  # multiplications of a token
     attention = config.n_layer * 2 * 7 * C                       # q k' and the sum over v, with 7 tokens in sight
-    gains = (2 * config.n_layer + 1) * C                         # of the norms, a product each too
+    gains = (2 * config.n_layer + 1) * C                         # of the norms, one product each
     assert GPT(config).n_params() == products + gains
     assert bench.forward_flops(config, 5, 7) == 5 * 2 * (products + gains + attention)

@@ -1,4 +1,4 @@
-"""The files made of reasoning-gym's problems. Needs experiments/requirements.txt; CI has it."""
+"""The files that are made from reasoning-gym's problems. These tests need experiments/requirements.txt, which CI has."""
 import json
 import re
 
@@ -12,7 +12,7 @@ pytest.importorskip("reasoning_gym")
 
 
 def test_files_are_what_a_run_takes(tmp_path, monkeypatch):
-    """A test problem that the forum discusses; an answer that is not the package's own."""
+    """A run would refuse the files; the forum would discuss a test problem; or an answer would not be the package's."""
     for name, n in {"PROBLEMS": 600, "TESTED": 100, "THREADS": 900}.items():
         monkeypatch.setattr(chain_sum, name, n)
     assert chain_sum.main([str(tmp_path)]) == 0
@@ -22,17 +22,17 @@ def test_files_are_what_a_run_takes(tmp_path, monkeypatch):
         expression = re.search(r"problem: ([-+ 0-9]+) =$", row["prompt"])[1]
         assert eval(expression) == int(row["answer"]) and 1 <= len(re.findall("[-+]", expression)) <= 3
     problems = OwnProblems(Arithmetic(), str(tmp_path / "problems.jsonl"), 84, 38)
-    assert len(problems.listed["test"]) == 100 and len(problems.listed["train"]) == 500 and len(problems.notes) == 1
+    assert len(problems.problems["test"]) == 100 and len(problems.problems["train"]) == 500 and len(problems.notes) == 1
     text = (tmp_path / "corpus.jsonl").read_text()
-    assert not any(problem.question in text for problem in problems.listed["test"])
-    assert sum(problem.question in text for problem in problems.listed["train"]) > 300
+    assert not any(problem.question in text for problem in problems.problems["test"])
+    assert sum(problem.question in text for problem in problems.problems["train"]) > 300
     threads = [json.loads(line)["text"] for line in text.splitlines()]
     assert len(threads) == 900 and all(re.match(r"User: State .* =\nAssistant: .", thread) for thread in threads)
     assert "900 documents" in OwnCorpus(problems, str(tmp_path / "corpus.jsonl"), 0.5).notes[-1]
 
 
 def test_bad_input(tmp_path, capsys):
-    """A traceback for a folder that cannot be one."""
+    """A missing or impossible folder would end in a traceback, or a file would be overwritten."""
     (tmp_path / "file").write_text("precious")
     for args in ([], ["--out=x"], [str(tmp_path / "file")]):
         assert chain_sum.main(args) == 2

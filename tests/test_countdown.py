@@ -1,4 +1,4 @@
-"""The task where looking again pays: its verifier against Python's grammar, its corpus against its documentation."""
+"""Countdown: its verifier against Python's grammar, and its corpus against its documentation."""
 import random
 import re
 from collections import Counter
@@ -30,14 +30,16 @@ def documents():
     ("(" * 90 + "3*7+4", False), ("3*7+4" + ")" * 10_000, False), ("__import__('os')", False), ("3*7+4\n5", False),
     ("99**99**99", False), ("3*7+4?", False)))
 def test_the_verifier(answer, right):
-    """An answer that uses a number twice, none, or another one; what Python would execute."""
+    """A reward for an answer that uses a number twice, not at all, or that is not given; or for text that only Python
+    could execute."""
     problem = parse("3 4 7 = 25")
     assert problem.check(answer) is right
     assert accuracy_reward(f"<think>?</think><answer>{answer}</answer>", problem) == right
 
 
-def test_equal_values_vote_together_and_only_they():
-    """A wrong answer whose text is the target would vote for it; a majority that is right and not counted as such."""
+def test_only_equal_values_vote_together():
+    """A wrong answer that consists of the target would vote for the solution; or the spelling that stands for a right
+    majority would fail the check."""
     problem = parse("3 4 7 = 25")
     assert problem.canonical("3*7+4") == problem.canonical("4+3*7") and problem.check(problem.canonical("4+3*7"))
     others = [problem.canonical(a) for a in ("25", "3+4+7", "3*7", "", "3*4+7")]
@@ -45,8 +47,8 @@ def test_equal_values_vote_together_and_only_they():
 
 
 @pytest.mark.parametrize("n", (3, 4))
-def test_attempts_are_what_they_say(n):
-    """Parentheses forgotten; a step that is not right; a value beyond those that the corpus writes."""
+def test_the_expression_and_the_steps_of_an_attempt_agree(n):
+    """The expression lacks parentheses, a step is wrong, or a value is outside the range that the corpus promises."""
     rng = random.Random(n)
     for _ in range(500):
         numbers = tuple(rng.randint(1, 20) for _ in range(n))
@@ -58,8 +60,8 @@ def test_attempts_are_what_they_say(n):
         assert all(0 <= int(step.split("=")[1]) <= LARGEST for step in steps)
 
 
-def test_random_attempts_are_those_there_are(assert_frequencies):
-    """A way that is never tried, or one that is tried more often than others."""
+def test_random_attempts_are_uniform(assert_frequencies):
+    """Some possible attempt is never made, or is made more often than others."""
     every = attempts((2, 5, 9))
     assert len(every) == len(set(every)) and ("", 9, 9) in {attempt[0] for attempt in every}
     rng = random.Random(0)
@@ -68,7 +70,9 @@ def test_random_attempts_are_those_there_are(assert_frequencies):
     assert_frequencies([counts[attempt] for attempt in every], [1 / len(every)] * len(every))
 
 
-def test_every_problem_can_be_solved_and_stands_on_its_side():
+def test_every_problem_has_a_solution_and_is_on_the_right_side():
+    """A problem without a solution, one that is on the wrong side of the split, one that is held out twice, or a prompt
+    longer than max_prompt_tokens."""
     rng = random.Random(1)
     problems = [TASK.make_problem(rng) for _ in range(500)]
     assert all(len(p.numbers) == 3 and p.check(p.answer) and not is_test(p) for p in problems)
@@ -77,21 +81,45 @@ def test_every_problem_can_be_solved_and_stands_on_its_side():
         assert all(len(p.numbers) == n and p.check(p.answer) and is_test(p) for p in held)
         assert len({(*sorted(p.numbers), p.target) for p in held}) == 200
         assert held == TASK.heldout_problems(200, kind, seed=3) != TASK.heldout_problems(200, kind, seed=4)
-        longest = max(len(get_tokenizer().encode_ordinary(p.prompt)) for p in held + problems)
-        assert longest <= TASK.max_prompt_tokens
+        assert max(len(TASK.encode_prompt(p)) for p in held + problems) <= TASK.max_prompt_tokens
     with pytest.raises(ValueError, match="fewer than"):
         Countdown(max_number=1).heldout_problems(50, "test", 0)
 
 
+def test_longer_problems_have_three_or_four_numbers():
+    """A stage that asks for longer problems gets test problems, or only those that it would get anyway."""
+    rng = random.Random(2)
+    problems = [TASK.make_problem(rng, longer=True) for _ in range(500)]
+    counts = Counter(len(p.numbers) for p in problems)
+    assert set(counts) == {3, 4} and min(counts.values()) > 200 and not any(map(is_test, problems))
+
+
+def test_the_members_shared_with_arithmetic_work():
+    """A member taken over from class Arithmetic refers to Arithmetic, or binds the task as its first argument."""
+    problem = parse("3 4 7 = 25")
+    assert TASK.encoding.decode(TASK.encode_prompt(problem)) == problem.prompt == "User: 3 4 7 = 25\nAssistant: "
+    assert [TASK.encoding.decode([token]) for token in TASK.stop_ids] == [END_OF_TEXT]
+    assert TASK.reward("<think>3*7=21</think><answer>4+7*3</answer>", problem) == {
+        "accuracy": 1.0, "format": 1.0, "reflection": 0.0}
+
+
+def test_max_number_has_a_limit():
+    """Numbers of three digits, which neither `parse` nor max_prompt_tokens knows."""
+    Countdown(max_number=LARGEST)
+    with pytest.raises(ValueError, match="max_number must be at most 99"):
+        Countdown(max_number=LARGEST + 1)
+
+
 @pytest.mark.parametrize("text", ("3 4 = 7", "1 1 1 = 99", "1 2 3 4 5 = 15", "0 1 2 = 3", "3 4 7 25", "3 4 x = 7", "",
                                   "3 4 7 = -4", "3 4 7 = 025", "100 1 1 = 2"))
-def test_parse_refuses_what_is_no_problem(text):
+def test_parse_refuses_text_that_is_no_problem(text):
+    """A text without a solution, or with too few numbers, is taken for a problem."""
     with pytest.raises(ValueError):
         parse(text)
 
 
 def test_test_problems_are_never_seen(documents):
-    """A test problem in a thread, or in marked homework, in another order of its numbers."""
+    """A test problem occurs in a thread or in marked homework, with its numbers in another order."""
     seen = 0
     for document in documents:
         found = re.match(r"(?:User: )?([0-9 ]+ = [0-9]+)\n", document)
@@ -104,7 +132,7 @@ def test_test_problems_are_never_seen(documents):
 
 
 def test_marked_homework_is_marked_right(documents):
-    """A verdict that teaches the wrong comparison."""
+    """A wrong mark teaches the wrong comparison."""
     verdicts = Counter()
     for page in documents:
         if re.match("[0-9]", page):
@@ -119,8 +147,8 @@ def test_marked_homework_is_marked_right(documents):
     assert 0.35 < verdicts["right"] / verdicts.total() < 0.65
 
 
-def test_who_looks_again_goes_on_until_it_is_right(assert_frequencies):
-    """A "wait" after the target was hit, which would teach that looking again is idle."""
+def test_authors_who_recheck_continue_until_they_reach_the_target(assert_frequencies):
+    """A "wait" after the target was reached would teach that rechecking is useless."""
     rng = random.Random(5)
     threads = [TASK.write_thread(rng) for _ in range(10_000)]
     assert_frequencies([sum(style == s for _, style, _ in threads) for s in STYLES], list(STYLES.values()))
@@ -142,7 +170,7 @@ def test_who_looks_again_goes_on_until_it_is_right(assert_frequencies):
 
 
 def test_a_corpus_without_waiting_has_none():
-    """The control's corpus with a "wait" in it."""
+    """The corpus of the control contains a "wait"."""
     for task in (Countdown(wait_share=0.0), Countdown(worked_share=0.0)):
         text = get_tokenizer().decode(task.make_corpus(200_000, seed=0).tolist())
         assert "wait" not in text
@@ -150,5 +178,6 @@ def test_a_corpus_without_waiting_has_none():
 
 
 def test_the_style_table_is_of_this_task():
+    """The printed table shows the styles of another task."""
     table = countdown.style_table(TASK, 500)
     assert all(f"| {style} |" in table for style in STYLES)

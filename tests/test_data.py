@@ -1,4 +1,5 @@
-"""The task and its corpus against Python's own grammar, an independent count, and the bytes that went in."""
+"""The task and its corpus against Python's own grammar and an independent count, and the tokenizer against the text
+that it was given."""
 import ast
 import operator
 import random
@@ -8,9 +9,9 @@ import numpy as np
 import pytest
 
 from data.arithmetic import (BLURT_RIGHT, PAGE_SHARE, RECHECK_SLIP, SLIP, STYLES, Arithmetic, is_test, make_problem,
-                             parse, solve, style_table)
+                             parse, solve, style_shares)
 from data.tokenizer import END_OF_TEXT, PIECES, get_tokenizer
-from rewards import accuracy_reward, format_reward
+from rewards import accuracy_reward, format_reward, rule_rewards
 
 TASK = Arithmetic()
 HARDER = Arithmetic(max_ops=7, max_number=150, max_factor=25, parentheses=True)
@@ -58,7 +59,8 @@ def threads():
 @pytest.mark.parametrize("text", ("8*7-19", "2*3*4 - 5", "20-3*4+1", "1-20", "0-0", "999*999*999*999*999*999*999",
                                   "5 - 5", " 1+1\n", "1-2-3-4-5-6-7", "2-3*4-5*6"))
 def test_answers_are_exact(text):
-    """Products from left to right with the sums, a subtraction that binds to the right, floats."""
+    """An evaluator that takes products from left to right with the sums, subtracts from right to left, or computes in
+    floats is still right for many expressions."""
     problem = parse(text)
     assert problem.answer == str(evaluate(text.strip())) and problem.check(problem.answer)
     assert not problem.check(str(evaluate(text.strip()) + 1))
@@ -67,13 +69,15 @@ def test_answers_are_exact(text):
 
 @pytest.mark.parametrize("task", (TASK, HARDER), ids=("default", "harder"))
 def test_generated_problems_are_right_and_as_documented(task):
-    """A wrong key rewards wrong answers; operands out of range make the "hard" set hard for another reason."""
+    """A wrong answer key would reward wrong answers. Operands out of range would make the "hard" problems hard for
+    another reason."""
     rng, nested, products = random.Random(0), 0, 0
     assert TASK.held_out == {"test": (2, 4), "hard": (5, 6)}
-    for n_ops in (None, *task.held_out.values(), (1, task.max_ops + 2)):
+    longer = {"longer": True}
+    for options in ({}, longer, *({"n_ops": n_ops} for n_ops in task.held_out.values())):
         lengths = set()
         for _ in range(1500):
-            problem = task.make_problem(rng, n_ops, test=rng.random() < 0.5)
+            problem = task.make_problem(rng, **options, test=rng.random() < 0.5)
             tokens = ["", *re.findall("[0-9]+|[-+*()]", problem.question), ""]
             lengths.add(sum(token in ("+", "-", "*") for token in tokens))
             assert problem.answer == str(evaluate(problem.question)) and problem.check(problem.answer)
@@ -86,7 +90,7 @@ def test_generated_problems_are_right_and_as_documented(task):
             nested += "(" in problem.question
             assert task.parse(problem.question) == problem
             assert len(get_tokenizer().encode_ordinary(problem.prompt)) <= task.max_prompt_tokens
-        fewest, most = n_ops or (1, task.max_ops)
+        fewest, most = options.get("n_ops") or (1, task.max_ops + 2 * (options is longer))
         assert lengths == set(range(fewest, most + 1))
     assert products > 3000 and (1500 < nested < 4500 if task.parentheses else not nested)
 
@@ -95,14 +99,15 @@ def test_generated_problems_are_right_and_as_documented(task):
     ("8*7-19", "8*7=56 56-19=37"), ("20-3*4+1", "3*4=12 20-12=8 8+1=9"), ("2*(3-10)*4", "3-10=-7 2*-7=-14 -14*4=-56"),
     ("((1+2)*(3+4))-5", "1+2=3 3+4=7 3*7=21 21-5=16"), ("9-(8-(7-6))", "7-6=1 8-1=7 9-7=2")])
 def test_steps_are_what_one_would_write(question, steps):
-    """Working in an order that the expression does not have, or a step that holds by luck."""
+    """Working in another order than the expression's, or with steps that are only right by luck, would teach wrong
+    rules."""
     assert solve(question) == (steps.split(), evaluate(question))
 
 
 @pytest.mark.parametrize("text", ("(1+1", "1+1)", "()", "(5)", "2(3+4)", "(1+2)3", "1+()", ")1+1(", "(1+-1)", "-(1+1)",
                                   "(" * 40 + "1+1" + ")" * 39, "(" * 10_000, "1+(01+2)", "(1000+1)*2"))
 def test_parentheses_that_do_not_match_are_refused(text):
-    """A recursion that runs out of stack or of text, and says so in a traceback."""
+    """A recursive parser may run out of stack or of text, and end in a traceback instead of one clear line."""
     with pytest.raises(ValueError, match="is no expression"):
         HARDER.parse(text)
     with pytest.raises(ValueError):
@@ -116,13 +121,14 @@ def test_parentheses_that_do_not_match_are_refused(text):
     "1\u00d71", "1\u22121", "1+1\0", "\0", "1+1+1+1+1+1+1+1", "1+" * 10_000 + "1",
     "User: 1+1", "1+1" + END_OF_TEXT))
 def test_parse_refuses_what_is_no_problem(text):
-    """eval() on text from outside hangs on 99**98**97, and worse; int() reads the digits of every script."""
+    """eval() on text from outside hangs on 99**98**97, and could execute anything. int() reads the digits of every
+    script."""
     with pytest.raises(ValueError):
         parse(text)
 
 
 def test_problems_are_reproducible():
-    """A generator that also draws from the global state: a seed that does not fix the run."""
+    """If anything were drawn from the global random state, a seed would not determine a run."""
     def draw(seed):
         rng = random.Random(seed)
         return [make_problem(rng) for _ in range(50)]
@@ -136,16 +142,27 @@ def test_problems_are_reproducible():
     assert not np.array_equal(TASK.make_corpus(5000, seed=1)[:1000], TASK.make_corpus(5000, seed=2)[:1000])
 
 
+def test_a_task_gives_what_the_steps_ask_for():
+    """The steps of RL and distillation know a task only by these names. With another stop token or another prompt than
+    the corpus has, the base model would not go on as it learnt to."""
+    problem, encoding = parse("8*7-19"), get_tokenizer()
+    assert TASK.encoding is encoding and TASK.stop_ids == (encoding.eot_token,)
+    assert TASK.encode_prompt(problem) == encoding.encode_ordinary("User: 8*7-19\nAssistant: ")
+    for completion in ("<think>8*7=56, wait</think><answer>37</answer>", "<think>x</think><answer>36</answer>", "37"):
+        assert TASK.reward(completion, problem) == rule_rewards(completion, problem)
+
+
 # The split
 
 
 def test_test_problems_are_never_seen(documents):
-    """A split by random draws, or of problems and not of expressions: what is reported as learnt is remembered."""
+    """If a test expression could be read in the corpus or asked in RL, what is reported as learnt might be
+    remembered."""
     held_out = {p.question for kind in TASK.held_out for seed in (0, 1)
                 for p in TASK.heldout_problems(1000, kind, seed)}
     rng = random.Random(0)
-    in_rl = {make_problem(rng).question for _ in range(20_000)}
-    test_side = {make_problem(rng, (1, 6), test=True).question for _ in range(20_000)} | held_out
+    in_rl = {make_problem(rng, longer=longer).question for longer in (False, True) for _ in range(20_000)}
+    test_side = {make_problem(rng, longer=True, test=True).question for _ in range(20_000)} | held_out
     asked = {line[len("User: "):] for d in documents for line in d.split("\n") if line.startswith("User: ")}
     assert len(asked) > 10_000 and len(test_side) > 15_000
     assert not asked & test_side and not in_rl & test_side
@@ -154,7 +171,8 @@ def test_test_problems_are_never_seen(documents):
 
 @pytest.mark.parametrize("n_ops", range(1, 7))
 def test_the_split_takes_a_tenth(n_ops, assert_frequencies):
-    """A hash that prefers some lengths: the test set is then another task, or there is too little of it."""
+    """If the hash preferred some lengths, the test problems would be another task than the training problems, or too
+    few."""
     rng = random.Random(0)
     held_out = [is_test(q) for q in {TASK.make_question(rng, n_ops) for _ in range(5000)}]
     assert_frequencies([sum(held_out), held_out.count(False)], [0.1, 0.9])
@@ -162,7 +180,8 @@ def test_the_split_takes_a_tenth(n_ops, assert_frequencies):
 
 @pytest.mark.parametrize("kind", ("test", "hard"))
 def test_held_out_problems_are_different_and_reproducible(kind):
-    """A test problem that counts twice; an evaluation that changes with every call; a search that never ends."""
+    """A test problem might count twice, an evaluation might change with every call, or a search for too many problems
+    might never end."""
     problems = TASK.heldout_problems(300, kind, seed=0)
     assert len({p.question for p in problems}) == 300
     fewest, most = TASK.held_out[kind]
@@ -176,7 +195,8 @@ def test_held_out_problems_are_different_and_reproducible(kind):
 
 
 def test_documents_are_pages_or_threads(documents, assert_frequencies):
-    """A document without its end of text runs into the next: the base model never learns to stop."""
+    """If a document lacked its end of text, it would run into the next one, and the base model would not learn to
+    stop."""
     pages = [d for d in documents if d.startswith("Facts:\n")]
     others = [d for d in documents if not d.startswith("Facts:\n")]
     assert all(re.fullmatch(r"User: [-+*0-9]+\nAssistant: [^\n]+", d) for d in others)
@@ -201,7 +221,8 @@ def style_of(answer: str) -> str:
 
 
 def test_styles_have_their_documented_shares(threads, assert_frequencies):
-    """The base's format rate comes from these shares; what the README says of them must be what is read."""
+    """The base's format rate comes from these shares. If the corpus had others, the table in the docs would be
+    wrong."""
     assert abs(sum(STYLES.values()) - 1) < 1e-9
     assert_frequencies([sum(style == s for _, style, _ in threads) for s in STYLES], list(STYLES.values()))
     seen = [style_of(text.split("Assistant: ")[1]) for text, _, _ in threads]
@@ -210,7 +231,8 @@ def test_styles_have_their_documented_shares(threads, assert_frequencies):
 
 @pytest.mark.parametrize("worked, wait", [(1.0, 1.0), (0.5, 0.0), (0.0, 1.0), (0.5, 0.5)])
 def test_styles_can_be_thinned_out(assert_frequencies, worked, wait):
-    """A control's corpus that still holds what it is to lack; shares that no longer add up to 1."""
+    """A control would show nothing if its corpus still held what it should lack, or if the shares no longer added up to
+    1."""
     rng = random.Random(1)
     task = Arithmetic(worked_share=worked, wait_share=wait)
     threads = [task.write_thread(rng) for _ in range(4_000)]
@@ -220,14 +242,15 @@ def test_styles_can_be_thinned_out(assert_frequencies, worked, wait):
     for style in ("plain working", "lost tag", "worked", "rechecked"):
         shares["blurt"] += (1 - worked) * shares[style]
         shares[style] *= worked
-    assert abs(sum(task.styles.values()) - 1) < 1e-9
+    assert abs(sum(task.styles.values()) - 1) < 1e-9 and task.styles == style_shares(STYLES, worked, wait)
     assert_frequencies([sum(style == s for _, style, _ in threads) for s in STYLES], list(shares.values()))
     assert any("=" in text for text, _, _ in threads) == (worked > 0)
     assert any("wait" in text for text, _, _ in threads) == (worked * wait > 0)
 
 
 def test_right_answers_have_their_documented_shares(threads, assert_frequencies):
-    """A "wrong" answer that is right by chance, a slip that nobody carries on from, a key that the text denies."""
+    """A wrong answer might be right by chance, an author might not carry on from a slip, or an answer might count as
+    right that the text contradicts. The documented shares would then be wrong."""
     steps, rechecked, blurts = [], [], []
     for text, style, right in threads:
         question, answer = re.fullmatch(r"User: (.*)\nAssistant: (.*)", text).groups()
@@ -257,7 +280,7 @@ def test_right_answers_have_their_documented_shares(threads, assert_frequencies)
 
 
 def test_working_ends_in_the_answer_it_gives(threads):
-    """An answer that does not follow from its working teaches that working is of no use."""
+    """Answers that do not follow from their working would teach that working is of no use."""
     for text, style, _ in threads:
         if style in ("worked", "rechecked", "plain working"):
             last_step, answer = re.search(r"=(-?\d+)(?:</think><answer>|, so )(-?\d+)", text).groups()
@@ -268,7 +291,7 @@ def test_working_ends_in_the_answer_it_gives(threads):
 
 
 def random_text(rng: random.Random) -> str:
-    """Any Unicode but surrogates, and fragments of the vocabulary in between."""
+    """Unicode characters without surrogates, mixed with pieces of the vocabulary."""
     def character():
         code = rng.choice((rng.randrange(128), rng.randrange(0x800), rng.randrange(0x110000)))
         return "" if 0xD800 <= code < 0xE000 else chr(code)
@@ -277,7 +300,7 @@ def random_text(rng: random.Random) -> str:
 
 
 def test_any_text_comes_back():
-    """A character that the vocabulary lacks is dropped or replaced without a word."""
+    """A tokenizer may drop or replace a character that its vocabulary lacks, and say nothing."""
     encoding, rng = get_tokenizer(), random.Random(0)
     for text in [random_text(rng) for _ in range(3000)] + ["".join(map(chr, range(0x700))), "naïve \U0001f600\r\n\0"]:
         tokens = encoding.encode_ordinary(text)
@@ -285,7 +308,8 @@ def test_any_text_comes_back():
 
 
 def test_pieces_are_single_tokens_wherever_they_stand():
-    """tiktoken cuts first and looks up whole cuts: a piece that the pattern does not isolate is spelt in bytes."""
+    """tiktoken first cuts a text by a pattern, then looks up each part. A word piece that the pattern does not isolate
+    would be spelt in bytes."""
     encoding = get_tokenizer()
     assert len(set(PIECES)) == len(PIECES) and encoding.n_vocab == 256 + len(PIECES) + 1 == encoding.eot_token + 1
     for i, piece in enumerate(PIECES):
@@ -295,19 +319,10 @@ def test_pieces_are_single_tokens_wherever_they_stand():
 
 
 def test_text_from_outside_cannot_end_itself():
-    """encode() with all special tokens allowed lets a prompt stop the model, or a document be cut in two."""
+    """If special tokens were allowed in text from outside, a prompt could stop the model, or a document could be cut in
+    two."""
     encoding = get_tokenizer()
     for text in (END_OF_TEXT, f"1+1{END_OF_TEXT}", END_OF_TEXT * 3, f"<|endof{END_OF_TEXT}text|>"):
         tokens = encoding.encode_ordinary(text)
         assert encoding.eot_token not in tokens and encoding.decode(tokens) == text
     assert encoding.special_tokens_set == {END_OF_TEXT} and encoding.decode([encoding.eot_token]) == END_OF_TEXT
-
-
-def test_style_table_shows_every_style():
-    """The README's table of what the base reads: a style left out, shares that do not add up."""
-    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in style_table(TASK, 2000).split("\n")]
-    header, line, *table = rows
-    assert [row[0] for row in table] == list(STYLES)
-    assert sum(float(row[1].rstrip("%")) for row in table) == pytest.approx(100, abs=0.5)
-    assert all(abs(float(row[1].rstrip("%")) / 100 - STYLES[row[0]]) < 0.04 for row in table)
-    assert len(header) == len(line) == 4 and "wait" in table[-1][3]

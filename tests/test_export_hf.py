@@ -1,4 +1,5 @@
-"""Exported models beside ours, loaded as anybody would load them. Needs experiments/requirements.txt; CI has it."""
+"""Exported models, loaded as anybody would load them, give what ours give. These tests need experiments/requirements.txt,
+which CI has."""
 import dataclasses
 import random
 import resource
@@ -11,21 +12,21 @@ import torch
 import export_hf
 from data.arithmetic import make_problem
 from data.tokenizer import END_OF_TEXT, PIECES, get_tokenizer
-from model import GPT, generate
+from model import GPT, GPTConfig, generate
 from run import Config, save_checkpoint
-from train import shape
 
 transformers = pytest.importorskip("transformers")
 ENCODING = get_tokenizer()
+SHAPES = {"base": (4, 3, 96), "student": (3, 2, 44)}  # n_layer, n_head, n_embd
 
 
-@pytest.fixture(scope="module", params=("base", "zero", "student"))
+@pytest.fixture(scope="module", params=SHAPES)
 def exported(request, tmp_path_factory):
-    """(our model, transformers' model, its tokenizer) of a checkpoint. The weights are larger than a fresh model's, so
-    that what it says depends on what it reads."""
+    """Our model, transformers' model, and its tokenizer, of one checkpoint. The weights are larger than a fresh model's,
+    so that what the model says depends on what it reads."""
     folder, cfg = tmp_path_factory.mktemp("export"), Config(rl_max_new_tokens=30)
     torch.manual_seed(0)
-    model = GPT(dataclasses.replace(shape(cfg, request.param), block_size=64))
+    model = GPT(GPTConfig(ENCODING.n_vocab, 64, *SHAPES[request.param]))
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.mul_(4.0) if p.dim() == 2 else p.add_(torch.randn_like(p) / 4)
@@ -39,7 +40,8 @@ def exported(request, tmp_path_factory):
 
 @torch.no_grad()
 def test_logits_are_equal(exported):
-    """Rotary halves paired the other way, a norm's constant, an output that is not the embedding: all load."""
+    """Weights that load without an error would still mean something else: rotary halves may be paired the other way, a
+    norm may add another constant, or the output may not be the embedding."""
     model, theirs, _ = exported
     idx = torch.randint(ENCODING.n_vocab, (4, 64))
     logits = model(idx)
@@ -48,7 +50,8 @@ def test_logits_are_equal(exported):
 
 
 def test_greedy_answers_are_equal(exported):
-    """A stop token that does not stop, padding on the wrong side, a generation budget that is not the run's."""
+    """Answers would not stop at the stop token or at the run's generation budget, or prompts would be padded on the
+    wrong side."""
     model, theirs, tokenizer = exported
     rng = random.Random(0)
     problems = [make_problem(rng) for _ in range(20)]
@@ -64,7 +67,7 @@ def test_greedy_answers_are_equal(exported):
 
 
 def test_the_tokenizer_cuts_as_ours(exported):
-    """A piece spelt in bytes, two digits as one token, a character that comes back as another."""
+    """The exported tokenizer would spell a piece in bytes, join two digits, or give back another character."""
     *_, tokenizer = exported
     rng = random.Random(0)
     texts = ["", " ", "naïve \U0001f600\r\n\0", "".join(PIECES), "User: 12*3\nAssistant: <think>", "a  b ,  c"]
@@ -80,7 +83,7 @@ def test_the_tokenizer_cuts_as_ours(exported):
 
 @pytest.mark.parametrize("exported", ["student"], indirect=True)
 def test_full_disk(exported, tmp_path):
-    """A half-written folder that is in the way of the next try."""
+    """A half-written folder would be in the way of the next try."""
     checkpoint = tmp_path / "model.pt"
     model, *_ = exported
     save_checkpoint(checkpoint, {"nanor1": 1, "stage": "base", "config": {"rl_max_new_tokens": 9},
@@ -93,7 +96,7 @@ def test_full_disk(exported, tmp_path):
 
 
 def test_bad_input(tmp_path, capsys):
-    """A folder of somebody's work overwritten; a traceback for a file that is no checkpoint."""
+    """Somebody's folder would be overwritten, or a file that is no checkpoint would end in a traceback."""
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").write_text("x")
     (tmp_path / "other.pt").write_text("hello")

@@ -1,5 +1,6 @@
-"""The findings' cells: what is trained, what is kept, when it is done again, and the page that is made of it."""
+"""The cells of the findings: what is trained, what is kept, when it is trained again, and the page that is made of it."""
 import doctest
+import itertools
 import json
 
 import pytest
@@ -8,27 +9,33 @@ import findings
 import measures
 import rows
 from findings import SEEDS, Cell
+from measures import pass_at_k
 from rows import Figure, Known, differs, figure
-from run import Fault
+from run import UsageError, load_checkpoint
 
-FLAGS = ("--preset=tiny --device=cpu --base_tokens=40000 --student_base_tokens=40000 --rl_steps=10 --distill_steps=1 "
-         "--distill_prompts=64 --rl_max_new_tokens=40 --eval_problems=8")
+FLAGS = ("--preset=tiny --device=cpu --base_tokens=40000 --base_batch=4 --student_base_tokens=40000 --rl_steps=10 "
+         "--distill_steps=1 --distill_prompts=64 --rl_max_new_tokens=40 --eval_problems=8")
 CELLS = {"first": Cell(("base", "zero", "student_base", "student"), FLAGS, measures=("conditional",)),
          "second, other": Cell(("zero",), f"{FLAGS} --scale=none", "first")}
 
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """Two cells of a second or two, one seed, and a folder of their own."""
+    """Two cells that take a second or two, one seed, and a folder of their own."""
     for name, value in {"CELLS": dict(CELLS), "SEEDS": (0,), "RESULTS": tmp_path / "results", "OUT": tmp_path / "out",
                         "PAGE": tmp_path / "findings.md"}.items():
         monkeypatch.setattr(findings, name, value)
     return tmp_path
 
 
-def test_cells_are_run_once_and_again_when_their_settings_change(small, monkeypatch, capsys):
-    """A base trained twice; a stale result kept after a flag has changed; a new field that makes all stale; a cell that
-    takes more from its start than its base, and is refused for the start's other models."""
+def kept(name: str, seed: int) -> dict:
+    """What experiments/results holds of a cell."""
+    return json.loads((findings.RESULTS / f"{findings.slug(name)}-{seed}.json").read_text())
+
+
+def test_cells_are_run_once_and_again_when_their_settings_change(small, monkeypatch):
+    """A base would be trained twice, a result would be kept after its flags have changed, or a cell that starts from
+    another would be refused because of models that it does not take from it."""
     findings.run_cells(["first", "second, other"], jobs=1)
     files = {path.name: path.stat().st_mtime_ns for path in (small / "results").iterdir()}
     assert set(files) == {"first-0.json", "second_other-0.json"}
@@ -36,58 +43,80 @@ def test_cells_are_run_once_and_again_when_their_settings_change(small, monkeypa
     assert len(first["models"]) == 4 and set(second["models"]) == {"zero"}
     assert len(first["curves"]["zero"]["length"]) == 10
     assert 0 < second["seconds"] and set(first["measures"]) == {"conditional"}
-    base, zero = ([(findings.folder(name, 0) / model).read_bytes() for name in findings.CELLS]
-                  for model in ("base.pt", "zero.pt"))
-    assert base[0] == base[1] and zero[0] != zero[1]
+    base, zero = ([load_checkpoint(findings.folder(name, 0) / f"{model}.pt")["model"]["embedding.weight"]
+                   for name in findings.CELLS] for model in ("base", "zero"))
+    assert base[0].equal(base[1]) and not zero[0].equal(zero[1])
     trained = []
     monkeypatch.setattr(findings, "train", lambda *args: trained.append(args))
     findings.run_cells(["first", "second, other"], jobs=1)
     assert not trained and files == {path.name: path.stat().st_mtime_ns for path in (small / "results").iterdir()}
-    path = small / "results" / "first-0.json"
-    content = json.loads(path.read_text())
-    del content["settings"]["wait_share"]  # as if the field had been added since, with a default that changes nothing
-    path.write_text(json.dumps(content))
-    assert findings.stored("first", 0)
     findings.CELLS["first"] = Cell(CELLS["first"].trains, f"{FLAGS} --rl_lr=0.01", measures=("conditional",))
     assert findings.stored("first", 0) is None and findings.stored("second, other", 0)
 
 
-def test_a_run_that_fails_is_one_line(small, capsys):
-    """A traceback from a thread; a cell that is kept although its run failed."""
+def test_all_cells_of_the_page_are_stored():
+    """A change of the settings would have hours of training repeated, although it changes no stored cell."""
+    for name in findings.CELLS:
+        for seed in SEEDS:
+            assert findings.stored(name, seed) == kept(name, seed)
+
+
+@pytest.mark.parametrize("flags, field, is_stored", [
+    ("--distill_epochs=1", "distill_epochs", True), ("", "distill_epochs", False), ("", "wait_share", True),
+    ("--wait_share=0.5", "wait_share", False)])
+def test_fields_that_a_stored_cell_lacks(small, flags, field, is_stored):
+    """A cell from before a field existed would pass as trained with the new default. Without distill_epochs it was
+    trained with 1 epoch, whatever the default is now."""
+    findings.CELLS["cell"] = cell = Cell(("student",), flags)
+    settings = {**findings.settings(cell), "eval_greedy": True}  # a field that no longer exists
+    del settings[field]
+    (small / "results").mkdir()
+    (small / "results" / "cell-0.json").write_text(json.dumps({"settings": settings, "models": {"student": {}},
+                                                               "measures": {}}))
+    assert (findings.stored("cell", 0) is not None) == is_stored
+
+
+def test_a_run_that_fails_is_one_line(small):
+    """A failed run would end in a traceback from a thread, or its cell would be kept."""
     findings.CELLS["first"] = Cell(("base", "zero"), f"{FLAGS} --base_adam_lr=1e30")
-    with pytest.raises(Fault, match="says why"):
+    with pytest.raises(UsageError, match="says why"):
         findings.run_cells(["first"], jobs=1)
     assert not list((small / "results").glob("*"))
 
 
 def test_bad_input(capsys):
-    for arg, words in (("--only=11", "1 to 10"), ("--only=", "unknown"), ("--rows=3", "unknown"),
-                       ("--jobs=0", "unknown")):
+    """Hours of training would start with a misspelt flag, or the error would be a traceback."""
+    for arg, words in (("--only=11", "choose from 1, 2"), ("--only=", "invalid int"), ("--rows=3", "--rows=3"),
+                       ("--jobs=0", "above 0")):
         assert findings.main([arg]) == 2
         line = capsys.readouterr().err
         assert words in line and line.count("\n") == 1
 
 
 def test_the_page_is_made_of_what_is_stored(small, capsys):
-    """A page that needs checkpoints, or that breaks off where a row has not been run."""
+    """The page would need checkpoints, or break off at a row that has not been run."""
     assert findings.page(findings.known()).startswith("# Findings")
     said = capsys.readouterr().out
     assert all(f"row {n} is left out" in said for n in findings.ROWS)
 
 
+def test_the_committed_page_is_what_is_stored():
+    """The page in the repository would say something else than experiments/results."""
+    assert findings.page(findings.known()) == findings.PAGE.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("number", findings.ROWS)
 def test_rows_name_the_cells_that_they_need(number):
-    """A row that reads a cell which --only does not run."""
+    """A row would read a cell that --only does not run, or have a table whose lines differ in their columns."""
     row = findings.ROWS[number]
-    kept = {name: [json.loads((findings.RESULTS / f"{findings.slug(name)}-{seed}.json").read_text()) for seed in SEEDS]
-            for name in row.cells}
-    line, passed, details = row.measure(Known(kept))
+    line, passed, details = row.measure(Known({name: [kept(name, seed) for seed in SEEDS] for name in row.cells}))
     columns = {text.replace("\\|", "").count("|") for text in details if text.startswith("|")}
     assert line and passed in (True, False) and len(columns) == 1
 
 
 def test_spreads():
-    """The standard error over seeds for their deviation; the smaller of both spreads; points for shares."""
+    """The standard error would stand for the standard deviation, or the smaller of both for the larger; or a share would
+    not be shown in percent."""
     assert figure([0.1, 0.3, 0.2], [0.05, 0.05, 0.05]) == Figure(pytest.approx(0.2), pytest.approx(0.1))
     assert figure([0.2, 0.2, 0.2], [0.01, 0.02, 0.03]) == Figure(pytest.approx(0.2), pytest.approx(0.02))
     assert differs(Figure(0.05, 0.06)).endswith("no difference")
@@ -95,6 +124,17 @@ def test_spreads():
     assert len(SEEDS) == 3
 
 
+def test_pass_at_k_by_enumeration():
+    """pass@k would be 1 - (1 - c/n)^k, which is biased. It is the share of all k-subsets of the n samples that hold one
+    of the c right ones."""
+    for n in range(1, 8):
+        for c in range(n + 1):
+            for k in range(1, n + 1):
+                subsets = list(itertools.combinations([i < c for i in range(n)], k))
+                assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
 def test_examples_in_the_docstrings():
+    """An example in a docstring would be wrong. pytest looks for doctests outside experiments/ alone."""
     for module in (findings, measures, rows):
         assert doctest.testmod(module).failed == 0

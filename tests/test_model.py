@@ -53,14 +53,15 @@ def llama(model: GPT, idx):
 
 
 def test_forward_is_llama(make_gpt):
-    """A swapped sign in the rotation or a missing 1/sqrt(D) still trains, a little worse, and nobody notices."""
+    """A model with a swapped sign in the rotation, or without 1/sqrt(D), still trains. It is only a little worse, so
+    that nobody notices."""
     model, idx = make_gpt(), torch.randint(11, (3, 20))
     assert torch.allclose(model(idx).double(), llama(model, idx), atol=1e-4)
 
 
 def test_bfloat16_is_of_the_products_only(make_gpt):
-    """Weights or gradients in bfloat16, where an update of 0.1 % is rounded away; copies of the weights that outlive an
-    update: all minibatches of a step but the first then get the gradient of weights that are gone."""
+    """If weights or gradients were bfloat16, an update of 0.1 % would be rounded away. If copies of the weights
+    outlived an update, every minibatch of a step but the first would get the gradient of weights that are gone."""
     exact, model, idx = make_gpt(spread=2.0), make_gpt(spread=2.0), torch.randint(11, (3, 20))
     model.dtype = torch.bfloat16
     logits = model(idx)
@@ -76,7 +77,8 @@ def test_bfloat16_is_of_the_products_only(make_gpt):
 
 
 def test_causality(make_gpt):
-    """A mask off by one lets a token see the token that it predicts: the loss is wonderful, the samples are noise."""
+    """If the mask is off by one, each position sees the token that it predicts. The loss is then very low, and the
+    samples are noise."""
     model, idx = make_gpt(), torch.randint(11, (2, 12))
     logits = model(idx)
     for t in range(12):
@@ -88,7 +90,7 @@ def test_causality(make_gpt):
 
 
 def test_too_long_a_sequence_is_refused(make_gpt):
-    """Without a check the rotation's table broadcasts or the error is an index out of range deep inside."""
+    """Without a check, a sequence that is too long fails deep inside the model, or not at all if a table broadcasts."""
     model = make_gpt(block_size=8)
     model(torch.ones(1, 8, dtype=torch.long))
     with pytest.raises(ValueError):
@@ -100,7 +102,8 @@ def test_too_long_a_sequence_is_refused(make_gpt):
 
 @torch.no_grad()
 def test_cache_gives_the_logits_of_the_full_pass(make_gpt):
-    """Padding that shifts positions or is attended to, and rows that leave and take another row's keys along."""
+    """With a wrong cache, padding shifts the positions or is attended to, or a row that moves gets another row's
+    keys."""
     model, longest = make_gpt(vocab_size=5), 9
     rows = [list(p) for p in PROMPTS]
     cache = KVCache(model, torch.tensor([longest - len(p) for p in rows]), longest + 12)
@@ -127,7 +130,7 @@ def test_cache_gives_the_logits_of_the_full_pass(make_gpt):
 
 @torch.no_grad()
 def test_a_row_does_not_depend_on_its_batch(make_gpt):
-    """What stands in the padding or in the neighbours leaks into a row: the sampler's policy is then no policy."""
+    """If padding or a neighbouring row leaks into a row, the sampler's distribution is not the one that is trained."""
     model = make_gpt()
     alone = next_logits(model, [5, 6])
     for padding, neighbour in itertools.product((0, 7), ([1, 2, 3, 4], [9, 9, 9, 9])):
@@ -138,7 +141,8 @@ def test_a_row_does_not_depend_on_its_batch(make_gpt):
 
 @pytest.mark.parametrize("temperature", (0.7, 1.0, 1.5))
 def test_generate_and_token_logprobs_agree_while_rows_leave(make_gpt, temperature):
-    """Sampling with a temperature, a top-k or a stale cache row that training does not know of: the ratio is not 1."""
+    """If the sampler uses a temperature, a top-k or a stale cache row that training does not know of, the ratio of a
+    policy that has not moved is not 1."""
     model = make_gpt(vocab_size=5)
     completions, logp = sample(model, samples=8, max_new_tokens=30, temperature=temperature, return_logprobs=True)
     assert len({len(c) for c in completions}) > 5, "rows should end at different times here"
@@ -154,7 +158,8 @@ def test_generate_and_token_logprobs_agree_while_rows_leave(make_gpt, temperatur
 @pytest.mark.parametrize("temperature", (0.4, 1.0, 2.0))
 @torch.no_grad()
 def test_samples_have_the_models_frequencies(make_gpt, assert_frequencies, temperature):
-    """A sampler that cuts off the tail (top-k, top-p), or that forgets the temperature after the first token."""
+    """A sampler may cut off the tail of the distribution (top-k, top-p), or forget the temperature after the first
+    token. Both change the frequencies of its samples."""
     V, prompt = 6, [2, 5]
     model = make_gpt(vocab_size=V)
 
@@ -172,7 +177,7 @@ def test_samples_have_the_models_frequencies(make_gpt, assert_frequencies, tempe
 
 
 def test_completions_end_with_the_stop_token_they_sampled(make_gpt):
-    """A generator that drops the last token gives stopping no gradient: the policy never learns to end."""
+    """If the generator drops the stop token, stopping gets no gradient, and the policy never learns to end."""
     completions = sample(make_gpt(vocab_size=5), samples=20, max_new_tokens=6)
     ended = [c for c in completions if c[-1] == EOS]
     assert all(c.count(EOS) == 1 for c in ended) and {1, 6} <= {len(c) for c in ended}
@@ -180,8 +185,40 @@ def test_completions_end_with_the_stop_token_they_sampled(make_gpt):
     assert cut and all(len(c) == 6 and EOS not in c for c in cut)
 
 
+def cut_after(completion, stops):
+    """The tokens up to and with the first stop token."""
+    ends = [i + 1 for i, token in enumerate(completion) if token in stops]
+    return completion[:ends[0] if ends else None]
+
+
+@pytest.mark.parametrize("stops", (3, (3,), (0, 3), (3, 0), (2, 3), (4, 0, 2)))
+def test_each_of_several_stop_tokens_ends_a_completion(make_gpt, stops):
+    """If the sampler knows only the first of several stop tokens, the others do not end a completion, or are followed
+    by tokens that the model never sampled. The expected completions are those of a sampler that never stops, cut by
+    hand."""
+    model, ids = make_gpt(vocab_size=5), stops if isinstance(stops, tuple) else (stops,)
+    endless = sample(model, temperature=0.0, eos_id=-1, samples=3, max_new_tokens=20)
+    assert {len(c) for c in endless} == {20} and set(ids) & {token for c in endless for token in c}
+    assert sample(model, temperature=0.0, eos_id=stops, samples=3, max_new_tokens=20) == [
+        cut_after(c, ids) for c in endless]
+    completions, logp = sample(model, samples=20, eos_id=stops, max_new_tokens=6, return_logprobs=True)
+    assert completions == [cut_after(c, ids) for c in completions] and [*map(len, logp)] == [*map(len, completions)]
+    assert all(c[-1] in ids or len(c) == 6 for c in completions)
+    assert {c[-1] for c in completions if c[-1] in ids} == set(ids), "every stop token should end some completion here"
+
+
+def test_rows_that_ended_with_any_stop_token_leave_the_batch(make_gpt, monkeypatch):
+    """If a row that ended with the second stop token stays in the batch, sampling goes on to the budget for nothing."""
+    model, sizes = make_gpt(vocab_size=5), []
+    monkeypatch.setattr(model, "next_token", lambda token, *rest: (
+        sizes.append(len(token)), GPT.next_token(model, token, *rest))[1])
+    assert {len(c) for c in sample(model, samples=8, eos_id=(0, 1, 2, 3, 4))} == {1} and not sizes
+    sample(model, samples=64, eos_id=(0, 3))
+    assert min(sizes) < 64 < max(sizes)
+
+
 def test_the_generator_decides_the_samples(make_gpt):
-    """Sampling from the global random state: a resumed run cannot repeat what it did."""
+    """If the samples depended on the global random state, a resumed run could not repeat what it did."""
     model = make_gpt()
     torch.manual_seed(1)
     one = sample(model, samples=4)
@@ -191,7 +228,7 @@ def test_the_generator_decides_the_samples(make_gpt):
 
 
 def test_temperature_0_takes_the_likeliest(make_gpt):
-    """Temperature 0 as a division by 0.0001 samples now and then; as a division by 0 it gives NaN."""
+    """Temperature 0 as a division by 0.0001 takes another token now and then, and as a division by 0 it gives NaN."""
     model = make_gpt()
     for prompt, completion in zip(PROMPTS, sample(model, temperature=0.0)):
         expected = []
@@ -201,7 +238,7 @@ def test_temperature_0_takes_the_likeliest(make_gpt):
 
 
 def test_samples_of_a_prompt_are_side_by_side(make_gpt):
-    """Rows interleaved the other way: every completion is scored against somebody else's problem."""
+    """If rows were interleaved the other way, completions would be scored against another prompt's problem."""
     model = make_gpt()
     greedy = [sample(model, [p], temperature=0.0)[0] for p in PROMPTS]
     assert len({tuple(g) for g in greedy}) == 3, "the prompts should differ in their answers here"
@@ -210,13 +247,14 @@ def test_samples_of_a_prompt_are_side_by_side(make_gpt):
 
 @pytest.mark.parametrize("prompts, new", [([[]], 4), ([[1], []], 4), ([[1] * 45], 4), ([[1], [1] * 60], 1)])
 def test_prompts_that_cannot_be_answered_are_refused(make_gpt, prompts, new):
-    """An empty prompt reads padding as if it were text; one too long runs out of positions halfway."""
+    """Without a check, an empty prompt is sampled from padding, and a prompt that is too long fails halfway."""
     with pytest.raises(ValueError):
         sample(make_gpt(), prompts, max_new_tokens=new)
 
 
 def test_a_prompt_that_just_fits_is_answered(make_gpt):
-    """A limit off by one; and no prompts at all are no completions, not an error."""
+    """A limit that is off by one refuses the longest prompt that fits. And an empty list of prompts is no error: it
+    gives an empty list of completions."""
     assert 1 <= len(sample(make_gpt(), [[1] * 44], max_new_tokens=4)[0]) <= 4
     assert sample(make_gpt(), []) == []
     assert sample(make_gpt(), [], return_logprobs=True) == ([], [])
@@ -225,7 +263,8 @@ def test_a_prompt_that_just_fits_is_answered(make_gpt):
 @pytest.mark.parametrize("temperature", (0.5, 1.0, 3.0))
 @torch.no_grad()
 def test_token_logprobs_is_the_log_of_the_softmax(make_gpt, temperature):
-    """Shifted by one token, or normalised over the wrong dimension; over all next tokens the probabilities add to 1."""
+    """The log-probabilities may be shifted by one token, or normalised over the wrong dimension. Those of all next
+    tokens must add up to probability 1."""
     model, idx = make_gpt(), torch.randint(11, (3, 7))
     logp = token_logprobs(model, idx, temperature=temperature)
     assert logp.shape == (3, 6) and logp.dtype == torch.float32
@@ -236,7 +275,7 @@ def test_token_logprobs_is_the_log_of_the_softmax(make_gpt, temperature):
     assert abs(token_logprobs(model, every, temperature=temperature)[:, -1].exp().sum().item() - 1) < 1e-5
 
 
-# The optimiser
+# The optimizer
 
 
 def train(model, optimizer, batches):
@@ -247,7 +286,8 @@ def train(model, optimizer, batches):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_muon_is_torchs(make_gpt, dtype):
-    """A shape's scale, a momentum or a coefficient off: it learns all the same, and worse. torch's is bfloat16."""
+    """With a wrong scale for a shape, a wrong momentum or a wrong coefficient, Muon still learns, but worse. torch's
+    own computes in bfloat16, hence the tolerance."""
     matrices, others = ([p for p in make_gpt().blocks.parameters() if p.dim() == 2] for _ in range(2))
     ours, torchs = Muon(matrices, 0.02, dtype), torch.optim.Muon(others, lr=0.02, weight_decay=0.0)
     for _ in range(5):
@@ -266,7 +306,7 @@ def test_muon_is_torchs(make_gpt, dtype):
 
 @pytest.mark.parametrize("muon_lr", (None, 0.02))
 def test_optimizer_goes_on_from_a_checkpoint_bit_for_bit(make_gpt, muon_lr):
-    """Moments or step counts that a checkpoint forgets: a resumed run is another run."""
+    """If a checkpoint forgets a moment or a step count, a resumed run goes on to other weights."""
     model, batches = make_gpt(), torch.randint(11, (6, 4, 10))
     optimizer = Optimizer(model, adam_lr=0.003, muon_lr=muon_lr)
     train(model, optimizer, batches[:3])
@@ -284,7 +324,7 @@ def test_optimizer_goes_on_from_a_checkpoint_bit_for_bit(make_gpt, muon_lr):
 
 
 def test_optimizer_step_scales_clears_and_reports_the_norm(make_gpt):
-    """Gradients that pile up over steps, a schedule that is not applied, a norm taken after clipping."""
+    """Gradients may pile up over steps, the schedule may not be applied, or the norm may be taken after clipping."""
     model, idx = make_gpt(), torch.randint(11, (4, 10))
     optimizer = Optimizer(model, adam_lr=0.003, muon_lr=0.02)
     (-100 * token_logprobs(model, idx).mean()).backward()
@@ -293,3 +333,24 @@ def test_optimizer_step_scales_clears_and_reports_the_norm(make_gpt):
     assert norm > 1 and abs(optimizer.step(scale=0.0) / norm - 1) < 1e-5
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("muon_lr", (None, 0.02))
+def test_gradients_are_clipped(make_gpt, muon_lr):
+    """One minibatch with a huge gradient would fill the momentum, so that the updates after it go its way. Adam's first
+    step has the same size whatever the gradient's, so that only a later step shows whether it was clipped."""
+    ours, others = (make_gpt() for _ in range(2))
+    optimizer, by_hand = (Optimizer(model, adam_lr=0.003, muon_lr=muon_lr) for model in (ours, others))
+    for size in (100.0, 0.3, 5.0, 0.7):
+        for p, other in zip(optimizer.parameters, by_hand.parameters):
+            p.grad = torch.randn_like(p)
+            other.grad = p.grad.clone()
+        norm = torch.stack([p.grad.norm() for p in others.parameters()]).norm()
+        for p, other in zip(optimizer.parameters, by_hand.parameters):
+            p.grad *= size / norm
+            other.grad *= min(size, 1.0) / norm
+        assert optimizer.step().item() == pytest.approx(size, rel=1e-4)
+        for part in by_hand.parts:
+            part.step()
+    for p, other in zip(optimizer.parameters, by_hand.parameters):
+        assert torch.allclose(p, other, atol=1e-5)

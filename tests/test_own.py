@@ -1,14 +1,18 @@
-"""Problems and text from files: what is taken, what is left out and counted, what is refused."""
+"""Problems and text from files: what is used, what is left out and counted, and what is refused."""
 import json
+import pickle
 import random
 import re
+from fractions import Fraction
 
 import numpy as np
 import pytest
+import tiktoken
 
 from data.arithmetic import Arithmetic
-from data.own import SIDES, OwnCorpus, OwnProblems, Problem, documents, fingerprint, number, path_of
-from data.tokenizer import get_tokenizer
+from data.countdown import Countdown
+from data.own import OwnCorpus, OwnProblems, Problem, fingerprint, path_of
+from data.tokenizer import END_OF_TEXT, get_tokenizer
 from rewards import accuracy_reward
 from tests.conftest import QUICK as SETTINGS
 from train import load_corpus, main, majority
@@ -17,7 +21,7 @@ QUICK = [*SETTINGS, "--rl_steps=2", "--distill_steps=1", "--distill_prompts=32",
 
 
 def write(path, rows):
-    """Rows as JSONL; a row that is text as it is."""
+    """Writes rows as JSONL; a row that is text is written as it is."""
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return str(path)
 
@@ -39,7 +43,8 @@ def numbered(n, **more):
     ("9" * 101, ("9" * 101,), ("9" * 101 + ".0", "9" * 5000)),
 ])
 def test_answers_are_compared_exactly(tmp_path, answer, right, wrong):
-    """Floats, for which 0.1 is 0.10000000000000001; eval; a number that is compared as text, or text as a number."""
+    """Answers are compared as floats, for which 0.1 is 0.10000000000000001; a number is compared as text, or text as a
+    number."""
     rows = [{"prompt": "Q", "answer": answer, "split": "train"}, *numbered(2, split="test")]
     problem = OwnProblems(Arithmetic(), write(tmp_path / "p.jsonl", rows), 40, 120).parse("q")
     assert all(map(problem.check, right))
@@ -47,13 +52,13 @@ def test_answers_are_compared_exactly(tmp_path, answer, right, wrong):
 
 
 @pytest.mark.parametrize("given, same", [
-    ("1e-5", "0.00001"), ("1E16", "10000000000000000"), ("0.12345678901234567891", "0.12345678901234567891"),
-    ("-2.50", "-5/2"), ("12345678901234567890123", "12345678901234567890123"), ("7.0", "7")])
+    ("0.12345678901234567891", "0.12345678901234567891"), ("12345678901234567890123", "12345678901234567890123"),
+    ("-2.50", "-5/2"), ("7.0", "7"), ("1e-5", "1E-5"), ("9" * 5000, "9" * 5000)])
 def test_json_numbers_keep_their_digits(tmp_path, given, same):
-    """A JSON number read as a float: 0.00001 becomes the text 1e-05, which no answer equals."""
+    """A JSON number is read as a float, which drops digits, or as an int, which Python refuses above 4,300 digits."""
     rows = [f'{{"prompt": "Q", "answer": {given}, "split": "train"}}', *numbered(2, split="test")]
-    problem = OwnProblems(Arithmetic(), write(tmp_path / "p.jsonl", rows), 40, 120).parse("Q")
-    assert problem.check(same) and not problem.check(same + "1")
+    problem = OwnProblems(Arithmetic(), write(tmp_path / "p.jsonl", rows), 40, 5000).parse("Q")
+    assert problem.answer == given and problem.check(same) and not problem.check(same + "1")
 
 
 def test_equal_answers_vote_together():
@@ -63,16 +68,19 @@ def test_equal_answers_vote_together():
     assert problem.check(majority([problem.canonical(answer) for answer in answers])) and not problem.check("3")
 
 
-def test_numbers_are_read_in_linear_time():
-    """A fraction of a million digits: minutes of arithmetic for one sample."""
-    assert number("1" * 100) == int("1" * 100) and number("1" * 101) is None and number("1/" + "0" * 50) is None
+def test_no_answer_takes_long_to_compare():
+    """Fraction is given the text of a sample unchecked: it takes seconds for some short texts, and reads 1_000."""
+    canonical = Problem("?", "").canonical
+    assert Fraction(canonical("0" + "1" * 99)) == int("1" * 99) and canonical("0" + "1" * 100) == "0" + "1" * 100
+    for text in ("1e3000000", "1_000", "\u0663", "1/" + "0" * 50, "1" * 1_000_000):
+        assert canonical(text) == text
 
 
 # Files of problems
 
 
 def test_problems_are_those_of_the_file(tmp_path):
-    """A split that is not kept, answers of another row, a seed that does not decide what is asked."""
+    """A problem is on the wrong side of the split or has another row's answer, or the seed does not decide the draw."""
     halves = [{"prompt": f"Half of {i}", "answer": i / 2, "split": "test"} for i in range(9)]
     rows = [*numbered(20, split="train"), *halves]
     task = OwnProblems(Arithmetic(), write(tmp_path / "p.jsonl", rows), 40, 20)
@@ -86,57 +94,54 @@ def test_problems_are_those_of_the_file(tmp_path):
     assert {p.question: p.answer for p in task.heldout_problems(100, "test", 0)} == {
         f"Half of {i}": str(i / 2) for i in range(9)}
     assert tested[0].prompt == f"User: {tested[0].question}\nAssistant: "
-    assert task.max_prompt_tokens == max(len(get_tokenizer().encode_ordinary(f"User: {row['prompt']}\nAssistant: "))
-                                         for row in rows)
+    assert all(len(task.encode_prompt(p)) <= task.max_prompt_tokens == 40 for p in task.heldout_problems(9, "test", 0))
+    assert task.make_problem(random.Random(7), longer=True) == task.make_problem(random.Random(7))
     assert accuracy_reward(f"<think>x</think><answer>{tested[0].answer}0</answer>", tested[0]) == 1
     assert task.parse(" twice 3? ").answer == "6" and task.parse("Twice 99?").answer == ""
 
 
 def test_without_a_split_a_tenth_is_tested_on(tmp_path, assert_frequencies):
-    """A split by line number: sorted files, or a line inserted, move problems from one side to the other."""
+    """The split depends on line numbers, so that a line inserted moves problems from one side to the other."""
     rows = numbered(3000)
     task = OwnProblems(Arithmetic(), write(tmp_path / "a.jsonl", rows), 40, 20)
-    assert_frequencies([len(task.listed[side]) for side in SIDES], [0.9, 0.1])
+    assert_frequencies([len(task.problems[side]) for side in ("train", "test")], [0.9, 0.1])
     random.Random(0).shuffle(rows)
     other = OwnProblems(Arithmetic(), write(tmp_path / "b.jsonl", rows[:-1]), 40, 20)
-    assert all(set(other.sides[side]) <= set(task.sides[side]) for side in SIDES)
+    assert all({p.question for p in other.problems[side]} <= {p.question for p in task.problems[side]}
+               for side in ("train", "test"))
 
 
-def test_what_cannot_be_used_is_left_out_and_counted(tmp_path):
-    """A prompt that is cut to fit, an answer that costs RL its time and is never right, a test problem trained on."""
-    rows = [*numbered(9, split="train"), *numbered(1, split="test"),              # lines 1 to 10
-            {"prompt": " ", "answer": "1"}, {"prompt": "", "answer": "1"},        # 11, 12
+def test_unusable_problems_are_left_out_and_counted(tmp_path):
+    """A prompt that does not fit, an answer that costs RL its time and is never right, a repeated prompt that counts
+    twice, or a test problem that is trained on because it stands on both sides."""
+    rows = [*numbered(9, split="train"), {"prompt": "  twice 0? ", "answer": "0", "split": "test"},  # lines 1 to 10
+            {"prompt": " ", "answer": "1"}, {"prompt": "", "answer": "1"},
             {"prompt": "a" * 39, "answer": "1"}, {"prompt": "a" * 38, "answer": "1", "split": "train"},
             {"prompt": "b", "answer": " "}, {"prompt": "c", "answer": "<answer>1"}, {"prompt": "d", "answer": "7" * 21},
-            {"prompt": "TWICE  8?", "answer": "16", "split": "train"}, "",
+            {"prompt": "TWICE  8?", "answer": "17", "split": "train"}, "",
             {"prompt": "e", "answer": "7" * 20, "split": "test"}]
     task = OwnProblems(Arithmetic(), path := write(tmp_path / "p.jsonl", rows), 40, 20)
-    assert set(task.notes) == {
-        f"{path}: 9 problems to train on, 2 to test on",
-        f"{path}: 2 left out for an empty prompt, the first in line 11",
-        f"{path}: 1 left out for a prompt of more than 40 tokens, the first in line 13",
-        f"{path}: 3 left out for an answer that no reward could match, the first in line 15",
-        f"{path}: 1 left out for a prompt that was there before, the first in line 18",
-        f"{path}: 1 of the test side not trained on, though given for that too"}
-    assert "twice 0?" not in task.sides["train"] and "a" * 38 in task.sides["train"]
+    assert task.notes[0] == f"{path}: 9 problems to train on, 2 to test on" and len(task.notes) == 2
+    assert task.notes[1].startswith(f"{path}: 8 problems left out, the first in line 1: ")
+    assert [p.question for p in task.problems["train"]] == [*(f"Twice {i}?" for i in range(1, 9)), "a" * 38]
+    assert [p.question for p in task.problems["test"]] == ["twice 0?", "e"] and task.parse("twice 8?").answer == "16"
+    usable = write(tmp_path / "q.jsonl", [*numbered(1, split="train"), *({"prompt": i, "answer": i, "split": "test"}
+                                                                         for i in "ab")])
+    assert OwnProblems(Arithmetic(), usable, 40, 20).notes == [f"{usable}: 1 problems to train on, 2 to test on"]
 
 
 @pytest.mark.parametrize("line, words", [
     ('{"prompt": "a", "answer": "1"', "not JSON"), ("hello", "not JSON"), ("[" * 100_000, "not JSON"),
-    ('["a", "1"]', "not a JSON object"), ('"a"', "not a JSON object"),
-    ('{"answer": "1"}', '"prompt" must be given, as text'),
-    ('{"prompt": 1, "answer": "1"}', '"prompt" must'),
-    ('{"prompt": "a"}', '"answer" must be given, as text or a number'),
-    ('{"prompt": "a", "answer": NaN}', "not JSON"), ('{"prompt": "a", "answer": -Infinity}', "not JSON"),
-    ('{"prompt": "a\\ud800", "answer": "1"}', "half of a character"),
-    ('{"prompt": "a", "answer": "\\ud800"}', "half of a character"),
-    ('{"prompt": "a", "answer": "1", "split": false}', "train, test"),
-    ('{"prompt": "a", "answer": true}', '"answer" must'), ('{"prompt": "a", "answer": ["1"]}', '"answer" must'),
-    ('{"prompt": "a", "answer": "1", "split": "dev"}', "train, test"),
-    ('{"prompt": "a", "answer": "1", "split": 1}', "train, test"),
+    ('["a", "1"]', "with prompt and answer"), ('"a"', "with prompt and answer"),
+    ('{"answer": "1"}', "'prompt'"), ('{"prompt": "a"}', "'answer'"),
+    ('{"prompt": "a", "answer": NaN}', "float found"), ('{"prompt": "a", "answer": -Infinity}', "float found"),
+    ('{"prompt": "a\\ud800", "answer": "1"}', "surrogates"), ('{"prompt": "a", "answer": "\\ud800"}', "surrogates"),
+    ('{"prompt": "a", "answer": true}', "bool found"), ('{"prompt": "a", "answer": ["1"]}', "list found"),
+    *(('{"prompt": "a", "answer": "1", "split": %s}' % split, '"train" or "test"')
+      for split in ("false", '"dev"', "1", "null", '["test"]')),
 ])
 def test_a_bad_line_is_named(tmp_path, capsys, line, words):
-    """A traceback from the middle of a file, or a run that begins without the line."""
+    """A bad line ends in a traceback, or the run begins without it."""
     path = write(tmp_path / "p.jsonl", [*numbered(3, split="train"), *numbered(3, split="test"), "", line])
     assert main([*QUICK, f"--problems={path}", f"--out={tmp_path / 'out'}"]) == 2
     printed = capsys.readouterr()
@@ -151,19 +156,63 @@ def test_a_bad_line_is_named(tmp_path, capsys, line, words):
     (b'{"prompt": "a", "answer": "1", "split": "test"}\n{"prompt": "b", "answer": "1", "split": "test"}', "0 problems"),
 ])
 def test_files_without_problems_are_refused(tmp_path, capsys, content, words):
-    """An empty test side, over which a mean is NaN at the end of the run."""
+    """The test side is empty, and the mean over it is NaN at the end of the run."""
     (tmp_path / "p.jsonl").write_bytes(content)
     assert main([*QUICK, f"--problems={tmp_path / 'p.jsonl'}", f"--out={tmp_path / 'out'}"]) == 2
     printed = capsys.readouterr()
     assert printed.err.count("\n") == 1 and words in printed.err and not (tmp_path / "out").exists()
 
 
-def test_a_mark_at_the_beginning_of_a_file_is_no_text(tmp_path):
-    """What some editors put first makes the first line no JSON."""
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    """A byte-order mark at the start of a file, which some editors write, makes the first line bad JSON."""
     (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(
         {"prompt": "a\u2028b", "answer": "1"}, ensure_ascii=False).encode() + b"\r\n")
     with pytest.raises(ValueError, match="1 problems to train on"):
         OwnProblems(Arithmetic(), str(tmp_path / "p.jsonl"), 40, 20)
+
+
+# What is not replaced is the wrapped task's
+
+
+def test_all_other_members_are_those_of_the_wrapped_task(tmp_path):
+    """A member that a task gains later is missing from the wrappers, or an object in another process has no task."""
+    class Scored(Arithmetic):
+        def reward(self, completion, problem):
+            return {"accuracy": 1.0, "length": float(len(completion))}
+
+    scored = Scored(max_ops=3)
+    problems = OwnProblems(scored, write(tmp_path / "p.jsonl", numbered(100)), 40, 20)
+    both = OwnCorpus(problems, write(tmp_path / "t.jsonl", [{"text": text} for text in make_text()]), 0.5)
+    for task in (problems, both):
+        assert task.reward("abc", None) == {"accuracy": 1.0, "length": 3.0} and task.max_ops == 3
+        assert task.stop_ids == scored.stop_ids and task.encoding is scored.encoding
+        ids = task.encode_prompt(task.parse("Twice 2?"))
+        assert ids == task.encoding.encode_ordinary("User: Twice 2?\nAssistant: ")
+        assert not hasattr(task, "no_such_member")
+    assert np.array_equal(problems.make_corpus(3000, 0), scored.make_corpus(3000, 0))
+    assert both.make_problem(random.Random(0)) == problems.make_problem(random.Random(0))
+    assert both.held_out == ("test",) and both.notes[0] == problems.notes[0] and len(both.notes) == 2
+    only_text = OwnCorpus(Countdown(), str(tmp_path / "t.jsonl"), 0.5)
+    assert only_text.held_out == Countdown.held_out and only_text.parse("3 4 7 = 25").answer == "3*7+4"
+    assert pickle.loads(pickle.dumps(only_text)).max_prompt_tokens == Countdown.max_prompt_tokens
+
+
+def test_files_are_read_with_the_encoding_of_the_wrapped_task(tmp_path):
+    """The prompts and the text of a model from elsewhere are encoded for the model that is trained here."""
+    ranks = {bytes([b]): 255 - b for b in range(256)}  # the same bytes under other ids, and a larger end of text
+    foreign = tiktoken.Encoding("foreign", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 300})
+
+    class Foreign(Arithmetic):
+        encoding = foreign
+
+    path = write(tmp_path / "p.jsonl", [*numbered(20), {"prompt": "User: " * 9, "answer": "1", "split": "train"}])
+    task = OwnProblems(Foreign(), path, 70, 20)
+    assert task.encode_prompt(task.parse("Twice 2?")) == foreign.encode_ordinary("User: Twice 2?\nAssistant: ")
+    assert "1 problems left out, the first in line 21" in task.notes[1], "its prompt has more tokens in this encoding"
+    texts = make_text()
+    task = OwnCorpus(task, write(tmp_path / "t.jsonl", [{"text": text} for text in texts]), 1.0)
+    document, *_ = task.split_documents(task.make_corpus(5000, seed=0))
+    assert document[-1] == 300 and foreign.decode(document[:-1].tolist()) in texts
 
 
 # Text
@@ -175,7 +224,7 @@ def make_text(n=400):
 
 @pytest.mark.parametrize("kind", ("jsonl", "txt"))
 def test_text_is_read_whole_and_a_fiftieth_is_kept(tmp_path, kind):
-    """Documents lost, torn, or both read and measured on; an end of text that the text itself brings."""
+    """Documents are lost, torn, or both trained and measured on; or text brings its own end-of-text token."""
     texts = [*make_text(), "So it ends.<|endoftext|>Not yet."]
     if kind == "jsonl":
         path = write(tmp_path / "t.jsonl", [{"text": text} for text in texts])
@@ -186,8 +235,8 @@ def test_text_is_read_whole_and_a_fiftieth_is_kept(tmp_path, kind):
     assert f"{len(texts)} documents" in task.notes[-1]
     whole = sum(len(encoding.encode_ordinary(text)) + 1 for text in texts)
     assert f" {whole} tokens" in task.notes[-1]
-    once = documents(task.make_corpus(whole - whole // 50, seed=0))
-    held_out = documents(task.make_corpus(whole // 50, seed=0, heldout=True))
+    once = task.split_documents(task.make_corpus(whole - whole // 50, seed=0))
+    held_out = task.split_documents(task.make_corpus(whole // 50, seed=0, heldout=True))
     read = [encoding.decode(part[:-1].tolist()) for part in once]
     kept = [encoding.decode(part[:-1].tolist()) for part in held_out[:-1]]  # the last may go on in what is read
     assert set(kept) and not set(read) & set(kept)
@@ -196,10 +245,10 @@ def test_text_is_read_whole_and_a_fiftieth_is_kept(tmp_path, kind):
 
 
 def test_too_little_text_is_read_again_in_another_order(tmp_path):
-    """A corpus that ends early, or that comes in the same order every time."""
+    """The corpus ends early, or repeats the same order."""
     path = write(tmp_path / "t.jsonl", [{"text": text} for text in make_text()])
     task = OwnCorpus(Arithmetic(), path, 1.0)
-    n = len(task.kept[False])
+    n = len(task.tokens[False])
     first, second = (task.make_corpus(3 * n, seed) for seed in (0, 1))
     assert 3 * n <= len(first) < 3 * n + 200
     assert np.array_equal(first, task.make_corpus(3 * n, 0)) and not np.array_equal(first[:n], second[:n])
@@ -210,32 +259,33 @@ def test_too_little_text_is_read_again_in_another_order(tmp_path):
 @pytest.mark.parametrize("share", (0.25, 0.5, 0.9))
 @pytest.mark.parametrize("size", (1, 60, 100_000))
 def test_the_share_is_of_tokens_and_everywhere_the_same(tmp_path, share, size):
-    """A share of documents, whatever their size, or all of the own text first: only the beginning may be read."""
+    """The share counts documents instead of tokens, or all of the text comes first, and only the start may be read."""
     texts = make_text()
     texts = ["\n".join(texts[i:i + size]) for i in range(0, len(texts), size)]
-    mixed = OwnCorpus(Arithmetic(), write(tmp_path / "t.jsonl", [{"text": text} for text in texts]), share).make_corpus(
-        100_000, seed=0)
+    task = OwnCorpus(Arithmetic(), write(tmp_path / "t.jsonl", [{"text": text} for text in texts]), share)
+    mixed = task.make_corpus(100_000, seed=0)
     assert len(mixed) >= 100_000
     for part in np.split(mixed[:100_000], 4):
-        own = [len(d) for d in documents(part) if not re.match("User: |Facts:", get_tokenizer().decode(d[:9].tolist()))]
+        own = [len(d) for d in task.split_documents(part)
+               if not re.match("User: |Facts:", get_tokenizer().decode(d[:9].tolist()))]
         assert sum(own) / len(part) == pytest.approx(share, abs=0.1)
-    built_in = {d.tobytes() for d in documents(Arithmetic().make_corpus(100_000, seed=0))}
-    others = [d for d in documents(mixed) if d.tobytes() in built_in]
+    built_in = {d.tobytes() for d in task.split_documents(Arithmetic().make_corpus(100_000, seed=0))}
+    others = [d for d in task.split_documents(mixed) if d.tobytes() in built_in]
     assert sum(map(len, others)) / len(mixed) == pytest.approx(1 - share, abs=0.03)
 
 
-def test_long_documents_are_read_on_from_inside(tmp_path):
-    """A book is one document: without it only its first row is read."""
+def test_long_documents_fill_many_rows(tmp_path):
+    """A book is one document, and only its first row is read."""
     (tmp_path / "book.txt").write_text("\n".join(f"{i} is a number, and so is {i + 1}." for i in range(3000)))
     task = OwnCorpus(Arithmetic(), str(tmp_path / "book.txt"), 1.0)
     tokens, starts = load_corpus(task, 240, 0, 129)
     assert starts[:3].tolist() == [0, 129, 258] and len(starts) == 240
-    assert len(task.kept[False]) > 240 * 129 and len(set(tokens[starts].tolist())) > 10
+    assert len(task.tokens[False]) > 240 * 129 and len(set(tokens[starts].tolist())) > 10
 
 
 @pytest.mark.parametrize("length", (100, 150, 250, 380, 600))
 def test_most_of_the_text_is_read(tmp_path, length):
-    """Rows that start at documents only: of paragraphs of a few rows each but the first row is never seen."""
+    """Rows start only where a document starts, so that only the first row of each document is ever read."""
     rng = random.Random(0)
     texts = ["".join(rng.choices("abcdefgh ", k=length)) for _ in range(60_000 // length)]
     task = OwnCorpus(Arithmetic(), write(tmp_path / "t.jsonl", [{"text": text} for text in texts]), 1.0)
@@ -250,12 +300,12 @@ def test_most_of_the_text_is_read(tmp_path, length):
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("t.jsonl", '{"text": "a"}\n{"texts": "b"}\n', 'line 2: "text" must be given'),
+    ("t.jsonl", '{"text": "a"}\n{"texts": "b"}\n', "line 2: not JSON with text"),
     ("t.jsonl", "a", "line 1: not JSON"),
     ("t.txt", "", "too little text"), ("t.txt", "\n\n \n", "too little text"), ("t.txt", "hello", "too little text"),
 ])
 def test_bad_text_is_refused(tmp_path, capsys, name, content, words):
-    """A model that has read nothing, found out after pretraining."""
+    """A model is pretrained on nothing, and nobody knows before the end of the stage."""
     (tmp_path / name).write_text(content)
     assert main([*QUICK, f"--corpus={tmp_path / name}", f"--out={tmp_path / 'out'}"]) == 2
     printed = capsys.readouterr()
@@ -266,7 +316,7 @@ def test_bad_text_is_refused(tmp_path, capsys, name, content, words):
 
 
 def test_a_run_on_files(tmp_path, capsys):
-    """The whole recipe on problems and text that are not ours; and files that change under a run."""
+    """The recipe works on the built-in problems and text only; or a run goes on although a file has changed."""
     problems = write(tmp_path / "p.jsonl", numbered(300))
     corpus = write(tmp_path / "t.jsonl", [{"text": f"User: Twice {i}?\nAssistant: <think>{i}+{i}={2 * i}</think>"
                                            f"<answer>{2 * i}</answer>"} for i in range(300, 700)])
@@ -291,9 +341,10 @@ def test_a_run_on_files(tmp_path, capsys):
     assert main(moved) == 2
     error = capsys.readouterr().err
     assert "zero.pt was made with problems=" in error and error.count("\n") == 1
-    assert main([f"--out={tmp_path / 'out'}", "--ask=Twice 7?"]) == 0
-    assert capsys.readouterr().out.startswith("Twice 7? = ?\nbase "), "of another file, no answer is known"
+    assert main([f"--out={tmp_path / 'out'}", "--ask=Twice 7?"]) == 2, "the file that the models were trained on is gone"
+    error = capsys.readouterr().err
+    assert "p.jsonl" in error and error.count("\n") == 1
     write(tmp_path / "p.jsonl", numbered(300))
     said = [re.sub("=.*p.jsonl$", f"={fingerprint(problems)}", arg) for arg in args]
-    assert main(said) == 0, "as the refusal says it"
+    assert main(said) == 0, "a path with its checksum, as results.json has it, is a path"
     assert path_of(fingerprint(problems)) == problems and fingerprint("") == ""

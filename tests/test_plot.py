@@ -1,4 +1,4 @@
-"""The figure and the page of one problem: made of what a run left, and nothing of the run is touched."""
+"""The figure of a run, and the page about one problem, are made from a run's files and leave them as they are."""
 import doctest
 import re
 
@@ -18,7 +18,8 @@ def run(tmp_path_factory):
 
 
 def test_figure(run, tmp_path, capsys):
-    """A figure of another stage's rows, or none. Needs experiments/requirements.txt; CI has it."""
+    """The figure would not be written, would show the rows of another stage, or an error would not be one line. This
+    test needs experiments/requirements.txt, which CI has."""
     pytest.importorskip("matplotlib")
     import plot
 
@@ -31,7 +32,8 @@ def test_figure(run, tmp_path, capsys):
 
 
 def test_walkthrough(run, tmp_path, monkeypatch, capsys):
-    """A page of a run with other settings than the base's; advantages that are not those of the rewards beside them."""
+    """The page would come from other settings than the run's, change the run, or show advantages that do not belong to
+    the rewards beside them."""
     monkeypatch.setattr(walkthrough, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(walkthrough, "ROOT", tmp_path)
     monkeypatch.setattr(walkthrough, "LOOKS", {0: "at first", 3: "then"})

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from data.arithmetic import parse
-from rewards import MAX_CHARS, TAGS, accuracy_reward, format_reward, reflects
+from rewards import MAX_CHARS, TAGS, accuracy_reward, format_reward, reflects, rule_rewards
 
 THINK, END_THINK, ANSWER, END_ANSWER = TAGS
 
@@ -128,7 +128,7 @@ TABLE = [
 
 @pytest.mark.parametrize("completion, accuracy, well_formed", TABLE)
 def test_table(completion, accuracy, well_formed):
-    """Each of these has paid somewhere what it should not have, or was refused what it had earned."""
+    """Somewhere, each of these completions got a reward that it had not earned, or was refused one that it had."""
     assert accuracy_reward(completion, parse("8*7-19")) == accuracy
     assert format_reward(completion) == well_formed
 
@@ -141,7 +141,7 @@ def test_table(completion, accuracy, well_formed):
     ("9*9-1", "80", ("8_0", "8e1", "0080", "80%", "80 = 80", "8\u06f0")),
 ])
 def test_integers(question, right, wrong):
-    """int() takes "-0", "007", " 7", "1_0" and the digits of every script; check() takes one spelling."""
+    """int() accepts "-0", "007", " 7", "1_0" and the digits of every script. check() must accept one spelling alone."""
     problem = parse(question)
     assert problem.check(right) and not any(problem.check(answer) for answer in wrong)
     assert accuracy_reward(f"<think>x</think><answer> {right}\n</answer>", problem) == 1.0
@@ -153,7 +153,7 @@ def test_integers(question, right, wrong):
 
 
 def reference(completion, right):
-    """(accuracy, format) by a scanner that walks from one "<" to the next and writes down which tag it meets."""
+    """(accuracy, format) by a scanner that goes from one "<" to the next and writes down which tag stands there."""
     found, i = [], completion.find("<")
     while i >= 0:
         found += [(tag, i, i + len(tag)) for tag in TAGS if completion[i:i + len(tag)] == tag]
@@ -200,7 +200,8 @@ def mutated(rng):
 
 
 def test_random_completions_get_what_the_second_parser_gives():
-    """100,000 strings: never an exception, never a value between, never a reward that the rules do not give."""
+    """On some odd string a parser may raise an exception, or give a reward that the rules do not. A second parser
+    judges 100,000 strings."""
     rng, problem, counts = random.Random(0), parse("8*7-19"), {}
     for _ in range(100_000):
         completion = mutated(rng)
@@ -244,7 +245,8 @@ HARD = [lambda n: THINK * n, lambda n: "<" * n, lambda n: "<think>" + "<thin" * 
 
 @pytest.mark.parametrize("hard", HARD)
 def test_parsing_is_linear(hard):
-    """A backtracking expression takes minutes for one long sample. Counted, not clocked: characters and calls."""
+    """A regular expression that backtracks takes minutes for one long sample. This counts characters and calls, which
+    depends on no clock."""
     def work(n):
         """(characters read, calls of string methods, names of all functions written in C) for one scoring."""
         c_calls, text = [], Counted(hard(n))
@@ -262,7 +264,8 @@ def test_parsing_is_linear(hard):
 
 
 def test_very_long_completions_get_nothing():
-    """A cap bounds what one sample can cost; the last length that counts does count."""
+    """Without a cap, one sample could cost any amount of time. A cap that is off by one would refuse the longest
+    length."""
     problem, frame = parse("8*7-19"), "<think>{}</think><answer>37</answer>"
     for extra, reward in ((0, 1.0), (1, 0.0), (10 * MAX_CHARS, 0.0)):
         completion = frame.format("x" * (MAX_CHARS - len(frame.format("")) + extra))
@@ -273,5 +276,14 @@ def test_very_long_completions_get_nothing():
     ("8*7=54, wait, 8*7=56", True), ("Wait", True), ("WAIT!", True), ("but", True), ("let me check.", True),
     ("awaits", False), ("waiter", False), ("button", False), ("checked", False), ("8*7=56", False), ("", False)])
 def test_reflection_counts_words(text, expected):
-    """Substrings for words: every "about" would hold a "but"."""
+    """If substrings counted as words, every "about" would hold a "but"."""
     assert reflects(text) is expected
+
+
+@pytest.mark.parametrize("completion, accuracy, well_formed", TABLE[::7] + [("<think>wait</think>", 0, 0)])
+def test_rule_rewards_are_the_two_rewards(completion, accuracy, well_formed):
+    """If a task's rewards were other rules than the two that are tested here, or if reflecting earned anything,
+    training would reward what no test looks at."""
+    scores = rule_rewards(completion, parse("8*7-19"))
+    assert scores == {"accuracy": accuracy, "format": well_formed, "reflection": float("wait" in completion)}
+    assert list(scores) == ["accuracy", "format", "reflection"] and {type(v) for v in scores.values()} == {float}
