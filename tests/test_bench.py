@@ -27,7 +27,7 @@ def test_missing_peers_are_named(capsys, monkeypatch):
 
 
 def test_another_checkout_is_run_by_its_own_code(tmp_path, capsys):
-    """--beside would compare our code with itself: modules of this checkout would be imported in the other's process."""
+    """--beside would compare our code with itself, because the other process would import modules of this checkout."""
     for name, seconds in ("ours", 2.0), ("other", 3.0):
         (tmp_path / name / "experiments").mkdir(parents=True)
         (tmp_path / name / "speed.py").write_text(f"SECONDS = {seconds}")

@@ -1,4 +1,4 @@
-"""The files that are made from reasoning-gym's problems. These tests need experiments/requirements.txt, which CI has."""
+"""The files that are made from reasoning-gym's problems. The tests need experiments/requirements.txt, which CI has."""
 import json
 import re
 

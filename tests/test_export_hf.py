@@ -1,4 +1,4 @@
-"""Exported models, loaded as anybody would load them, give what ours give. These tests need experiments/requirements.txt,
+"""Exported models, loaded as anybody would load them, give what ours give. The tests need experiments/requirements.txt,
 which CI has."""
 import dataclasses
 import random
@@ -22,8 +22,8 @@ SHAPES = {"base": (4, 3, 96), "student": (3, 2, 44)}  # n_layer, n_head, n_embd
 
 @pytest.fixture(scope="module", params=SHAPES)
 def exported(request, tmp_path_factory):
-    """Our model, transformers' model, and its tokenizer, of one checkpoint. The weights are larger than a fresh model's,
-    so that what the model says depends on what it reads."""
+    """Our model, transformers' model, and its tokenizer, of one checkpoint. The weights are larger than those of a
+    fresh model, so that what the model says depends on what it reads."""
     folder, cfg = tmp_path_factory.mktemp("export"), Config(rl_max_new_tokens=30)
     torch.manual_seed(0)
     model = GPT(GPTConfig(ENCODING.n_vocab, 64, *SHAPES[request.param]))

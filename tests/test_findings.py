@@ -1,7 +1,8 @@
-"""The cells of the findings: what is trained, what is kept, when it is trained again, and the page that is made of it."""
+"""The cells of the findings: what is trained, what is kept, when it is trained again, and the page that comes of it."""
 import doctest
 import itertools
 import json
+import os
 
 import pytest
 
@@ -15,6 +16,7 @@ from run import UsageError, load_checkpoint
 
 FLAGS = ("--preset=tiny --device=cpu --base_tokens=40000 --base_batch=4 --student_base_tokens=40000 --rl_steps=10 "
          "--distill_steps=1 --distill_prompts=64 --rl_max_new_tokens=40 --eval_problems=8")
+CORES = os.cpu_count() or 1  # with as many jobs, each training has one thread
 CELLS = {"first": Cell(("base", "zero", "student_base", "student"), FLAGS, measures=("conditional",)),
          "second, other": Cell(("zero",), f"{FLAGS} --scale=none", "first")}
 
@@ -36,7 +38,7 @@ def kept(name: str, seed: int) -> dict:
 def test_cells_are_run_once_and_again_when_their_settings_change(small, monkeypatch):
     """A base would be trained twice, a result would be kept after its flags have changed, or a cell that starts from
     another would be refused because of models that it does not take from it."""
-    findings.run_cells(["first", "second, other"], jobs=1)
+    findings.run_cells(["first", "second, other"], jobs=CORES)
     files = {path.name: path.stat().st_mtime_ns for path in (small / "results").iterdir()}
     assert set(files) == {"first-0.json", "second_other-0.json"}
     first, second = findings.stored("first", 0), findings.stored("second, other", 0)
@@ -48,7 +50,7 @@ def test_cells_are_run_once_and_again_when_their_settings_change(small, monkeypa
     assert base[0].equal(base[1]) and not zero[0].equal(zero[1])
     trained = []
     monkeypatch.setattr(findings, "train", lambda *args: trained.append(args))
-    findings.run_cells(["first", "second, other"], jobs=1)
+    findings.run_cells(["first", "second, other"], jobs=CORES)
     assert not trained and files == {path.name: path.stat().st_mtime_ns for path in (small / "results").iterdir()}
     findings.CELLS["first"] = Cell(CELLS["first"].trains, f"{FLAGS} --rl_lr=0.01", measures=("conditional",))
     assert findings.stored("first", 0) is None and findings.stored("second, other", 0)
@@ -80,7 +82,7 @@ def test_a_run_that_fails_is_one_line(small):
     """A failed run would end in a traceback from a thread, or its cell would be kept."""
     findings.CELLS["first"] = Cell(("base", "zero"), f"{FLAGS} --base_adam_lr=1e30")
     with pytest.raises(UsageError, match="says why"):
-        findings.run_cells(["first"], jobs=1)
+        findings.run_cells(["first"], jobs=CORES)
     assert not list((small / "results").glob("*"))
 
 
@@ -115,8 +117,8 @@ def test_rows_name_the_cells_that_they_need(number):
 
 
 def test_spreads():
-    """The standard error would stand for the standard deviation, or the smaller of both for the larger; or a share would
-    not be shown in percent."""
+    """The spread would be the smaller of standard deviation and standard error, or a share would not be shown in
+    percent."""
     assert figure([0.1, 0.3, 0.2], [0.05, 0.05, 0.05]) == Figure(pytest.approx(0.2), pytest.approx(0.1))
     assert figure([0.2, 0.2, 0.2], [0.01, 0.02, 0.03]) == Figure(pytest.approx(0.2), pytest.approx(0.02))
     assert differs(Figure(0.05, 0.06)).endswith("no difference")
