@@ -23,7 +23,8 @@ import random
 import sqlite3
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -379,15 +380,22 @@ def build_model(content: dict) -> GPT:
     return model
 
 
-def lock(out: Path) -> sqlite3.Connection:
-    """Lock a folder -> what holds the lock until it is closed or this process ends, however it ends. SQLite's locks are
-    the operating system's, on every system. Raises UsageError if another run holds the lock."""
-    holder = sqlite3.connect(out / "lock", timeout=0)
-    try:
-        holder.execute("BEGIN EXCLUSIVE")
-    except sqlite3.Error:
-        raise UsageError(f"cannot lock {out}: another run is writing into it; wait, or use another --out") from None
-    return holder
+@contextmanager
+def lock(out: Path) -> Iterator[None]:
+    """Make a folder, and lock it until the `with` or this process ends, however it ends; rank 0 does so for all ranks.
+
+    SQLite's locks are the operating system's, on every system. Raises UsageError if another run holds the lock.
+    """
+    if rank():
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with closing(sqlite3.connect(out / "lock", timeout=0)) as holder:
+        try:
+            holder.execute("BEGIN EXCLUSIVE")
+        except sqlite3.Error:
+            raise UsageError(f"cannot lock {out}: another run is writing into it; wait, or use another --out") from None
+        yield
 
 
 @dataclass

@@ -329,25 +329,38 @@ def ask(out: Path, text: str) -> str:
     return "\n".join(lines)
 
 
-def start(cfg: Config, out: Path) -> tuple[Run, object]:
-    """Check the settings and the files, lock `out` and open the run in it -> (the run, the lock to close at its
-    end)."""
+def prepare(cfg: Config) -> tuple[Config, object]:
+    """Check the settings and the files that they name -> (the settings, the task). Raises UsageError."""
     try:
         check(cfg)
         task = make_task(cfg)
     except ValueError as error:
         raise UsageError(str(error)) from None
     # a fingerprint is the path and a checksum of the file, so that a changed file is noticed
-    cfg = dataclasses.replace(cfg, **{key: fingerprint(path_of(getattr(cfg, key))) for key in ("problems", "corpus")})
-    out.mkdir(parents=True, exist_ok=True)
-    held = lock(out)
-    print("\n".join(task.notes), end="\n" * bool(task.notes))
-    return open_run(cfg, task, out), held
+    files = {key: fingerprint(path_of(getattr(cfg, key))) for key in ("problems", "corpus")}
+    return dataclasses.replace(cfg, **files), task
+
+
+def train(run: Run, chosen: str) -> None:
+    """Train and evaluate the stages whose names begin with `chosen` and that are not finished, then report."""
+    torch.set_num_threads(run.cfg.threads)
+    print("\n".join(run.task.notes), end="\n" * bool(run.task.notes))
+    for name, stage in STAGES.items():
+        wanted = name.startswith(chosen) and (name != STUDENT_RL or run.cfg.student_rl)
+        if wanted and not run.path(name).exists():
+            run.results["models"].pop(name, None)
+            run.began = time.perf_counter()
+            print(f"\n{name}: {machine(run.cfg)}", flush=True)
+            stage(run, name, *map(run.load_model, DEPENDS[name]))
+        if run.path(name).exists() and name not in run.results["models"]:
+            evaluate_stage(run, name)
+    text = report(run)
+    write_file(run.out / "report.md", (text + "\n").encode())
+    print("\n" + text)
 
 
 def main(argv: list[str]) -> int:
     """Run the command line -> exit code."""
-    held = None
     try:
         tune_libraries()
         cfg, options = parse_args(argv, __doc__)
@@ -357,22 +370,11 @@ def main(argv: list[str]) -> int:
             return 0
         init()
         if rank():
-            sys.stdout = open(os.devnull, "w")
-        run, held = (None, None) if rank() else start(cfg, out)
-        run = broadcast(run)
-        torch.set_num_threads(run.cfg.threads)
-        for name in STAGES:  # --stage=student chooses student_base, student and, if asked for, student_rl
-            chosen = name.startswith(options.stage or "") and (name != STUDENT_RL or cfg.student_rl)
-            if chosen and not run.path(name).exists():
-                run.results["models"].pop(name, None)
-                run.began = time.perf_counter()
-                print(f"\n{name}: {machine(run.cfg)}", flush=True)
-                STAGES[name](run, name, *map(run.load_model, DEPENDS[name]))
-            if run.path(name).exists() and name not in run.results["models"]:
-                evaluate_stage(run, name)
-        text = report(run)
-        write_file(out / "report.md", (text + "\n").encode())  # rank 0 writes it, as all files
-        print("\n" + text)
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        cfg, task = prepare(cfg)
+        with lock(out):
+            run = broadcast(None if rank() else open_run(cfg, task, out))
+            train(run, options.stage or "")
         return 0
     except (UsageError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
@@ -380,9 +382,6 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("\ntrain.py: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
-    finally:
-        if held:
-            held.close()  # unlocks the folder
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from collections import Counter
 
 import pytest
 
-from data import countdown
 from data.countdown import (LARGEST, MAX_TRIES, STYLES, Countdown, attempts, evaluate, is_test, parse, random_attempt,
                             write_expression, write_steps)
 from data.tokenizer import END_OF_TEXT, get_tokenizer
@@ -175,9 +174,3 @@ def test_a_corpus_without_waiting_has_none():
         text = get_tokenizer().decode(task.make_corpus(200_000, seed=0).tolist())
         assert "wait" not in text
     assert "=" not in "".join(re.findall("Assistant: (.*?)<.endoftext", text, re.DOTALL))
-
-
-def test_the_style_table_is_of_this_task():
-    """The printed table shows the styles of another task."""
-    table = countdown.style_table(TASK, 500)
-    assert all(f"| {style} |" in table for style in STYLES)

@@ -239,14 +239,14 @@ def test_ranks_end_without_torchrun_and_one_process_goes_on(by_two, tmp_path, ca
     process.send_signal(signal.SIGKILL)
     printed, _ = process.communicate(timeout=120)  # it ends when all who hold the pipe have, which are the ranks
     assert "torchrun has ended" in printed
-    held, deadline = None, time.monotonic() + 120
-    while not held:
+    deadline = time.monotonic() + 120
+    while True:
         try:
-            held = lock(tmp_path)
+            with lock(tmp_path):
+                break
         except UsageError:
             assert time.monotonic() < deadline, "a rank lives on, and holds the lock"
             time.sleep(0.1)
-    held.close()
     begun = [row["step"] for row in rows(tmp_path) if row["stage"] == "zero"]
     assert begun == list(range(1, len(begun) + 1)) and len(begun) < 200 and not (tmp_path / "zero.pt").exists()
 
