@@ -1,4 +1,4 @@
-"""Distillation: a small student learns the RL teacher's distribution over the next token, logit by logit.
+"""Distillation: at every position, a small student learns the RL teacher's whole distribution over the next token.
 
 P is the teacher's distribution at one position of a completion, Q the student's, both softmax(logits / tau), where tau
 is a temperature:
@@ -9,9 +9,10 @@ is a temperature:
                                                                      (generalised knowledge distillation, 2306.13649)
 
 Each is averaged over the tokens of the completions. A temperature above 1 flattens both distributions, so that tokens
-which the teacher holds possible but unlikely count for more. Dividing the logits by tau makes the gradient about tau^2
-times smaller, so the loss is multiplied by tau^2 (Hinton et al., 1503.02531, section 2). The temperature is used for
-this comparison only: completions are sampled at temperature 1.
+which the teacher holds possible but unlikely count for more. It also makes the gradient about tau^2 times smaller: by
+1/tau because the logits are divided by tau, and by another 1/tau because the flattened P and Q are closer to each
+other. So the loss is multiplied by tau^2 (Hinton et al., 1503.02531, section 2). The temperature is used for this
+comparison only: completions are sampled at temperature 1.
 
 "sft" (supervised fine-tuning) is sequence-level distillation (Kim & Rush, 1606.07947): the mean of -log Q over the
 tokens that the teacher sampled. DeepSeek-R1 distils in this way.
@@ -22,7 +23,7 @@ mistakes, so all of them are kept.
 
 Where we differ from the paper, and why
 1. R1 distils by "sft" on 800,000 samples. Here the teacher's whole distribution is at hand, and says more than one
-   sample of it; the default uses it, at temperature 2.
+   sample of it. The default is "forward" at temperature 2 (docs/tried.md).
 2. R1 draws its samples once. Here each step draws new ones, and learns from them `distill_epochs` times: sampling costs
    more than learning.
 """
@@ -102,7 +103,7 @@ def distill_step(student: GPT, teacher: GPT, optimizer: Optimizer, problems: lis
         n_tokens = int(all_reduce(torch.tensor(sum(len(rollout.completions[i]) for i in rows))))
         if n_tokens:
             for batch in micro_batches(rollout, rows, cfg.micro_batch, student.embedding.weight.device):
-                with torch.no_grad():
+                with torch.no_grad():  # no ratio is formed here, so the last bits do not matter as they do in grpo.py
                     batches.append((batch, None if cfg.divergence == "sft" else teacher(batch.idx[:, :-1])))
             minibatches.append((n_tokens, batches))
     # 4) update the student; each epoch takes the same minibatches, whose teacher's logits are at hand
@@ -115,6 +116,6 @@ def distill_step(student: GPT, teacher: GPT, optimizer: Optimizer, problems: lis
                 loss = distill_loss(student_logits, teacher_logits, batch.mask, divergence=cfg.divergence,
                                     temperature=cfg.distill_temperature, denominator=n_tokens)
             loss.backward()
-            means.add("loss", loss.detach() * n_tokens, batch.mask.sum())
+            means.add("loss", loss.detach() * n_tokens, batch.mask.sum())  # the sum of its tokens' losses, their number
         means.add("grad_norm", optimizer.step(lr_scale), 1)
     return means.compute()

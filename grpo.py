@@ -11,7 +11,7 @@ of completion i, and all its tokens share the advantage A_i:
     A_i      = (r_i - mean(r)) / (std(r) + 1e-4)                                       group_advantages
     ratio    = pi_theta(o_{i,t} | q, o_{i,<t}) / pi_old(o_{i,t} | q, o_{i,<t})
     L_{i,t}  = - min(ratio A_i, clip(ratio, 1 - clip_low, 1 + clip_high) A_i)
-    KL_{i,t} = pi_ref/pi_theta - log(pi_ref/pi_theta) - 1      an estimate of the KL divergence from one token
+    KL_{i,t} = pi_ref/pi_theta - log(pi_ref/pi_theta) - 1      KL(pi_theta || pi_ref), estimated from one token
     loss     = average over tokens of L_{i,t} + kl_coef KL_{i,t}                       grpo_loss
 
 pi_theta is the policy as it is now, pi_old the policy as it was when it sampled, pi_ref (the reference) a frozen copy
@@ -19,8 +19,9 @@ of the model that RL began with. "On policy" means that pi_theta is still pi_old
 
 The ratio and its clip. One rollout may serve several updates, and pi_theta moves away from pi_old with each. Weighting
 a token by the ratio (importance weighting) turns an average over samples of pi_old into one over samples of pi_theta.
-That estimate is good only while the two are close. So the clip ends a token's gradient once the policy has moved far
-enough in the direction that the advantage asks for, and only then:
+But once the two differ much, a few tokens of a large ratio make up most of that average, and it is mostly noise. So the
+clip ends a token's gradient when the policy has moved far enough in the direction that the advantage asks for, and only
+then:
     A > 0, ratio above 1 + clip_high   no gradient: the token has become likelier by enough
     A > 0, ratio below 1 + clip_high   a gradient that makes it likelier, even if it has become unlikelier so far
     A < 0, ratio below 1 - clip_low    no gradient: the token has become unlikelier by enough
@@ -31,8 +32,9 @@ clip_high ("clip higher", DAPO, 2503.14476) helps rare tokens that did well.
 
 Dividing by the standard deviation (`scale`). The rewards of a prompt that is nearly always or nearly never solved have
 a small std, so dividing by it gives such a prompt more weight than a prompt that is half solved. Dr. GRPO (2503.20783)
-calls this a bias, because the mean reward gives all prompts the same weight, and does not divide (scale "none"). The
-default here divides, as R1 does; we measured no difference (experiments/findings.md, finding 9).
+calls this a bias: what RL is to raise is the reward averaged over all prompts, in which every prompt has the same
+weight. So it does not divide (scale "none"). The default here divides, as R1 does; we measured no difference
+(experiments/findings.md, finding 9).
 
 The average over tokens (`normalize`), for N completions of |o_i| tokens:
     "sequence"  1/N sum_i 1/|o_i| sum_t      DeepSeekMath. All completions weigh the same, so a token of a long one
@@ -44,15 +46,19 @@ The average over tokens (`normalize`), for N completions of |o_i| tokens:
     "constant"  1/(N max_len) sum_i sum_t    Dr. GRPO. As "token", but max_len is the generation budget, so a token
                                              weighs the same however long the answers are.
 
-The KL penalty. Averaged over samples of pi_theta, KL_{i,t} (known as "k3") gives KL(pi_theta || pi_ref), and unlike the
-plain log-ratio it is never negative. Its gradient is another matter: it ignores that the samples depend on theta, too.
-What is left of it, on policy, is the gradient of the reversed KL(pi_ref || pi_theta) (2506.09477). In practice: it
-pulls hard where the policy has lost something that the reference says, and weakly where the policy says something new.
+The KL penalty. KL_{i,t} (known as "k3") is never negative, and averaged over samples of pi_theta it is
+KL(pi_theta || pi_ref). The plain log-ratio log(pi_theta/pi_ref) has the same average, but as a loss it has no effect:
+on policy its gradient is grad log pi_theta, which averages to 0. The gradient of KL_{i,t} is
+(1 - pi_ref/pi_theta) grad log pi_theta, and its average is the gradient of the reversed KL(pi_ref || pi_theta)
+(2506.09477), because the dependence of the samples on theta is left out. The factor shows what that means in practice:
+where the policy is far less likely to say a token than the reference is, the pull back is strong; where it is more
+likely, the factor is at most 1.
 
-Reading the log. On policy the "sequence" loss is 0, since the advantages of a group add up to 0. Its gradient is not 0:
-the value of the ratio is 1, but its derivative is that of log pi_theta, so each token's gradient is
--A_i grad log pi_theta. The "token" and "constant" losses are minus the mean advantage weighted by length. No loss falls
-as the policy gets better: watch the reward.
+Reading the log. On policy the loss of a whole rollout is 0 with "sequence", since the advantages of a group add up to
+0. (A minibatch has parts of groups, so its loss is only near 0.) Its gradient is not 0: the value of the ratio is 1,
+but its derivative is that of log pi_theta, so each token's gradient is -A_i grad log pi_theta. With "token" and
+"constant" the loss is minus the mean advantage weighted by length. No loss falls as the policy gets better: watch the
+reward.
 
 Where we differ from the papers, and why
 1. The standard deviation has 1e-4 added, as in TRL: a group of equal rewards has advantage 0, not NaN.
@@ -78,8 +84,9 @@ def group_advantages(rewards: Tensor, scale: str = "std", baseline: str = "group
     """How much better each completion did than its group: rewards (P, G) -> advantages (P, G).
 
     scale "std" divides by the group's standard deviation (with the divisor G - 1) plus 1e-4, as in DeepSeekMath; "none"
-    does not divide, as in Dr. GRPO. The baseline is what a reward is compared with: "group" the mean of its group,
-    "batch" the mean of all P * G rewards. Raises ValueError for another scale or baseline, or groups of one.
+    does not divide, as in Dr. GRPO. baseline "batch" is a control: it takes the mean and the standard deviation of all
+    P * G rewards, so that an answer to an easy prompt looks good and one to a hard prompt looks bad. Raises ValueError
+    for another scale or baseline, or groups of one.
 
     >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]]), scale="none").tolist()
     [[0.5, -0.5, -0.5, 0.5], [0.0, 0.0, 0.0, 0.0]]
@@ -117,11 +124,11 @@ def grpo_loss(logp: Tensor, logp_old: Tensor, logp_ref: Tensor | None, adv: Tens
     """The loss above -> (scalar loss, metrics).
 
     logp, logp_old, logp_ref (N, T): log-probabilities of the sampled tokens under the policy, pi_old and pi_ref (None
-    if kl_coef is 0). adv (N,). mask (N, T): which tokens count. `denominator` replaces the `normalizer` of this mask: a
-    batch that is cut into micro-batches, or divided among ranks, passes the whole batch's to each part, so that their
-    losses add up to the batch's. The metrics are means over the counted tokens, without gradient: ratio, kl (nats),
-    clip_low and clip_high (shares of tokens whose gradient the clip took away, by side). Raises ValueError as
-    `normalizer` does.
+    if kl_coef is 0). adv (N,). mask (N, T): which tokens count. The sum over tokens is divided by the `normalizer` of
+    this mask. If a batch is computed in parts, give each part the normalizer of the whole batch as `denominator`; then
+    the losses of the parts add up to the loss of the batch. The metrics are means over the counted tokens, without
+    gradient: ratio; kl (nats); and, under the names clip_low and clip_high, the shares of tokens whose gradient the
+    clip took away on either side. Raises ValueError as `normalizer` does.
     """
     mask = mask.bool()
     if denominator is None:
@@ -162,6 +169,15 @@ class Rollout:
     def column(self, name: str) -> Tensor:
         """One part of the scores, (N,)."""
         return torch.tensor([score[name] for score in self.scores])
+
+
+@dataclass
+class MicroBatch:
+    """n rows of a rollout as tensors: T token ids each, prompt + completion, padded on the right."""
+    rows: Tensor          # (n,) which rows of the rollout; rows that only fill the batch up to its size repeat one
+    idx: Tensor           # (n, T) token ids
+    mask: Tensor          # (n, T-1) True where idx[i, t+1] was sampled by the policy, and row i is not there to fill up
+    sampler_logp: Tensor  # (n, T-1) the sampler's log-probability of idx[i, t+1], 0 outside the mask
 
 
 def sample_rollout(model: GPT, problems: list, reward_fn, task, *, samples: int, max_new_tokens: int,
@@ -211,8 +227,8 @@ def grpo_update(policy: GPT, reference: GPT | None, optimizer: Optimizer, rollou
     computed).
     """
     device, means = policy.embedding.weight.device, rollout_means(rollout)
-    # Cut the rollout into minibatches, and compute what must be known before the first update moves the policy: pi_ref,
-    # and pi_old for the second minibatch and later ones. (In the first, the policy is still the one that sampled.)
+    # Cut the rollout into minibatches, and compute the log-probabilities under pi_ref and pi_old. pi_old is the policy
+    # before the first update, so it must be computed now, except for the first minibatch: there it still is the policy.
     minibatches = []
     for rows in random_minibatches(len(adv), cfg.rl_minibatches, generator):
         live = [i for i in rows if cfg.kl_coef or adv[i] != 0]  # the rows that have a gradient
@@ -248,7 +264,8 @@ def grpo_update(policy: GPT, reference: GPT | None, optimizer: Optimizer, rollou
         norm_sum += optimizer.step(lr_scale)  # sums the gradients of all ranks, clips their norm, steps, clears them
     equal = rollout.column("reward").view(-1, cfg.rl_samples).diff(dim=1).eq(0).all(dim=1)  # (P,)
     means.add("no_signal", equal.sum(), len(equal))
-    # Means add up totals and counts over the ranks. Each rank has a part of the loss, but the whole gradient's norm.
+    # Means adds up totals and counts over the ranks. The losses of the ranks add up to one loss, so their counts must
+    # add up to rl_minibatches. grad_norm is the same number on each rank, so each rank counts it in full.
     means.add("loss", loss_sum, cfg.rl_minibatches / world_size())
     means.add("grad_norm", norm_sum, cfg.rl_minibatches)
     return means.compute() | ({} if cfg.kl_coef else {"kl": None})
@@ -283,15 +300,6 @@ def random_minibatches(n: int, n_batches: int, generator: torch.Generator | None
     return [order[i::n_batches] for i in range(n_batches)]
 
 
-@dataclass
-class MicroBatch:
-    """Rows of a rollout as tensors: prompt + completion, padded on the right."""
-    rows: Tensor          # (n,) which rows of the rollout; padding rows repeat one
-    idx: Tensor           # (n, T) token ids
-    mask: Tensor          # (n, T-1) True where idx[i, t+1] was sampled by the policy, and row i is not padding
-    sampler_logp: Tensor  # (n, T-1) the sampler's log-probability of idx[i, t+1], 0 outside the mask
-
-
 def micro_batches(rollout: Rollout, rows: list[int], max_tokens: int, device: torch.device) -> Iterator[MicroBatch]:
     """Cut rows of a rollout into micro-batches of similar lengths, of at most max_tokens each with their padding.
 
@@ -299,9 +307,9 @@ def micro_batches(rollout: Rollout, rows: list[int], max_tokens: int, device: to
     others.
 
     subtle: the mask is made from lengths. A mask made by comparing tokens with a pad id that is also the stop token
-    would leave stopping untrained. And sizes are rounded up, because each new size costs a CPU's library new kernels,
-    which take as long as computing with them: T - 1, the length that the model reads, to a multiple of 8, and n to a
-    multiple of 16 if max_tokens allows.
+    would leave stopping untrained. And sizes are rounded up, because the CPU's library (oneDNN) writes new machine code
+    for each new size, which takes as long as the computation itself: T - 1, the length that the model reads, is rounded
+    up to a multiple of 8, and n to a multiple of 16 if max_tokens allows.
     """
     lengths = [round_up(len(p) + len(c) - 1, 8) + 1 for p, c in zip(rollout.prompts, rollout.completions)]
     parts: list[list[int]] = [[]]

@@ -7,7 +7,7 @@
     student_rl    the control, if asked for: GRPO on the student's base, with as many updates as the student had
 
     python train.py                            everything, then the report
-    python train.py --stage=base|zero|student  one stage, on the earlier ones' checkpoints
+    python train.py --stage=base|zero|student  one part, on the earlier checkpoints; student has student_base before it
     python train.py --student_rl=True          the control too; a finished run may gain it
     python train.py --preset=tiny              the same in under a minute: does it run at all?
     python train.py --ask="8*7-19"             what each model answers
@@ -63,7 +63,7 @@ def make_task(cfg: Config):
     else:
         task = Arithmetic(cfg.max_ops, cfg.max_number, cfg.max_factor, cfg.parentheses, cfg.worked_share,
                           cfg.wait_share)
-    if cfg.problems:
+    if cfg.problems:  # a file's path; path_of, because `prepare` adds a checksum of the file to it
         max_answer_tokens = cfg.rl_max_new_tokens - 6  # the rest: four tags, a thought of one token, the stop token
         task = OwnProblems(task, path_of(cfg.problems), cfg.block_size - cfg.rl_max_new_tokens, max_answer_tokens)
     if cfg.corpus:
@@ -92,11 +92,11 @@ def reward_function(cfg: Config, task) -> Callable:
 def load_corpus(task, rows: int, seed: int, length: int, heldout: bool = False) -> tuple[Tensor, Tensor]:
     """The corpus and where its rows start -> (token ids (n,), starts (rows,) of rows of `length` tokens).
 
-    A row starts where a document starts, so that the model has seen prompts at position 0, where RL puts them. The rest
-    of a row's last document is skipped, unless it fills a row of its own. A call for more rows returns the same first
-    rows, so that both bases read the same text.
+    A row starts where a document starts, so that the model has seen prompts at position 0, where RL puts them. A row
+    usually ends in the middle of a document. What is left of that document is skipped, unless it is long enough to fill
+    another row.
     """
-    n_tokens, starts = int(1.35 * rows * length), []  # about a quarter is skipped
+    n_tokens, starts = int(1.35 * rows * length), []  # about a quarter is skipped; if it was more, make twice as many
     while len(starts) < rows:
         corpus = task.make_corpus(n_tokens, seed, heldout)
         documents = np.append(0, np.flatnonzero(corpus == task.encoding.eot_token) + 1)  # where each starts
@@ -104,9 +104,9 @@ def load_corpus(task, rows: int, seed: int, length: int, heldout: bool = False) 
         while position + length <= len(corpus):
             starts.append(position)
             position += length
-            next_document = documents[documents.searchsorted(position):][:1]  # none at the end of the corpus
-            if len(next_document) and next_document[0] - position < length:
-                position = int(next_document[0])
+            later = documents[documents.searchsorted(position):]  # the documents that start here or after it
+            if len(later) and later[0] - position < length:
+                position = int(later[0])
         n_tokens *= 2
     return torch.from_numpy(corpus.astype(np.int32)), torch.tensor(starts[:rows])
 
@@ -165,15 +165,16 @@ def train_zero(run: Run, name: str, policy: GPT) -> None:
         prompts = math.ceil(completions * cfg.rl_minibatches / cfg.rl_samples)
     reference = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
     policy = compiled(policy, cfg, training=True, sampling=True)
-    optimizer = Optimizer(policy, cfg.rl_lr, beta2=0.999)  # AdamW alone: Optimizer says why
+    # AdamW alone: a step of Muon has the same size however weak the gradient is, and in RL it is weak and noisy.
+    optimizer = Optimizer(policy, cfg.rl_lr, beta2=0.999)
     parts = {"model": policy, "optimizer": optimizer} | ({"reference": reference} if reference else {})
 
     def step(number: int) -> dict:
         rng, generator = seeded(cfg, name, number)  # by step and rank, so that each rank draws problems of its own
         problems = [task.make_problem(rng) for _ in range(per_rank(prompts))]
         metrics, rollout = grpo_step(policy, reference, optimizer, problems, reward_function(cfg, task), task, cfg,
-                                     generator, lr_schedule(number, steps, hold=0.0))  # it falls from the start
-        if cfg.ref_every and number % cfg.ref_every == 0:  # there is a reference then: run.check
+                                     generator, lr_schedule(number, steps, hold=0.0))  # falls soon: RL is noisy
+        if cfg.ref_every and number % cfg.ref_every == 0:  # check() in run.py demands a reference for it
             reference.load_state_dict(policy.state_dict())
         if number in (1, 5, 10) or number % 20 == 0:
             print(f"    {problems[0].question}  ->  {rollout.texts[0]}   reward {rollout.scores[0]['reward']:.1f}")
@@ -310,7 +311,8 @@ def ask(out: Path, text: str) -> str:
     if not found:
         raise UsageError(f"there is no model in {out}/ to ask: run python train.py first")
     config = list(found.values())[-1]["config"]  # all models of a run have the same task; no corpus is needed to ask
-    cfg = Config(**{name: config[name] for name in FIELDS if name in config} | {"corpus": ""})
+    known = {name: config[name] for name in FIELDS if name in config}  # an older checkpoint may lack some
+    cfg = Config(**known | {"corpus": ""})
     try:
         task = make_task(cfg)
         problem = task.parse(text)
@@ -342,13 +344,15 @@ def prepare(cfg: Config) -> tuple[Config, object]:
 
 
 def train(run: Run, chosen: str) -> None:
-    """Train and evaluate the stages whose names begin with `chosen` and that are not finished, then report."""
+    """Train the stages whose names begin with `chosen` and that are not finished, evaluate each finished stage that has
+    no figures yet, then report."""
     torch.set_num_threads(run.cfg.threads)
-    print("\n".join(run.task.notes), end="\n" * bool(run.task.notes))
+    for note in run.task.notes:  # what was read of your own files, and what was left out
+        print(note)
     for name, stage in STAGES.items():
         wanted = name.startswith(chosen) and (name != STUDENT_RL or run.cfg.student_rl)
         if wanted and not run.path(name).exists():
-            run.results["models"].pop(name, None)
+            run.results["models"].pop(name, None)  # the figures of a checkpoint that was removed
             run.began = time.perf_counter()
             print(f"\n{name}: {machine(run.cfg)}", flush=True)
             stage(run, name, *map(run.load_model, DEPENDS[name]))
