@@ -247,13 +247,13 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, tempe
     logits = model(idx, cache)[:, -1].repeat_interleave(samples, dim=0)  # (N, V)
     N = len(prompts) * samples
     cache.select(torch.arange(N, device=device) // samples)
-    out = stop[0].repeat(N, max_new_tokens)                 # what was sampled, and stop tokens ever after
+    out = stop[0].repeat(N, max_new_tokens)                 # what was sampled; what follows a stop token does not count
     logp = torch.zeros(N, max_new_tokens, device=device)
     rows = torch.arange(N, device=device)                   # row of `out` that each row of the batch writes
     done = torch.zeros(N, dtype=torch.bool, device=device)  # which rows of the batch have ended
     token, token_logp = sample(logits, temperature, torch.rand(N, 1, generator=generator, device=device))
     for t in range(max_new_tokens):
-        out[rows, t], logp[rows, t] = torch.where(done, stop[0], token), token_logp
+        out[rows, t], logp[rows, t] = token, token_logp
         done |= (token[:, None] == stop).any(dim=1)
         n_live = len(done) - int(done.sum())
         if not n_live or t == max_new_tokens - 1:
