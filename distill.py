@@ -23,7 +23,8 @@ mistakes, so all of them are kept.
 
 Where we differ from the paper, and why
 1. R1 distils by "sft" on 800,000 samples. Here the teacher's whole distribution is at hand, and says more than one
-   sample of it. The default is "forward" at temperature 2 (docs/tried.md).
+   sample of it. The default is "forward" at temperature 2. Students of the other divergences did as well within the
+   noise (docs/knobs.md); at temperature 1 they learnt more slowly (docs/tried.md).
 2. R1 draws its samples once. Here each step draws new ones, and learns from them `distill_epochs` times: sampling costs
    more than learning.
 """

@@ -48,11 +48,11 @@ The average over tokens (`normalize`), for N completions of |o_i| tokens:
 
 The KL penalty. KL_{i,t} (known as "k3") is never negative, and averaged over samples of pi_theta it is
 KL(pi_theta || pi_ref). The plain log-ratio log(pi_theta/pi_ref) has the same average, but as a loss it has no effect:
-on policy its gradient is grad log pi_theta, which averages to 0. The gradient of KL_{i,t} is
-(1 - pi_ref/pi_theta) grad log pi_theta, and its average is the gradient of the reversed KL(pi_ref || pi_theta)
-(2506.09477), because the dependence of the samples on theta is left out. The factor shows what that means in practice:
-where the policy is far less likely to say a token than the reference is, the pull back is strong; where it is more
-likely, the factor is at most 1.
+on policy its gradient is grad log pi_theta, which averages to 0, because the probabilities add up to 1 whatever theta
+is. The gradient of KL_{i,t} is (1 - pi_ref/pi_theta) grad log pi_theta. Autograd does not see that the samples depend
+on theta, too, so its average is not the gradient of KL(pi_theta || pi_ref), but that of the reversed
+KL(pi_ref || pi_theta) (2506.09477). The factor shows what that means in practice: where the policy is far less likely
+to say a token than the reference is, the pull back is strong; where it is more likely, the factor is at most 1.
 
 Reading the log. On policy the loss of a whole rollout is 0 with "sequence", since the advantages of a group add up to
 0. (A minibatch has parts of groups, so its loss is only near 0.) Its gradient is not 0: the value of the ratio is 1,
@@ -62,8 +62,9 @@ reward.
 
 Where we differ from the papers, and why
 1. The standard deviation has 1e-4 added, as in TRL: a group of equal rewards has advantage 0, not NaN.
-2. pi_old's log-probabilities come from the pass that trains, not from the sampler. In bf16 the sampler's cached pass
-   rounds differently, and the ratio would not be 1 on policy. The log shows the difference (sampler_gap).
+2. pi_old's log-probabilities come from the forward pass that training uses, not from the sampler. In bf16 the
+   sampler's cached pass rounds differently, and the ratio would not be 1 on policy. The log shows the difference
+   (sampler_gap).
 3. A completion that was cut off at the generation budget is scored and trained on like any other. It usually lacks
    its last tag and earns nothing, so the policy learns to finish in time.
 4. Without a KL penalty, completions of advantage 0 have no gradient. They count in the average but are not computed.
@@ -173,10 +174,11 @@ class Rollout:
 
 @dataclass
 class MicroBatch:
-    """n rows of a rollout as tensors: T token ids each, prompt + completion, padded on the right."""
-    rows: Tensor          # (n,) which rows of the rollout; rows that only fill the batch up to its size repeat one
+    """n rows of a rollout as tensors: T token ids each, prompt + completion, padded on the right. The last rows may be
+    copies of one that round n up (see micro_batches). The mask leaves them out."""
+    rows: Tensor          # (n,) which rows of the rollout
     idx: Tensor           # (n, T) token ids
-    mask: Tensor          # (n, T-1) True where idx[i, t+1] was sampled by the policy, and row i is not there to fill up
+    mask: Tensor          # (n, T-1) True where idx[i, t+1] was sampled by the policy
     sampler_logp: Tensor  # (n, T-1) the sampler's log-probability of idx[i, t+1], 0 outside the mask
 
 
@@ -238,8 +240,8 @@ def grpo_update(policy: GPT, reference: GPT | None, optimizer: Optimizer, rollou
             continue  # there is nothing to learn, and a step without a gradient would move weights by momentum
         batches = []
         for batch in micro_batches(rollout, live, cfg.micro_batch, device):
-            # subtle: detach(), not no_grad(): for the latter, torch.compile would make other code, which rounds
-            # differently, and the ratio would not start at 1.
+            # subtle: detach(), not no_grad(), under which torch.compile makes other code, which rounds differently. The
+            # ratio should differ from 1 by what the updates changed, and by nothing else.
             is_first = not minibatches
             logp_old = None if is_first else token_logprobs(policy, batch.idx).detach()  # (n, T-1)
             logp_ref = token_logprobs(reference, batch.idx).detach() if cfg.kl_coef else None
@@ -264,8 +266,8 @@ def grpo_update(policy: GPT, reference: GPT | None, optimizer: Optimizer, rollou
         norm_sum += optimizer.step(lr_scale)  # sums the gradients of all ranks, clips their norm, steps, clears them
     equal = rollout.column("reward").view(-1, cfg.rl_samples).diff(dim=1).eq(0).all(dim=1)  # (P,)
     means.add("no_signal", equal.sum(), len(equal))
-    # Means adds up totals and counts over the ranks. The losses of the ranks add up to one loss, so their counts must
-    # add up to rl_minibatches. grad_norm is the same number on each rank, so each rank counts it in full.
+    # Means divides the sum of the ranks' totals by the sum of their counts. Each rank's loss is a part of one loss, so
+    # each has a part of its count. grad_norm is the norm of the whole gradient on every rank, so each counts in full.
     means.add("loss", loss_sum, cfg.rl_minibatches / world_size())
     means.add("grad_norm", norm_sum, cfg.rl_minibatches)
     return means.compute() | ({} if cfg.kl_coef else {"kl": None})
@@ -309,7 +311,7 @@ def micro_batches(rollout: Rollout, rows: list[int], max_tokens: int, device: to
     subtle: the mask is made from lengths. A mask made by comparing tokens with a pad id that is also the stop token
     would leave stopping untrained. And sizes are rounded up, because the CPU's library (oneDNN) writes new machine code
     for each new size, which takes as long as the computation itself: T - 1, the length that the model reads, is rounded
-    up to a multiple of 8, and n to a multiple of 16 if max_tokens allows.
+    up to a multiple of 8, and n to a multiple of 16, or as far as max_tokens allows.
     """
     lengths = [round_up(len(p) + len(c) - 1, 8) + 1 for p, c in zip(rollout.prompts, rollout.completions)]
     parts: list[list[int]] = [[]]
@@ -320,7 +322,7 @@ def micro_batches(rollout: Rollout, rows: list[int], max_tokens: int, device: to
     for part in parts:
         longest = part[-1] if part else 0  # a row of the rollout, which padding rows repeat
         T = lengths[longest]
-        n = max(len(part), 1, min(round_up(len(part), 16), max_tokens // T))
+        n = max(len(part), 1, min(round_up(len(part), 16), max_tokens // T))  # never fewer than the rows, never 0
         padded = part + [longest] * (n - len(part))
         # The token at position t + 1 is predicted at t, so a completion's predictions start one before its first token.
         start = torch.tensor([len(rollout.prompts[i]) - 1 for i in padded])[:, None]         # (n, 1)

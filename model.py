@@ -324,8 +324,8 @@ def orthogonalize(x: Tensor, dtype: torch.dtype) -> Tensor:
 class Optimizer:
     """AdamW, with Muon for the blocks' matrices if muon_lr is given.
 
-    Pretraining and distillation use Muon. RL uses AdamW alone, with beta2 at its usual 0.999: Muon's steps have one
-    size whatever the gradient's, and the gradients of RL are small and noisy.
+    Pretraining and distillation use Muon. RL uses AdamW alone, with beta2 at its usual 0.999: its steps get smaller
+    where the gradient is noisy, as in RL, while Muon's steps always have one size.
     """
 
     def __init__(self, model: GPT, adam_lr: float, muon_lr: float | None = None, beta2: float = 0.95):

@@ -7,7 +7,7 @@
     student_rl    the control, if asked for: GRPO on the student's base, with as many updates as the student had
 
     python train.py                            everything, then the report
-    python train.py --stage=base|zero|student  one part, on the earlier checkpoints; student has student_base before it
+    python train.py --stage=base|zero|student  one part, on earlier checkpoints; student makes its student_base first
     python train.py --student_rl=True          the control too; a finished run may gain it
     python train.py --preset=tiny              the same in under a minute: does it run at all?
     python train.py --ask="8*7-19"             what each model answers
@@ -56,14 +56,15 @@ EVAL_SAMPLES = 16  # completions of each evaluated problem, for maj@16 and pass@
 
 def make_task(cfg: Config):
     """The problems, the corpus and the reward that the settings ask for (each setting is explained in Config). Name a
-    task of your own here, and in the choices of Config.task. Raises ValueError for a bad file, and if there are too few
-    problems or they do not fit."""
+    task of your own here, and in the choices of Config.task. worked_share and wait_share say how many of the corpus's
+    authors show their steps, and recheck them. Raises ValueError for a bad file, and if there are too few problems or
+    they do not fit."""
     if cfg.task == "countdown":
         task = Countdown(cfg.max_number, cfg.worked_share, cfg.wait_share)
     else:
         task = Arithmetic(cfg.max_ops, cfg.max_number, cfg.max_factor, cfg.parentheses, cfg.worked_share,
                           cfg.wait_share)
-    if cfg.problems:  # a file's path; path_of, because `prepare` adds a checksum of the file to it
+    if cfg.problems:  # "PATH", or "PATH (checksum)" in a run under way; path_of takes the path
         max_answer_tokens = cfg.rl_max_new_tokens - 6  # the rest: four tags, a thought of one token, the stop token
         task = OwnProblems(task, path_of(cfg.problems), cfg.block_size - cfg.rl_max_new_tokens, max_answer_tokens)
     if cfg.corpus:
@@ -88,7 +89,7 @@ def reward_function(cfg: Config, task) -> Callable:
 # The stages
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=2)  # of the text to train on, which both bases share, and of the held-out text
 def load_corpus(task, rows: int, seed: int, length: int, heldout: bool = False) -> tuple[Tensor, Tensor]:
     """The corpus and where its rows start -> (token ids (n,), starts (rows,) of rows of `length` tokens).
 
@@ -105,7 +106,7 @@ def load_corpus(task, rows: int, seed: int, length: int, heldout: bool = False) 
             starts.append(position)
             position += length
             later = documents[documents.searchsorted(position):]  # the documents that start here or after it
-            if len(later) and later[0] - position < length:
+            if len(later) and later[0] - position < length:  # what is left of this document does not fill a row
                 position = int(later[0])
         n_tokens *= 2
     return torch.from_numpy(corpus.astype(np.int32)), torch.tensor(starts[:rows])
@@ -165,7 +166,7 @@ def train_zero(run: Run, name: str, policy: GPT) -> None:
         prompts = math.ceil(completions * cfg.rl_minibatches / cfg.rl_samples)
     reference = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
     policy = compiled(policy, cfg, training=True, sampling=True)
-    # AdamW alone: a step of Muon has the same size however weak the gradient is, and in RL it is weak and noisy.
+    # AdamW alone: its steps get smaller where the gradient is noisy, as in RL. Muon's steps always have one size.
     optimizer = Optimizer(policy, cfg.rl_lr, beta2=0.999)
     parts = {"model": policy, "optimizer": optimizer} | ({"reference": reference} if reference else {})
 
@@ -173,7 +174,7 @@ def train_zero(run: Run, name: str, policy: GPT) -> None:
         rng, generator = seeded(cfg, name, number)  # by step and rank, so that each rank draws problems of its own
         problems = [task.make_problem(rng) for _ in range(per_rank(prompts))]
         metrics, rollout = grpo_step(policy, reference, optimizer, problems, reward_function(cfg, task), task, cfg,
-                                     generator, lr_schedule(number, steps, hold=0.0))  # falls soon: RL is noisy
+                                     generator, lr_schedule(number, steps, hold=0.0))
         if cfg.ref_every and number % cfg.ref_every == 0:  # check() in run.py demands a reference for it
             reference.load_state_dict(policy.state_dict())
         if number in (1, 5, 10) or number % 20 == 0:
@@ -250,8 +251,8 @@ def evaluate(model: GPT, problems: list, task, *, max_new_tokens: int, generator
 def evaluate_stage(run: Run, name: str) -> None:
     """Evaluate a stage's model on the held-out problems, into results.json."""
     cfg, start = run.cfg, time.perf_counter()
-    # Sampling by base and zero is compiled, because later stages use the same compiled code. For a student, compiling
-    # would take longer than its evaluation.
+    # Sampling by base and zero is compiled: RL and distillation need that code anyway, and models of one shape share it.
+    # For a student, compiling would take longer than its evaluation.
     model = compiled(run.load_model(name), cfg, sampling=not name.startswith("student"))
     found = {"params": model.n_params()}
     for kind in run.task.held_out:
@@ -389,5 +390,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace"), sys.stderr.reconfigure(errors="replace")  # for terminals without ± and ▁
+    for stream in (sys.stdout, sys.stderr):  # a terminal may lack ± and ▁
+        stream.reconfigure(errors="replace")
     end(main(sys.argv[1:]))

@@ -93,11 +93,6 @@ def solve(question: str, write=write_step) -> tuple[list[str], int]:
     """
     steps, unread = [], [""] + re.findall("[0-9]+|.", question)[::-1]  # the next token is the last in the list
 
-    def apply(a: int, sign: str, b: int) -> int:
-        text, value = write(f"{a}{sign}{b}", OPERATIONS[sign](a, b))
-        steps.append(text)
-        return value
-
     def factor() -> int:
         if unread[-1] != "(":
             return int(unread.pop())
@@ -107,17 +102,19 @@ def solve(question: str, write=write_step) -> tuple[list[str], int]:
             raise ValueError("parentheses do not match")
         return value
 
-    def term() -> int:
-        value = factor()
-        while unread[-1] == "*":
-            value = apply(value, unread.pop(), factor())
+    def joined(signs: tuple[str, ...], operand) -> int:
+        value = operand()
+        while unread[-1] in signs:
+            sign, right = unread.pop(), operand()
+            text, value = write(f"{value}{sign}{right}", OPERATIONS[sign](value, right))
+            steps.append(text)
         return value
 
+    def term() -> int:
+        return joined(("*",), factor)
+
     def total() -> int:
-        value = term()
-        while unread[-1] in ("+", "-"):
-            value = apply(value, unread.pop(), term())
-        return value
+        return joined(("+", "-"), term)
 
     value = total()
     if unread != [""]:
@@ -232,11 +229,7 @@ class Arithmetic:
     notes = ()                     # lines about the task to print when a run begins
     stop_ids = (END_OF_TEXT_ID,)   # the tokens that end a completion
     reward = staticmethod(rule_rewards)
-
-    @property
-    def encoding(self):
-        """The tiktoken.Encoding of prompts, completions and corpus."""
-        return get_tokenizer()
+    encoding = get_tokenizer()     # the tiktoken.Encoding of prompts, completions and corpus
 
     def encode_prompt(self, problem) -> list[int]:
         """The token ids of a problem's prompt."""
