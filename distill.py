@@ -27,6 +27,8 @@ Where we differ from the paper, and why
    noise (docs/knobs.md); at temperature 1 they learnt more slowly (docs/tried.md).
 2. R1 draws its samples once. Here each step draws new ones, and learns from them `distill_epochs` times: sampling costs
    more than learning.
+3. The problems are not only those of RL: the teacher also answers longer ones (`distill_longer`), which it can solve
+   although RL never asked it. A student that never sees such answers loses what its base could do with them.
 """
 import torch
 import torch.nn.functional as F
@@ -104,8 +106,8 @@ def distill_step(student: GPT, teacher: GPT, optimizer: Optimizer, problems: lis
         n_tokens = int(all_reduce(torch.tensor(sum(len(rollout.completions[i]) for i in rows))))
         if n_tokens:
             for batch in micro_batches(rollout, rows, cfg.micro_batch, student.embedding.weight.device):
-                with torch.no_grad():  # no ratio is formed here, so the last bits do not matter as they do in grpo.py
-                    batches.append((batch, None if cfg.divergence == "sft" else teacher(batch.idx[:, :-1])))
+                teacher_logits = None if cfg.divergence == "sft" else teacher(batch.idx[:, :-1]).detach()  # (n, T-1, V)
+                batches.append((batch, teacher_logits))
             minibatches.append((n_tokens, batches))
     # 4) update the student; each epoch takes the same minibatches, whose teacher's logits are at hand
     for n_tokens, batches in minibatches * cfg.distill_epochs:

@@ -67,7 +67,9 @@ Where we differ from the papers, and why
    (sampler_gap).
 3. A completion that was cut off at the generation budget is scored and trained on like any other. It usually lacks
    its last tag and earns nothing, so the policy learns to finish in time.
-4. Without a KL penalty, completions of advantage 0 have no gradient. They count in the average but are not computed.
+4. Completions of advantage 0 are not computed, and the KL penalty acts on the others. (They still count in the
+   average. Nearly all are of groups without signal, whose rewards are all equal: most groups, late in RL.) With
+   `skip_no_signal` off, the penalty acts on all completions. That is Algorithm 1 to the letter, and takes longer.
 5. Minibatches are made of rows, not of groups. The advantages are computed before, so a group need not stay together.
 6. The reward is a function that the caller hands in. This file knows no task.
 """
@@ -203,8 +205,8 @@ def grpo_step(policy: GPT, reference: GPT | None, optimizer: Optimizer, problems
     """One iteration of Algorithm 1 of DeepSeekMath on P problems -> (metrics, the rollout).
 
     problems, reward_fn, task and generator are those of `sample_rollout`. cfg holds the hyperparameters: rl_samples
-    (G), rl_max_new_tokens, rl_minibatches, scale, baseline, normalize, clip_low, clip_high, kl_coef, shuffle_rewards
-    and micro_batch (see Config in run.py). The reference may be None if kl_coef is 0.
+    (G), rl_max_new_tokens, rl_minibatches, scale, baseline, normalize, clip_low, clip_high, kl_coef, skip_no_signal,
+    shuffle_rewards and micro_batch (see Config in run.py). The reference may be None if kl_coef is 0.
     """
     # 1) sample G completions of each of P prompts, N = P * G rows; 2) score them
     rollout = sample_rollout(policy, problems, reward_fn, task, samples=cfg.rl_samples,
@@ -233,7 +235,7 @@ def grpo_update(policy: GPT, reference: GPT | None, optimizer: Optimizer, rollou
     # before the first update, so it must be computed now, except for the first minibatch: there it still is the policy.
     minibatches = []
     for rows in random_minibatches(len(adv), cfg.rl_minibatches, generator):
-        live = [i for i in rows if cfg.kl_coef or adv[i] != 0]  # the rows that have a gradient
+        live = [i for i in rows if adv[i] != 0 or cfg.kl_coef and not cfg.skip_no_signal]  # the rows to compute
         n_tokens = sum(len(rollout.completions[i]) for i in rows)
         n_rows, n_tokens, n_live = all_reduce(torch.tensor([len(rows), n_tokens, len(live)])).tolist()
         if not n_live:

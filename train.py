@@ -164,7 +164,8 @@ def train_zero(run: Run, name: str, policy: GPT) -> None:
         completions = cfg.distill_prompts / cfg.distill_minibatches  # of one update
         steps = math.ceil(updates / cfg.rl_minibatches)
         prompts = math.ceil(completions * cfg.rl_minibatches / cfg.rl_samples)
-    reference = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None
+    longer = cfg.distill_longer and name == STUDENT_RL  # the problems that the student is taught on
+    reference = compiled(copy.deepcopy(policy), cfg, training=True) if cfg.kl_coef else None  # shares the policy's code
     policy = compiled(policy, cfg, training=True, sampling=True)
     # AdamW alone: its steps get smaller where the gradient is noisy, as in RL. Muon's steps always have one size.
     optimizer = Optimizer(policy, cfg.rl_lr, beta2=0.999)
@@ -172,7 +173,7 @@ def train_zero(run: Run, name: str, policy: GPT) -> None:
 
     def step(number: int) -> dict:
         rng, generator = seeded(cfg, name, number)  # by step and rank, so that each rank draws problems of its own
-        problems = [task.make_problem(rng) for _ in range(per_rank(prompts))]
+        problems = [task.make_problem(rng, longer) for _ in range(per_rank(prompts))]
         metrics, rollout = grpo_step(policy, reference, optimizer, problems, reward_function(cfg, task), task, cfg,
                                      generator, lr_schedule(number, steps, hold=0.0))
         if cfg.ref_every and number % cfg.ref_every == 0:  # check() in run.py demands a reference for it
@@ -187,13 +188,13 @@ def train_zero(run: Run, name: str, policy: GPT) -> None:
 def train_student(run: Run, name: str, teacher: GPT, student: GPT) -> None:
     """Distillation: the teacher, zero, into the student's base."""
     cfg, task = run.cfg, run.task
-    teacher = compiled(teacher, cfg, sampling=not cfg.on_policy)
+    teacher = compiled(teacher, cfg, training=True, sampling=not cfg.on_policy)
     student = compiled(student, cfg, training=True, sampling=cfg.on_policy)
     optimizer = Optimizer(student, cfg.distill_adam_lr, cfg.distill_muon_lr)
 
     def step(number: int) -> dict:
         rng, generator = seeded(cfg, name, number)
-        problems = [task.make_problem(rng) for _ in range(per_rank(cfg.distill_prompts))]
+        problems = [task.make_problem(rng, cfg.distill_longer) for _ in range(per_rank(cfg.distill_prompts))]
         metrics = distill_step(student, teacher, optimizer, problems, reward_function(cfg, task), task, cfg, generator,
                                lr_schedule(number, cfg.distill_steps))
         return metrics | {"tokens": metrics["length"] * cfg.distill_prompts}
@@ -251,8 +252,8 @@ def evaluate(model: GPT, problems: list, task, *, max_new_tokens: int, generator
 def evaluate_stage(run: Run, name: str) -> None:
     """Evaluate a stage's model on the held-out problems, into results.json."""
     cfg, start = run.cfg, time.perf_counter()
-    # Sampling by base and zero is compiled: RL and distillation need that code anyway, and models of one shape share it.
-    # For a student, compiling would take longer than its evaluation.
+    # Sampling by base and zero is compiled: RL and distillation need that code anyway, and models of one shape share
+    # it. For a student, compiling would take longer than its evaluation.
     model = compiled(run.load_model(name), cfg, sampling=not name.startswith("student"))
     found = {"params": model.n_params()}
     for kind in run.task.held_out:
@@ -285,7 +286,8 @@ def report(run: Run) -> str:
     """results.json and the RL stage's rows as Markdown."""
     lines = ["| model | parameters | problems | pass@1 | maj@16 | pass@16 | format | length | reflection |",
              "|---|---|---|---|---|---|---|---|---|"]
-    for name, found in run.results["models"].items():
+    for name in (stage for stage in STAGES if stage in run.results["models"]):
+        found = run.results["models"][name]
         for kind in run.task.held_out:
             m = found[kind]
             lines.append(f"| {name} | {found['params']:,} | {kind} | {m['pass@1']:.1%} ± {m['pass@1_se']:.1%} | "

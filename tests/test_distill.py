@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence
 
+import distill
 from data.arithmetic import Arithmetic, parse
 from distill import DIVERGENCES, distill_loss, distill_step, sft_loss
 from grpo import random_minibatches, sample_rollout
@@ -272,12 +273,17 @@ def test_step_is_the_slow_one(make_gpt, divergence, temperature, on_policy, micr
 
 def test_epochs_repeat_the_updates_and_not_the_teacher(make_gpt, monkeypatch):
     """A second epoch may take other minibatches than the first, ask the teacher again, which costs a pass, or count the
-    loss twice. And a teacher that is asked with gradients keeps what it computed in memory until the step has ended."""
-    V, asked, losses = TASK.encoding.n_vocab, [], {}
+    loss twice. And teacher's logits that carry a graph keep all that led to them in memory until the step has ended."""
+    V, asked, kept, losses = TASK.encoding.n_vocab, [], [], {}
+
+    def noted_loss(student_logits, teacher_logits, mask, **options):
+        kept.append(teacher_logits.requires_grad)
+        return distill_loss(student_logits, teacher_logits, mask, **options)
+
+    monkeypatch.setattr(distill, "distill_loss", noted_loss)
     for epochs in (1, 2):
         student, teacher = make_gpt(V, seed=1), make_gpt(V, spread=5.0)
-        teacher.forward = lambda idx, cache=None: (cache or asked.append((epochs, torch.is_grad_enabled())),
-                                                   GPT.forward(teacher, idx, cache))[1]
+        teacher.forward = lambda idx, cache=None: (cache or asked.append(epochs), GPT.forward(teacher, idx, cache))[1]
         norms, optimizer = [], Optimizer(student, adam_lr=0.0)  # nothing is learnt: both epochs must find the same loss
 
         def noted(scale):
@@ -287,7 +293,8 @@ def test_epochs_repeat_the_updates_and_not_the_teacher(make_gpt, monkeypatch):
         monkeypatch.setattr(optimizer, "step", noted)
         losses[epochs] = step(student, teacher, optimizer, distill_epochs=epochs, distill_minibatches=4)["loss"]
         assert len(norms) == 4 * epochs and norms[4:] == norms[:4 * (epochs - 1)]
-    assert losses[2] == pytest.approx(losses[1]) and asked == [(1, False)] * 4 + [(2, False)] * 4
+    assert losses[2] == pytest.approx(losses[1]) and asked == [1] * 4 + [2] * 4
+    assert len(kept) == 4 + 8 and not any(kept)
 
 
 def test_sft_does_not_ask_the_teacher(make_gpt):

@@ -465,14 +465,13 @@ class Descent:
 
 def slow_update(policy, reference, optimizer, rollout, adv, cfg, minibatches, lr_scale):
     """grpo_update as the papers have it: one row at a time without padding, every row of a minibatch in its average,
-    and a copy of the policy as pi_old -> metrics. Those of tokens are means over the rows that have a gradient."""
+    and a copy of the policy as pi_old -> metrics. Rows of advantage 0 are left out, unless the penalty acts on them."""
     old, sums, loss_sum, norm_sum = copy.deepcopy(policy), {}, 0.0, 0.0
     for rows in minibatches:
         lengths = [len(rollout.completions[i]) for i in rows]
         denominator = normalizer(len(rows), sum(lengths), cfg.normalize, cfg.rl_max_new_tokens)
-        if not cfg.kl_coef and not any(adv[i] for i in rows):
-            continue
-        for i, n in zip(rows, lengths):
+        kept = [(i, n) for i, n in zip(rows, lengths) if adv[i] or cfg.kl_coef and not cfg.skip_no_signal]
+        for i, n in kept:
             idx = torch.tensor([rollout.prompts[i] + rollout.completions[i]])
             logp = token_logprobs(policy, idx)[:, -n:]  # (1, n)
             with torch.no_grad():
@@ -483,10 +482,9 @@ def slow_update(policy, reference, optimizer, rollout, adv, cfg, minibatches, lr
             loss.backward()
             loss_sum += loss.item() / len(minibatches)
             metrics["sampler_gap"] = (logp_old[0] - torch.tensor(rollout.sampler_logp[i])).abs().mean()
-            if cfg.kl_coef or adv[i]:
-                for name, value in metrics.items():
-                    total, count = sums.get(name, (0.0, 0))
-                    sums[name] = total + value.item() * n, count + n
+            for name, value in metrics.items():
+                total, count = sums.get(name, (0.0, 0))
+                sums[name] = total + value.item() * n, count + n
         norm_sum += optimizer.step(lr_scale).item() / len(minibatches)
     means = {name: total / count for name, (total, count) in sums.items()}
     return means | {"loss": loss_sum, "grad_norm": norm_sum} | ({} if cfg.kl_coef else {"kl": None})
@@ -494,15 +492,16 @@ def slow_update(policy, reference, optimizer, rollout, adv, cfg, minibatches, lr
 
 @pytest.mark.parametrize("micro_batch", (4096, 60))
 @pytest.mark.parametrize("minibatches", (1, 3))
-@pytest.mark.parametrize("kl_coef", (0.0, 0.3))
+@pytest.mark.parametrize("kl_coef, skip", ((0.0, True), (0.3, True), (0.3, False)))
 @pytest.mark.parametrize("normalize", NORMALIZE)
-def test_update_is_the_slow_one(make_gpt, normalize, kl_coef, minibatches, micro_batch):
+def test_update_is_the_slow_one(make_gpt, normalize, kl_coef, skip, minibatches, micro_batch):
     """Each of these faults still trains a policy: a mask that is shifted, padding rows that are trained, advantages of
     other rows, an average over the rows with a signal alone, a denominator for each micro-batch, a pi_old that moves
-    with the policy, clips that change places, or metrics of the last micro-batch. The same update computed slowly, one
-    row at a time, has none."""
-    cfg = dataclasses.replace(STEP, normalize=normalize, kl_coef=kl_coef, rl_minibatches=minibatches,
-                              micro_batch=micro_batch, rl_max_new_tokens=12, clip_low=0.15, clip_high=0.3)
+    with the policy, clips that change places, a penalty on rows that are to be skipped, or metrics of the last
+    micro-batch. The same update computed slowly, one row at a time, has none."""
+    cfg = dataclasses.replace(STEP, normalize=normalize, kl_coef=kl_coef, skip_no_signal=skip,
+                              rl_minibatches=minibatches, micro_batch=micro_batch, rl_max_new_tokens=12, clip_low=0.15,
+                              clip_high=0.3)
     rng, reference, found = random.Random(0), make_gpt(seed=1, spread=3.0), []
     rollout = make_rollout(*([[rng.randrange(11) for _ in range(rng.randint(1, most))] for _ in range(24)]
                              for most in (9, 12)))
@@ -664,10 +663,10 @@ def test_without_a_penalty_the_reference_is_not_asked(make_gpt):
 
 
 def test_a_kl_penalty_works_without_a_signal(make_gpt):
-    """Rows of advantage 0 may only be left out if there is no penalty, which pulls at every row."""
+    """Rows of advantage 0 are left out although the penalty is to act on all rows (Algorithm 1 to the letter)."""
     model, reference = chatty(make_gpt), chatty(make_gpt, seed=1)
     before = copy.deepcopy(model.state_dict())
-    metrics, rollout = step(model, equal_rewards, reference, kl_coef=0.1)
+    metrics, rollout = step(model, equal_rewards, reference, kl_coef=0.1, skip_no_signal=False)
     assert metrics["kl"] > 0 and metrics["loss"] > 0 and metrics["no_signal"] == metrics["ratio"] == 1
     assert not torch.equal(before["norm.weight"], model.norm.weight)
 

@@ -71,12 +71,12 @@ def this_ranks(rollout: Rollout) -> Rollout:
     return Rollout(*(getattr(rollout, field.name)[mine] for field in dataclasses.fields(Rollout)))
 
 
-def grpo_case(kl_coef: float, normalize: str, live: int = P * G) -> tuple:
+def grpo_case(kl_coef: float, normalize: str, live: int = P * G, skip: bool = True) -> tuple:
     """grpo_update on a given rollout, of which the first `live` rows have an advantage -> (metrics, weights)."""
     model, rollout = make_gpt(seed=1), make_rollout(samples=G)
     adv = group_advantages(rollout.column("reward").view(P, G)).flatten() * (torch.arange(P * G) < live)
-    n, cfg = per_rank(P * G), Config(kl_coef=kl_coef, normalize=normalize, rl_samples=G, rl_minibatches=1,
-                                     rl_max_new_tokens=20, micro_batch=70)
+    n, cfg = per_rank(P * G), Config(kl_coef=kl_coef, skip_no_signal=skip, normalize=normalize, rl_samples=G,
+                                     rl_minibatches=1, rl_max_new_tokens=20, micro_batch=70)
     metrics = grpo.grpo_update(model, make_gpt(seed=3), Descent(model), this_ranks(rollout),
                                adv[rank() * n:(rank() + 1) * n], cfg, torch.Generator().manual_seed(rank()))
     return metrics, model.state_dict()
@@ -117,6 +117,7 @@ CASES = {
     "grpo, constant, KL": lambda: grpo_case(0.1, "constant"),
     "grpo, no live row on rank 1": lambda: grpo_case(0.0, "token", live=P * G // 2),
     "grpo, no live row on rank 1, KL": lambda: grpo_case(0.1, "sequence", live=P * G // 2),
+    "grpo, no signal on rank 1, KL on all": lambda: grpo_case(0.1, "sequence", live=P * G // 2, skip=False),
     "grpo, no live row": lambda: grpo_case(0.0, "token", live=0),
     "distill": lambda: distill_case(),
     "distill, sft": lambda: distill_case(divergence="sft"),

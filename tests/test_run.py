@@ -39,8 +39,8 @@ SHAPES = {
     "rl_steps rl_prompts": "zero student",
     "problems rl_max_new_tokens": "zero student student_rl evaluation",
     "rl_samples rl_minibatches rl_lr accuracy_weight format_weight shuffle_rewards baseline clip_low clip_high kl_coef "
-    "ref_every normalize scale": "zero student student_rl",
-    "distill_steps distill_prompts distill_minibatches distill_epochs": "student student_rl",
+    "skip_no_signal ref_every normalize scale": "zero student student_rl",
+    "distill_longer distill_steps distill_prompts distill_minibatches distill_epochs": "student student_rl",
     "distill_muon_lr distill_adam_lr divergence distill_temperature on_policy": "student",
     "eval_problems": "evaluation",
 }
@@ -74,7 +74,7 @@ def test_other_settings_are_refused(quick, refused):
     """Stages of one run that were made with different settings: results.json would describe neither."""
     before = {path: path.read_bytes() for path in quick.iterdir()}
     line = refused(*QUICK, "--kl_coef=0.5", f"--out={quick}")
-    assert "zero.pt was made with kl_coef=0.0, not 0.5" in line and "another --out" in line
+    assert "zero.pt was made with kl_coef=0.001, not 0.5" in line and "another --out" in line
     assert "base.pt was made with seed=0, not 7" in refused(*QUICK, "--seed=7", f"--out={quick}")
     assert before == {path: path.read_bytes() for path in quick.iterdir()}
 
@@ -95,7 +95,10 @@ def test_a_field_that_a_checkpoint_lacks(quick, tmp_path, refused):
     torch.save(content, tmp_path / "student.pt")
     line = refused(*QUICK, "--distill_epochs=3", f"--out={tmp_path}")
     assert "student.pt was made with distill_epochs=1, not 3" in line
-    assert not change(Config(distill_epochs=1), {}, "student") and change(Config(distill_epochs=3), {}, "student")
+    old = Config(distill_epochs=1, distill_longer=False, skip_no_signal=False)
+    assert not change(old, {}, "student")
+    for field in ("distill_epochs", "distill_longer", "skip_no_signal"):
+        assert change(dataclasses.replace(old, **{field: getattr(Config(), field)}), {}, "student").startswith(field)
 
 
 def test_a_run_moves_to_another_dtype(quick, tmp_path):
@@ -182,7 +185,7 @@ def test_bfloat16_of_the_cpu_is_what_its_flags_say():
     ("--eval_problems=100000000", "at most 10000"), ("--n_embd=63", "n_embd"), ("--block_size=100", "multiple of 8"),
     ("--rl_max_new_tokens=1000", "do not fit"), ("--max_ops=60", "do not fit --block_size=128"),
     ("--base_tokens=100", "one batch"), ("--corpus_share=0.5", "needs a --corpus"),
-    ("--accuracy_weight=0 --format_weight=0", "both"), ("--ref_every=3", "--kl_coef"),
+    ("--accuracy_weight=0 --format_weight=0", "both"), ("--kl_coef=0 --ref_every=3", "--kl_coef"),
     ("--on_policy=True --divergence=sft", "--on_policy"), ("--task=countdown --max_ops=5", "--task=arithmetic"),
     ("--task=countdown --max_number=100", "at most 99"), ("--problems=nowhere.jsonl", "nowhere.jsonl"),
     ("--corpus=nowhere.txt", "nowhere.txt"), ("--ask=8*7", "no model"), ("--ask=hello", "no model"),

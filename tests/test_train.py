@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+import train
 from data import arithmetic
 from data.arithmetic import Arithmetic
 from data.countdown import Countdown
@@ -58,6 +59,31 @@ def test_finished_run_may_gain_the_control(quick, tmp_path):
     assert before == rows(quick)
     for name in NAMES:
         assert (tmp_path / f"{name}.pt").read_bytes() == (quick / f"{name}.pt").read_bytes()
+
+
+def test_who_is_asked_longer_problems(quick, tmp_path, monkeypatch):
+    """Zero trains on problems as long as the hard ones, whose lengths it must not have met; the student does not; or its
+    control trains on other problems than the student."""
+    asked = {"zero": [], "student": [], "student_rl": []}
+
+    def recorded(step, stage):
+        def wrapper(model, other, optimizer, problems, *args):
+            asked[stage(model)] += [len(re.findall("[-+*]", problem.question)) for problem in problems]
+            return step(model, other, optimizer, problems, *args)
+        return wrapper
+
+    of_size = {model["params"]: name for name, model in results(quick)["models"].items() if name in ("zero", "student")}
+    monkeypatch.setattr(train, "grpo_step", recorded(train.grpo_step, lambda model: {
+        "zero": "zero", "student": "student_rl"}[of_size[model.n_params()]]))
+    monkeypatch.setattr(train, "distill_step", recorded(train.distill_step, lambda model: "student"))
+    for flags, most in (([], 6), (["--distill_longer=False"], 4)):
+        out = tmp_path / str(most)
+        copy(quick, out, "base.pt", "student_base.pt")
+        few = ["--student_rl=True", "--distill_steps=2", "--distill_epochs=1", *flags]
+        assert main([*QUICK, *few, f"--out={out}"]) == 0
+        assert {stage: (min(n_ops), max(n_ops)) for stage, n_ops in asked.items()} == {
+            "zero": (1, 4), "student": (1, most), "student_rl": (1, most)}
+        asked = {stage: [] for stage in asked}
 
 
 def test_a_stage_that_is_made_again_is_evaluated_again(quick, tmp_path):
