@@ -19,8 +19,8 @@ import torch  # noqa: E402
 
 from data import countdown  # noqa: E402
 from data.arithmetic import OPERATIONS  # noqa: E402
-from grpo import sample_rollout  # noqa: E402
-from model import GPT  # noqa: E402
+from grpo import micro_batches, sample_rollout  # noqa: E402
+from model import GPT, token_logprobs  # noqa: E402
 from rewards import format_reward  # noqa: E402
 from run import Config, build_model, load_checkpoint, seeded, tune_libraries  # noqa: E402
 from train import make_task  # noqa: E402
@@ -120,8 +120,9 @@ def distributions(run: Sampler) -> dict:
     """pass@1 on problems of distillation's last step, on unseen problems of as many operations (test), on longer ones
     (hard), and on unseen ones with larger numbers."""
     rng, _ = seeded(run.cfg, "student", run.cfg.distill_steps)
-    trained = {problem.question: problem for problem in (run.task.make_problem(rng)
-               for _ in range(run.cfg.distill_prompts)) if len(re.findall("[-+*]", problem.question)) > 1}
+    trained = {problem.question: problem for problem in (run.task.make_problem(rng, run.cfg.distill_longer)
+               for _ in range(run.cfg.distill_prompts))
+               if 2 <= len(re.findall("[-+*]", problem.question)) <= run.cfg.max_ops}
     larger = dataclasses.replace(run.task, max_number=99)
     problems = {"trained on": list(trained.values())[:256],
                 "larger numbers": larger.heldout_problems(256, "test", run.cfg.seed)}
@@ -213,7 +214,23 @@ def turns_of(problem, parts: list[str]) -> list[str]:
     return [f"{word[before]} to {word[after]}" for before, after in pairs]
 
 
-MEASURES = {f.__name__: f for f in (conditional, operations, many_samples, distributions, signal, reflections)}
+def divergence(run: Sampler) -> dict:
+    """The KL divergence of zero from the base in nats a token, estimated as in grpo.py (k3), over all completions of
+    256 groups of training problems, with and without a signal."""
+    rng, generator = run.draws()
+    zero, base = run.model("zero"), run.model("base")
+    rollout = sample_rollout(zero, [run.task.make_problem(rng) for _ in range(256)], run.task.reward, run.task,
+                             samples=run.cfg.rl_samples, max_new_tokens=run.cfg.rl_max_new_tokens, generator=generator)
+    total, tokens = 0.0, sum(map(len, rollout.completions))
+    for batch in micro_batches(rollout, list(range(len(rollout.texts))), run.cfg.micro_batch, zero.cos.device):
+        with torch.no_grad():
+            log_r = (token_logprobs(base, batch.idx) - token_logprobs(zero, batch.idx))[batch.mask]
+        total += (log_r.exp() - log_r - 1).sum().item()
+    return {"kl": round(total / tokens, 5)}
+
+
+MEASURES = {f.__name__: f for f in (conditional, operations, many_samples, distributions, signal, reflections,
+                                    divergence)}
 
 if __name__ == "__main__":
     tune_libraries()

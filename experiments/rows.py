@@ -88,21 +88,21 @@ class Row:
 
 
 def row_1(k: Known) -> tuple[str, bool, list[str]]:
-    base, zero = ("default", "base", "test"), ("default", "zero", "test")
+    base, zero = ("no KL", "base", "test"), ("no KL", "zero", "test")
     gain = k.gain(base, zero)
     shuffled, alone = k.gain(base, ("shuffled rewards", "zero", "test")), k.score("format alone")
     behind = k.gain(("format alone", "zero", "test"), zero)
-    predicted = figure(k.values("default", "measures", "conditional", "right if well formed"))
+    predicted = figure(k.values("no KL", "measures", "conditional", "right if well formed"))
     curves = [curve["accuracy"] for curve in k.values("format alone", "curves", "zero")]
     best = figure([max(curve) for curve in curves])
-    line = (f"Pass@1 rises from {k.score('default', 'base')} % (base) to {k.score('default')} % (zero), by "
+    line = (f"Pass@1 rises from {k.score('no KL', 'base')} % (base) to {k.score('no KL')} % (zero), by "
             f"{differs(gain)}. Shuffled rewards change it by {differs(shuffled)}. With the format reward alone it ends "
             f"at {alone} %, after {best} % in the best tenth of RL; {predicted} % of the base's well-formed answers "
             "are right.")
     details = table(["RL from the base with", "pass@1 on test", "pass@1 on hard", "format", "length"], [
         [name, k.score(cell, model), k.score(cell, model, "hard"), k.score(cell, model, what="format"),
          f"{k.score(cell, model, what='length'):.1f}"]
-        for name, cell, model in (("(the base)", "default", "base"), ("both rewards", "default", "zero"),
+        for name, cell, model in (("(the base)", "no KL", "base"), ("both rewards", "no KL", "zero"),
                                   ("rewards shuffled in each group", "shuffled rewards", "zero"),
                                   ("the format reward alone", "format alone", "zero"))])
     return line, gain.mean >= 0.5 and shuffled.mean <= 0.05 and behind.mean >= 0.2, details
@@ -110,8 +110,8 @@ def row_1(k: Known) -> tuple[str, bool, list[str]]:
 
 def row_2(k: Known) -> tuple[str, bool, list[str]]:
     rows, passed, below = [], True, []
-    for cell, model, kind in (("default", "base", "test"), ("default", "base", "hard"), ("default", "zero", "test"),
-                              ("default", "zero", "hard"), ("default", "student", "hard")):
+    for cell, model, kind in (("no KL", "base", "test"), ("no KL", "base", "hard"), ("no KL", "zero", "test"),
+                              ("no KL", "zero", "hard"), ("no KL", "student", "hard")):
         pairs = [k.values(cell, "models", model, kind, what) for what in ("pass@1", "maj@16")]
         gain = figure([b - a for a, b in zip(*pairs)])
         rows.append([model, kind, k.score(cell, model, kind), k.score(cell, model, kind, "maj@16"), gain])
@@ -123,7 +123,7 @@ def row_2(k: Known) -> tuple[str, bool, list[str]]:
 
 
 def row_3(k: Known) -> tuple[str, bool, list[str]]:
-    pairs = [k.values("default", "models", model, "test", "length") for model in ("base", "zero")]
+    pairs = [k.values("no KL", "models", model, "test", "length") for model in ("base", "zero")]
     ratio = figure([b / a for a, b in zip(*pairs)])
     rows, wrong = [], {}
     for name, cell in (("sequence: each token weighs 1/\\|o_i\\|", "sequence"), ("token", "half the steps"),
@@ -136,9 +136,9 @@ def row_3(k: Known) -> tuple[str, bool, list[str]]:
                      f"{tail['length_wrong']:.1f}"])
     alone, again = (figure([b / a for a, b in zip(k.values(start, "models", "base", "test", "length"),
                                                   k.values(cell, "models", "zero", "test", "length"))])
-                    for start, cell in (("default", "format alone"), ("countdown", "countdown")))
-    line = (f"Answers grow from {k.score('default', 'base', what='length'):.1f} tokens (base) to "
-            f"{k.score('default', what='length'):.1f} (zero), {ratio:.2f} times as many. With the format reward alone "
+                    for start, cell in (("no KL", "format alone"), ("countdown", "countdown")))
+    line = (f"Answers grow from {k.score('no KL', 'base', what='length'):.1f} tokens (base) to "
+            f"{k.score('no KL', what='length'):.1f} (zero), {ratio:.2f} times as many. With the format reward alone "
             f"they become {alone:.2f} times as long, in countdown {again:.2f} times. Late in RL wrong answers have "
             f"{wrong['sequence']:.1f} tokens if each token weighs 1/\\|o_i\\|, and {wrong['constant']:.1f} with the "
             "constant.")
@@ -162,7 +162,7 @@ def row_4(k: Known) -> tuple[str, bool, list[str]]:
             f"{k.score('countdown', 'base')} to {k.score('countdown')} %, and without \"wait\" in the corpus from "
             f"{k.score('countdown, no wait', 'base')} to {k.score('countdown, no wait')} %.")
     rows = []
-    for cell in ("countdown", "countdown, no wait", "default"):
+    for cell in ("countdown", "countdown, no wait", "no KL"):
         for model in ("base", "zero"):
             found = k.values(cell, "measures", "reflections", model)
             all_turns = sum(f[turn] for f in found for turn in turns)
@@ -171,7 +171,7 @@ def row_4(k: Known) -> tuple[str, bool, list[str]]:
             row = [figure(share) if None not in share else "none" for share in shares]
             row += [f"{sum(f[turn] for f in found) / all_turns:.0%}" if all_turns else "none"
                     for turn in ("wrong to right", "right to wrong")]
-            rows.append(["arithmetic" if cell == "default" else cell, model, k.score(cell, model),
+            rows.append(["arithmetic" if cell == "no KL" else cell, model, k.score(cell, model),
                          k.score(cell, model, what="reflection"), *row])
     details = table(["task", "model", "pass@1", "answers that reflect", "worked answers that look again",
                      "right, looking again", "right, not looking again", "first attempt right",
@@ -185,7 +185,7 @@ def logit(p: float) -> float:
 
 
 def row_5(k: Known) -> tuple[str, bool, list[str]]:
-    by = {model: k.values("default", "measures", "operations", model) for model in ("base", "zero")}
+    by = {model: k.values("no KL", "measures", "operations", model) for model in ("base", "zero")}
     rows, points, odds = [], {}, {}
     for n in by["base"][0]:
         base, zero = ([found[n] for found in by[model]] for model in by)
@@ -202,30 +202,42 @@ def row_5(k: Known) -> tuple[str, bool, list[str]]:
 
 
 def row_6(k: Known) -> tuple[str, bool, list[str]]:
-    gain = k.gain(("default", "student_rl", "test"), ("default", "student", "test"))
-    hard = k.gain(("default", "student_rl", "hard"), ("default", "student", "hard"))
+    ahead = {cell: {kind: k.gain((cell, "student_rl", kind), (cell, "student", kind)) for kind in ("test", "hard")}
+             for cell in ("default", "short problems")}
+    mean = statistics.fmean(gain.mean for gain in ahead["default"].values())
+    on_hard = (k.values("default", "models", model, "hard", "pass@1") for model in ("student", "zero"))
+    inherited = figure([student / teacher for student, teacher in zip(*on_hard)])
     work, params = k.values("default", "work"), k.values("default", "models")
     of_student = figure([w["student_rl"]["student"] / w["student"]["student"] for w in work])
     of_both = figure([(w["student"]["student"] + w["student"]["teacher"] * m["zero"]["params"] / m["student"]["params"])
                       / w["student_rl"]["student"] for w, m in zip(work, params)])
-    line = (f"The student reaches {k.score('default', 'student')} %, student_rl {k.score('default', 'student_rl')} %: "
-            f"a difference of {differs(gain)}. On hard the difference is {differs(hard)}. RL took {of_student:.2f} "
-            "times as many FLOPs of the small model as distillation did. If the teacher's FLOPs are counted too, "
-            f"distillation took {of_both:.1f} times as many as RL.")
-    rows = [[name, k.score(cell, model), k.score(cell, model, "hard"),
-             differs(k.gain(("default", "student", "test"), (cell, model, "test")))]
-            for name, cell, model in (("forward KL", "default", "student"), ("reverse KL", "reverse", "student"),
-                                      ("JSD", "jsd", "student"), ("SFT on the teacher's answers", "sft", "student"),
-                                      ("forward KL, on policy", "on policy", "student"),
-                                      ("RL", "default", "student_rl"), ("(its base)", "default", "student_base"))]
-    return line, gain.mean >= 0.1, table(
-        ["the student is trained by", "pass@1 on test", "pass@1 on hard", "test, compared with forward KL"], rows)
+    line = (f"The student reaches {k.score('default', 'student')} % on test and {k.score('default', 'student', 'hard')}"
+            f" % on hard, which is {inherited} % of its teacher's. It is ahead of student_rl by "
+            f"{differs(ahead['default']['test'])} on test and {differs(ahead['default']['hard'])} on hard, by "
+            f"{100 * mean:.1f} on the mean of both. If both are trained on problems of 1 to 4 operations alone, it is "
+            f"ahead by {differs(ahead['short problems']['test'])} on test and "
+            f"{differs(ahead['short problems']['hard'])} on hard. RL took "
+            f"{of_student:.2f} times as many FLOPs of the small model as distillation did. If the teacher's FLOPs are "
+            f"counted too, distillation took {of_both:.1f} times as many as RL.")
+    rows = [[name, k.score(cell, model), k.score(cell, model, "hard"), k.score(cell, model, "hard", "format")]
+            for name, cell, model in (("distillation", "default", "student"), ("RL", "default", "student_rl"),
+                                      ("(its base)", "default", "student_base"), ("(the teacher)", "default", "zero"),
+                                      ("distillation, 1 to 4 operations", "short problems", "student"),
+                                      ("RL, 1 to 4 operations", "short problems", "student_rl"))]
+    losses = [[name, k.score(cell, "student"), k.score(cell, "student", "hard"),
+               differs(k.gain(("no KL", "student", "test"), (cell, "student", "test")))]
+              for name, cell in (("forward KL", "no KL"), ("reverse KL", "reverse"), ("JSD", "jsd"),
+                                 ("SFT on the teacher's answers", "sft"), ("forward KL, on policy", "on policy"))]
+    return line, mean >= 0.1, [
+        *table(["the small model is trained by", "pass@1 on test", "pass@1 on hard", "format on hard"], rows),
+        "What distillation compares, on problems of 1 to 4 operations, with 120 steps of one epoch:",
+        *table(["loss", "pass@1 on test", "pass@1 on hard", "test, compared with forward KL"], losses)]
 
 
 def row_7(k: Known) -> tuple[str, bool, list[str]]:
     rows, cells = [], {"tokens 1/4": "a quarter of the tokens", "tokens 1/2": "half of the tokens",
                        "worked 0": "no answers that show working",
-                       "worked 1/2": "half of the answers that show working", "default": "the default"}
+                       "worked 1/2": "half of the answers that show working", "no KL": "the default"}
     for cell, name in cells.items():
         found, start = k.values(cell, "measures", "signal"), k.values(cell, "curves", "zero")
         rows.append([name, k.score(cell, "base"), k.score(cell), k.score(cell, what="format"),
@@ -234,7 +246,7 @@ def row_7(k: Known) -> tuple[str, bool, list[str]]:
     line = "Pass@1, base -> zero, by the corpus of the base: " + "; ".join(
         f"{name} {k.score(cell, 'base')} -> {k.score(cell)} %" for cell, name in cells.items())
     weakest = min(cells, key=lambda cell: k.score(cell, "base").mean)
-    passed = k.score("default").mean - k.score(weakest).mean >= 0.2
+    passed = k.score("no KL").mean - k.score(weakest).mean >= 0.2
     return line, passed, table(
         ["corpus of the base", "base", "zero", "format of zero", "mean p",
          "groups with right and wrong answers: counted", "predicted", "predicted from the mean p",
@@ -242,7 +254,7 @@ def row_7(k: Known) -> tuple[str, bool, list[str]]:
 
 
 def row_8(k: Known) -> tuple[str, bool, list[str]]:
-    found = k.values("default", "measures", "many_samples")
+    found = k.values("no KL", "measures", "many_samples")
     rows, lines, passed = [], [], False
     for kind in ("test", "hard"):
         base, zero = f"base {kind}", f"zero {kind}"
@@ -261,7 +273,7 @@ def row_8(k: Known) -> tuple[str, bool, list[str]]:
 
 def row_9(k: Known) -> tuple[str, bool, list[str]]:
     rows, real = [], []
-    changes = {"half the steps": "none: the default, with 64 prompts x 8 answers",
+    changes = {"half the steps": "none: 64 prompts x 8 answers",
                "no std": "advantages not divided by the standard deviation", "KL 0.01": "KL 0.01", "KL 0.1": "KL 0.1",
                "clip higher": "clip higher, 0.28", "sequence": "loss averaged over each answer first (1/\\|o_i\\|)",
                "constant": "loss divided by Dr. GRPO's constant", "G 4": "128 prompts x 4 answers",
@@ -276,9 +288,19 @@ def row_9(k: Known) -> tuple[str, bool, list[str]]:
                      figure([statistics.fmean(c["accuracy"]) for c in curves]),
                      figure([c["no_signal"][9] for c in curves])])
     line = "Changes that move pass@1 on test by more than twice the spread: " + (", ".join(real) or "none")
-    return line, bool(real), table(
-        ["change", "pass@1 on test", "pass@1 on hard", "test, compared with the default",
-         "training accuracy, mean over the run", "groups without a signal, last tenth of RL"], rows)
+    penalties = [["none", k.score("no KL"), k.score("no KL", kind="hard"), "", "not measured"]]
+    for name, cell in (("0.001, on completions with an advantage (the default)", "default"),
+                       ("0.001, on all completions", "all completions")):
+        penalties.append([name, k.score(cell), k.score(cell, kind="hard"),
+                          differs(k.gain(("no KL", "zero", "test"), (cell, "zero", "test"))),
+                          f"{figure(k.values(cell, 'measures', 'divergence', 'kl')):.3f}"])
+    return line, bool(real), [
+        *table(["change", "pass@1 on test", "pass@1 on hard", "test, compared with no change",
+                "training accuracy, mean over the run", "groups without a signal, last tenth of RL"], rows),
+        "R1-Zero's penalty, after 200 RL steps. The divergence from the base is that of all of zero's completions of "
+        "training problems, in nats a token:",
+        *table(["penalty", "pass@1 on test", "pass@1 on hard", "test, compared with none", "KL from the base"],
+               penalties)]
 
 
 def row_10(k: Known) -> tuple[str, bool, list[str]]:
@@ -299,17 +321,17 @@ ROWS = {
     1: Row("RL alone lifts pass@1", "AIME 2024: 15.6 -> 77.9 % (R1-Zero; 2501.12948v2)",
            "Zero is at least 50 points above the base; RL with shuffled rewards gains at most 5 points; RL with the "
            "format reward alone ends at least 20 points below zero",
-           ("default", "shuffled rewards", "format alone"), row_1,
+           ("no KL", "shuffled rewards", "format alone"), row_1,
            """The first control deals the rewards of each group out to its answers at random, so that a reward says
            nothing about its answer. The second rewards the format alone. Most well-formed answers of the base are
            right, so pass@1 first rises with the format, and then falls."""),
     2: Row("A majority vote beats a single answer", "AIME 2024: 77.9 -> 86.7 % by self-consistency, which is "
            "such a vote (2501.12948v2)",
-           "Maj@16 is at least 3 points above pass@1 wherever zero's pass@1 is below 95 %", ("default",), row_2),
+           "Maj@16 is at least 3 points above pass@1 wherever zero's pass@1 is below 95 %", ("no KL",), row_2),
     3: Row("Answers get longer although length is not rewarded",
            "Length rises throughout RL (2501.12948v2); 1/\\|o_i\\| lengthens wrong answers (2503.20783)",
            "Zero's answers to test problems are at least 1.3 times as long as the base's",
-           ("default", "format alone", "countdown", "half the steps", "sequence", "constant"), row_3,
+           ("no KL", "format alone", "countdown", "half the steps", "sequence", "constant"), row_3,
            """Answer i has |o_i| tokens. If the loss is averaged over each answer first ("sequence", as in
            DeepSeekMath), each token of it weighs 1/|o_i|, so that a long wrong answer is punished less per token than
            a short one. "token" averages over all tokens of a batch (DAPO, and the default here). "constant" divides
@@ -319,7 +341,7 @@ ROWS = {
            "Ten reflective words become 5 to 7 times as frequent (2501.12948v2, C.2)",
            "In countdown, where checking pays, zero reflects in at least 3 times as many answers as the base; after a "
            "corpus without \"wait\" it does so in fewer than 1 %",
-           ("default", "countdown", "countdown, no wait"), row_4,
+           ("no KL", "countdown", "countdown, no wait"), row_4,
            """In countdown the answer is an expression that makes a target from given numbers (data/countdown.py), and
            a second attempt may hit where the first one missed. "Worked" answers show working inside a thought; those
            that "look again" hold a "wait" in it. The two columns "right" are shares of the worked answers, in
@@ -327,14 +349,14 @@ ROWS = {
     5: Row("Hard problems gain most",
            "Accuracy on MATH level 5 rises from 0.55 to 0.90; levels 1 to 3 reach 0.90 to 0.95 early (2501.12948v2, "
            "C.1)",
-           "The gain in points is larger at 6 operations than at 1, by more than the spread", ("default",), row_5,
+           "The gain in points is larger at 6 operations than at 1, by more than the spread", ("no KL",), row_5,
            """Points favour hard problems: an easy problem cannot gain more than what it lacks to 100 %. So the gain
            is also given in log-odds, log(p / (1 - p)) of pass@1 p, which have no ceiling: a rise from 95 to 99 %
            counts as much as one from 50 to 84 %."""),
     6: Row("Distillation beats RL on the small model",
            "AIME 2024: 72.6 % by distillation, 47.0 % by RL (2501.12948v2, table 16)",
-           "The student is at least 10 points above student_rl",
-           ("default", "reverse", "jsd", "sft", "on policy"), row_6,
+           "The student is at least 10 points above student_rl on the mean of test and hard",
+           ("default", "short problems", "no KL", "reverse", "jsd", "sft", "on policy"), row_6,
            """P is the teacher's distribution over the next token, Q the student's. The losses are the forward KL
            divergence, KL(P || Q); the reverse one, KL(Q || P); the Jensen-Shannon divergence (JSD), which is the mean
            of KL(P || M) and KL(Q || M) with M = (P + Q) / 2; and supervised fine-tuning (SFT), -log Q of the tokens
@@ -342,33 +364,35 @@ ROWS = {
            teacher's. FLOPs (floating-point operations) are counted from the tokens that each model read, with a
            training pass counted as three forward passes."""),
     7: Row("RL needs a base that sometimes succeeds", "Small bases \"consistently failed\" (2501.12948v2, G.1)",
-           "Zero from the weakest base is at least 20 points below the default's zero",
-           ("default", "tokens 1/4", "tokens 1/2", "worked 0", "worked 1/2"), row_7,
+           "Zero from the weakest base is at least 20 points below zero from the default's base",
+           ("no KL", "tokens 1/4", "tokens 1/2", "worked 0", "worked 1/2"), row_7,
            """p is the chance that an answer of the base to a training problem is right. A group of G answers holds
            right and wrong ones with probability 1 - p^G - (1-p)^G; here G is 8. "Counted" is their share among
            sampled groups, "predicted" the mean of this formula over problems, "predicted from the mean p" the formula
            at the mean of p. In the last column groups whose rewards differ by the format alone count too."""),
     8: Row("RL sharpens what the base can do, rather than teaching it more",
            "RL wins at small k of pass@k, the base at large k (2504.13837)",
-           "The base's pass@k is above zero's at some k up to 256, by more than the spread", ("default",), row_8,
+           "The base's pass@k is above zero's at some k up to 256, by more than the spread", ("no KL",), row_8,
            """pass@k is the chance that at least one of k answers is right. It is estimated without bias from 256
            answers to each of 128 problems of a kind."""),
     9: Row("Some details of GRPO matter",
            "Dr. GRPO does not divide by the standard deviation, and divides the loss by a constant (2503.20783); DAPO "
            "clips higher, and averages over tokens (2503.14476)",
            "At least one of ten changes moves pass@1 on test by more than twice its spread",
-           ("half the steps", "no std", "KL 0.01", "KL 0.1", "clip higher", "sequence", "constant", "G 4", "G 16",
-            "G 32", "batch baseline"), row_9,
-           """All runs have 100 RL steps. KL is the weight of a penalty on the policy's KL divergence from the base
-           (default 0). The ratio says how much likelier a token has become since it was sampled; GRPO clips it at 0.8
-           and 1.2, so that one rollout cannot move a token's probability far. "Clip higher" clips it at 1.28 instead
-           of 1.2, so that rare tokens that did well can grow faster. Row 3 explains the averages of the loss. Other
-           group sizes G keep the number of answers of a step. The batch's mean as the baseline compares an answer
-           with all answers of the step, instead of those of its group."""),
-    10: Row("A student falls behind its teacher on other problems than it learnt from", "(A question of our own)",
+           ("default", "all completions", "no KL", "half the steps", "no std", "KL 0.01", "KL 0.1", "clip higher",
+            "sequence", "constant", "G 4", "G 16", "G 32", "batch baseline"), row_9,
+           """The runs of the first table have 100 RL steps. KL is the weight of a penalty on the policy's KL divergence
+           from the base; in the first table it acts on all completions. The ratio says how much likelier a token has
+           become since it was sampled; GRPO clips it at 0.8 and 1.2, so that one rollout cannot move a token's
+           probability far. "Clip higher" clips it at 1.28 instead of 1.2, so that rare tokens that did well can grow
+           faster. Row 3 explains the averages of the loss. Other group sizes G keep the number of answers of a step.
+           The batch's mean as the baseline compares an answer with all answers of the step, instead of those of its
+           group."""),
+    10: Row("On unfamiliar problems a student loses more than its teacher", "(A question of our own)",
             "The student loses more than its teacher both on longer problems and on larger numbers, by more than the "
             "spread",
             ("default",), row_10,
-            """Problems "trained on" are those of the last step of distillation. "Larger numbers" are unseen problems
+            """Problems "trained on" are those of the last step of distillation, of 2 to 4 operations as in test.
+            "Hard" ones are longer, but of lengths that distillation asks too. "Larger numbers" are unseen problems
             of as many operations as in test, with operands up to 99 instead of 20."""),
 }
