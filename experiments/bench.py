@@ -191,8 +191,8 @@ def our_pretraining(option: dict, turns: Turns) -> None:
 
 
 def our_grpo(option: dict, turns: Turns) -> None:
-    policy, reference = ready(TEACHER, option, training=True, sampling=True), gpt(TEACHER, option)
-    reference.requires_grad_(False).load_state_dict(policy.state_dict())
+    policy, reference = ready(TEACHER, option, training=True, sampling=True), ready(TEACHER, option, training=True)
+    reference.load_state_dict(policy.state_dict())
     optimizer = Optimizer(policy, CFG.rl_lr)
     cfg = dataclasses.replace(CFG, rl_samples=G, rl_max_new_tokens=NEW, rl_minibatches=1, kl_coef=KL)
 
@@ -204,7 +204,7 @@ def our_grpo(option: dict, turns: Turns) -> None:
 
 
 def our_distillation(option: dict, turns: Turns, sampling: bool) -> None:
-    student, teacher = ready(STUDENT, option, training=True), ready(TEACHER, option, sampling=sampling)
+    student, teacher = ready(STUDENT, option, training=True), ready(TEACHER, option, training=True, sampling=sampling)
     optimizer, given = Optimizer(student, CFG.distill_adam_lr), given_rows()
     cfg = dataclasses.replace(CFG, rl_max_new_tokens=NEW, distill_minibatches=1, distill_epochs=1,
                               distill_temperature=1.0)
