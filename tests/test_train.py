@@ -79,7 +79,7 @@ def test_who_is_asked_longer_problems(quick, tmp_path, monkeypatch):
     for flags, most in (([], 6), (["--distill_longer=False"], 4)):
         out = tmp_path / str(most)
         copy(quick, out, "base.pt", "student_base.pt")
-        few = ["--student_rl=True", "--distill_steps=2", "--distill_epochs=1", *flags]
+        few = ["--student_rl=True", "--rl_steps=2", "--distill_steps=1", "--distill_epochs=1", "--eval_problems=2", *flags]
         assert main([*QUICK, *few, f"--out={out}"]) == 0
         assert {stage: (min(n_ops), max(n_ops)) for stage, n_ops in asked.items()} == {
             "zero": (1, 4), "student": (1, most), "student_rl": (1, most)}
