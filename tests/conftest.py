@@ -46,6 +46,23 @@ def weights_equal(path, other):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+class Descent:
+    """Plain gradient descent by a given distance, which keeps the gradient of each update. Adam would enlarge rounding
+    errors."""
+
+    def __init__(self, model, distance):
+        self.parameters, self.distance, self.gradients = list(model.parameters()), distance, []
+
+    @torch.no_grad()
+    def step(self, scale=1.0):
+        self.gradients.append(torch.cat([p.grad.flatten() for p in self.parameters]))
+        norm = self.gradients[-1].norm()
+        for p in self.parameters:
+            p -= self.distance * scale * p.grad / norm
+            p.grad = None
+        return norm
+
+
 @pytest.fixture(scope="session")
 def quick(tmp_path_factory):
     """A finished quick run. No test changes it."""

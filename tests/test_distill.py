@@ -14,6 +14,7 @@ from distill import DIVERGENCES, distill_loss, distill_step, sft_loss
 from grpo import random_minibatches, sample_rollout
 from model import GPT, Optimizer
 from run import Config
+from tests.conftest import Descent
 
 TASK = Arithmetic()
 
@@ -196,22 +197,6 @@ def test_step_brings_the_student_nearer(make_gpt, divergence, on_policy):
         assert metrics["accepted"] == 1 and metrics["loss"] > 0
     assert distance() < 0.6 * start
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
-
-
-class Descent:
-    """Plain gradient descent by a given distance, which keeps the gradient of each update."""
-
-    def __init__(self, model, distance):
-        self.parameters, self.distance, self.gradients = list(model.parameters()), distance, []
-
-    @torch.no_grad()
-    def step(self, scale=1.0):
-        self.gradients.append(torch.cat([p.grad.flatten() for p in self.parameters]))
-        norm = self.gradients[-1].norm()
-        for p in self.parameters:
-            p -= self.distance * scale * p.grad / norm
-            p.grad = None
-        return norm
 
 
 def slow_step(student, teacher, optimizer, reward_fn, cfg, generator):

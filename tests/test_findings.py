@@ -14,8 +14,8 @@ from measures import pass_at_k
 from rows import Figure, Known, differs, figure
 from run import UsageError, load_checkpoint
 
-FLAGS = ("--preset=tiny --device=cpu --base_tokens=40000 --base_batch=4 --student_base_tokens=40000 --rl_steps=10 "
-         "--distill_steps=1 --distill_prompts=64 --rl_max_new_tokens=40 --eval_problems=8")
+FLAGS = ("--preset=tiny --device=cpu --base_tokens=40000 --base_batch=4 --student_base_tokens=9000 --rl_steps=10 "
+         "--distill_steps=1 --distill_prompts=64 --rl_max_new_tokens=40 --eval_problems=2")
 CORES = os.cpu_count() or 1  # with as many jobs, each training has one thread
 CELLS = {"first": Cell(("base", "zero", "student_base", "student"), FLAGS, measures=("conditional",)),
          "second, other": Cell(("zero",), f"{FLAGS} --scale=none", "first")}

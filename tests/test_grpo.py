@@ -13,6 +13,7 @@ from grpo import (Rollout, group_advantages, grpo_loss, grpo_step, grpo_update, 
                   random_minibatches, sample_rollout, shuffle_in_groups)
 from model import Optimizer, token_logprobs
 from run import Config
+from tests.conftest import Descent
 
 TASK = Arithmetic()
 NORMALIZE = ("sequence", "token", "constant")
@@ -444,23 +445,6 @@ def wordy(text, problem):
 def equal_rewards(text, problem):
     """A reward that teaches nothing."""
     return {"reward": 0.1, "accuracy": 0.0}
-
-
-class Descent:
-    """Plain gradient descent by a given distance, which keeps the gradient of each update. Adam would enlarge rounding
-    errors."""
-
-    def __init__(self, model, distance):
-        self.parameters, self.distance, self.gradients = list(model.parameters()), distance, []
-
-    @torch.no_grad()
-    def step(self, scale=1.0):
-        self.gradients.append(torch.cat([p.grad.flatten() for p in self.parameters]))
-        norm = self.gradients[-1].norm()
-        for p in self.parameters:
-            p -= self.distance * scale * p.grad / norm
-            p.grad = None
-        return norm
 
 
 def slow_update(policy, reference, optimizer, rollout, adv, cfg, minibatches, lr_scale):
