@@ -188,7 +188,7 @@ def train_zero(run: Run, name: str, policy: GPT) -> None:
 def train_student(run: Run, name: str, teacher: GPT, student: GPT) -> None:
     """Distillation: the teacher, zero, into the student's base."""
     cfg, task = run.cfg, run.task
-    teacher = compiled(teacher, cfg, training=True, sampling=not cfg.on_policy)
+    teacher = compiled(teacher, cfg, training=cfg.divergence != "sft", sampling=not cfg.on_policy)
     student = compiled(student, cfg, training=True, sampling=cfg.on_policy)
     optimizer = Optimizer(student, cfg.distill_adam_lr, cfg.distill_muon_lr)
 
@@ -378,9 +378,9 @@ def main(argv: list[str]) -> int:
         init()
         if rank():
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
-        cfg, task = prepare(cfg)
+        prepared = None if rank() else prepare(cfg)  # rank 0 reads the files for all
         with lock(out):
-            run = broadcast(None if rank() else open_run(cfg, task, out))
+            run = broadcast(None if rank() else open_run(*prepared, out))
             train(run, options.stage or "")
         return 0
     except (UsageError, OSError) as error:
