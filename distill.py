@@ -99,23 +99,24 @@ def distill_step(student: GPT, teacher: GPT, optimizer: Optimizer, problems: lis
                 if cfg.on_policy or score["accuracy"] == 1 and score.get("format", 1) == 1]
     means = rollout_means(rollout)
     means.add("accepted", len(accepted), len(rollout.scores))
-    # 3) the teacher's logits, once for all epochs
+    # 3) the teacher reads them, once for all epochs; what it read is kept, because its logits would be far larger
     minibatches = []
     for picks in random_minibatches(len(accepted), cfg.distill_minibatches, generator):
         rows, batches = [accepted[i] for i in picks], []
         n_tokens = int(all_reduce(torch.tensor(sum(len(rollout.completions[i]) for i in rows))))
         if n_tokens:
             for batch in micro_batches(rollout, rows, cfg.micro_batch, student.embedding.weight.device):
-                teacher_logits = None if cfg.divergence == "sft" else teacher(batch.idx[:, :-1]).detach()  # (n, T-1, V)
-                batches.append((batch, teacher_logits))
+                hidden = None if cfg.divergence == "sft" else teacher.hidden(batch.idx[:, :-1]).detach()  # (n, T-1, C)
+                batches.append((batch, hidden))
             minibatches.append((n_tokens, batches))
-    # 4) update the student; each epoch takes the same minibatches, whose teacher's logits are at hand
+    # 4) update the student; each epoch takes the same minibatches
     for n_tokens, batches in minibatches * cfg.distill_epochs:
-        for batch, teacher_logits in batches:
+        for batch, hidden in batches:
             student_logits = student(batch.idx[:, :-1])  # (n, T-1, V)
             if cfg.divergence == "sft":
                 loss = sft_loss(student_logits, batch.idx[:, 1:], batch.mask, n_tokens)
             else:
+                teacher_logits = teacher.logits(hidden).detach()  # (n, T-1, V)
                 loss = distill_loss(student_logits, teacher_logits, batch.mask, divergence=cfg.divergence,
                                     temperature=cfg.distill_temperature, denominator=n_tokens)
             loss.backward()

@@ -245,15 +245,15 @@ def grpo_update(policy: GPT, reference: GPT | None, optimizer: Optimizer, rollou
             # subtle: detach(), not no_grad(), under which torch.compile makes other code, which rounds differently. The
             # ratio should differ from 1 by what the updates changed, and by nothing else.
             is_first = not minibatches
-            logp_old = None if is_first else token_logprobs(policy, batch.idx).detach()  # (n, T-1)
-            logp_ref = token_logprobs(reference, batch.idx).detach() if cfg.kl_coef else None
+            logp_old = None if is_first else token_logprobs(policy, batch.idx, mask=batch.mask).detach()  # (n, T-1)
+            logp_ref = token_logprobs(reference, batch.idx, mask=batch.mask).detach() if cfg.kl_coef else None
             batches.append((batch, logp_old, logp_ref))
         minibatches.append((normalizer(n_rows, n_tokens, cfg.normalize, cfg.rl_max_new_tokens), batches))
 
     loss_sum, norm_sum = 0.0, 0.0
     for denominator, batches in minibatches:
         for batch, logp_old, logp_ref in batches:
-            logp = token_logprobs(policy, batch.idx)  # (n, T-1)
+            logp = token_logprobs(policy, batch.idx, mask=batch.mask)  # (n, T-1)
             if logp_old is None:  # the first minibatch: pi_old is the policy
                 logp_old = logp.detach()
             loss, metrics = grpo_loss(logp, logp_old, logp_ref, adv[batch.rows].to(device), batch.mask,

@@ -2,43 +2,61 @@
 its optimizer.
 
 The block is Llama's: RMSNorm before attention and before a SwiGLU, rotary positions, no biases. The embedding is tied
-to the output. So the weights can move to other tools and back.
+to the output. So the weights can move to other tools and back. The last fields of GPTConfig are what published models
+of the families Llama, Qwen2 and Qwen3 do otherwise (data/pretrained.py reads those); the models made here leave them as
+they are.
 
     x = x + attention(rmsnorm(x))
     x = x + (silu(x' Wg) * (x' Wu)) Wd,  x' = rmsnorm(x)
 
-Shapes: B batch, T tokens, V vocabulary, H heads, D head size, C = H * D width.
+Shapes: B batch, T tokens, V vocabulary, H heads, D head size, C width (here H * D).
 
 Two things matter to RL. `generate` samples from exactly softmax(logits / temperature): nothing is cut off (no top-k, no
 top-p), and the stop token that was sampled is returned. `token_logprobs` is the logarithm of exactly that distribution.
 If the two disagreed, the importance ratio of a policy that has not moved would not be 1.
 """
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from parallel import all_reduce_gradients
+
+LARGE_VOCABULARY = 4_096    # above this many tokens, token_logprobs computes the logits in parts
+LOGITS_AT_A_TIME = 2**24    # as many logits as a part has, 64 MB
 
 
 @dataclass
 class GPTConfig:
-    """The shape of a GPT. Raises ValueError if the heads do not divide the width into even sizes."""
+    """The shape of a GPT. A size of 0 is replaced by the usual one. Raises ValueError if the heads do not divide the
+    width into even sizes, or do not share their keys and values evenly."""
     vocab_size: int
     block_size: int = 128  # longest sequence, in tokens
     n_layer: int = 4
     n_head: int = 3
     n_embd: int = 96
+    n_hidden: int = 0      # width inside the SwiGLU; usually 8/3 of n_embd, to the nearest multiple of 32
+    n_kv_head: int = 0     # heads of keys and values, each shared by n_head / n_kv_head heads; usually n_head
+    head_size: int = 0     # usually n_embd / n_head
+    rope_theta: float = 10_000.0  # base of the rotary frequencies
+    rope_scaling: tuple[float, float, float, int] | None = None  # Llama 3's: see rotary_frequencies
+    eps: float = 1e-5             # of RMSNorm
+    qkv_bias: bool = False        # biases on q, k and v (Qwen2)
+    qk_norm: bool = False         # RMSNorm over each head of q and k (Qwen3)
+    tied: bool = True             # the output matrix is the embedding
 
     def __post_init__(self):
-        if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
+        if not self.head_size and (self.n_embd % self.n_head or self.n_embd // self.n_head % 2):
             raise ValueError(f"n_embd {self.n_embd} must be n_head {self.n_head} times an even head size")
-
-    @property
-    def n_hidden(self) -> int:
-        """Width inside the SwiGLU: 8/3 of n_embd, as in Llama, to the nearest multiple of 32."""
-        return max(1, round(8 * self.n_embd / 3 / 32)) * 32
+        self.n_hidden = self.n_hidden or max(1, round(8 * self.n_embd / 3 / 32)) * 32
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.head_size = self.head_size or self.n_embd // self.n_head
+        if self.n_head % self.n_kv_head or self.head_size % 2:
+            raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}, and head_size "
+                             f"{self.head_size} even")
 
 
 class KVCache:
@@ -53,15 +71,16 @@ class KVCache:
         # subtle: these are parameters, or the compiler would treat their sizes as variables.
         self.weights = [[nn.Parameter(weight, requires_grad=False) for weight in block.weights(model.dtype)]
                         for block in model.blocks]
+        self.output = nn.Parameter(model.output_weight(), requires_grad=False)
         self.pad = pad          # (B,) columns on the left that hold no token
         # subtle: not -inf. A padding column sees no other column; its softmax over nothing would be NaN.
         self.mask = (torch.arange(max_len, device=pad.device) < pad[:, None]) * -1e9  # (B, max_len), added to scores
         self.max_len = max_len  # columns to make room for
         self.length = 0         # columns written
-        self.kv = {}            # layer -> keys and values, (B, H, max_len, D) each, in the type of the products
+        self.kv = {}            # layer -> keys and values, (B, n_kv_head, max_len, D) each, in the type of the products
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, H, T, D) after the columns written so far -> all keys and values, (B, H, length + T, D)."""
+        """Write k, v (B, n_kv_head, T, D) after the columns written so far -> all of them, (.., length + T, D)."""
         B, H, T, D = k.shape
         if layer not in self.kv:
             self.kv[layer] = [k.new_empty(B, H, self.max_len, D) for _ in range(2)]
@@ -86,6 +105,21 @@ class KVCache:
                 pair[i] = x[:size]
 
 
+def rotary_frequencies(config: GPTConfig) -> Tensor:
+    """Radians a token of each pair of a head's numbers, (D/2,).
+
+    With rope_scaling (factor, low, high, context), Llama 3 stretches the slow frequencies for longer texts. Those that
+    turn less than `low` times in the `context` tokens of pretraining are divided by `factor`, those that turn more than
+    `high` times stay, and those in between are interpolated.
+    """
+    frequency = config.rope_theta ** (-torch.arange(0, config.head_size, 2) / config.head_size)
+    if config.rope_scaling:
+        factor, low, high, context = config.rope_scaling
+        kept = ((context * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (kept + (1 - kept) / factor)
+    return frequency
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding (RoFormer, arXiv 2104.09864), with the halves paired as in Llama: x (B, H, T, D), cos
     and sin of the angles, broadcastable to (B, 1, T, D/2)."""
@@ -96,10 +130,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        c = config
-        self.n_head = c.n_head
-        self.norm1, self.norm2 = nn.RMSNorm(c.n_embd, eps=1e-5), nn.RMSNorm(c.n_embd, eps=1e-5)
-        self.q, self.k, self.v, self.o = (nn.Linear(c.n_embd, c.n_embd, bias=False) for _ in range(4))
+        c = self.config = config
+        self.norm1, self.norm2 = nn.RMSNorm(c.n_embd, eps=c.eps), nn.RMSNorm(c.n_embd, eps=c.eps)
+        self.q, self.k, self.v = (nn.Linear(c.n_embd, heads * c.head_size, bias=c.qkv_bias)
+                                  for heads in (c.n_head, c.n_kv_head, c.n_kv_head))
+        self.o = nn.Linear(c.n_head * c.head_size, c.n_embd, bias=False)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = nn.RMSNorm(c.head_size, eps=c.eps), nn.RMSNorm(c.head_size, eps=c.eps)
         self.gate, self.up = (nn.Linear(c.n_embd, c.n_hidden, bias=False) for _ in range(2))
         self.down = nn.Linear(c.n_hidden, c.n_embd, bias=False)
 
@@ -111,7 +148,7 @@ class Block(nn.Module):
         torch.autocast casts them too, but it keeps the copies until its context ends, so that a second update inside
         that context would be computed with old weights.
         """
-        qkv = torch.cat((self.q.weight, self.k.weight, self.v.weight))  # (3 C, C)
+        qkv = torch.cat((self.q.weight, self.k.weight, self.v.weight))  # ((H + 2 n_kv_head) D, C)
         gate_up = torch.cat((self.gate.weight, self.up.weight))  # (2 hidden, C)
         return tuple(weight.to(dtype) for weight in (qkv, self.o.weight, gate_up, self.down.weight))
 
@@ -122,9 +159,15 @@ class Block(nn.Module):
         cos, sin and mask have the type of the matrix products; x, the sum of all blocks so far, is float32.
         """
         qkv, o, gate_up, down = self.weights(mask.dtype) if cache is None else cache.weights[layer]
-        h = F.linear(self.norm1(x).to(mask.dtype), qkv)  # (B, T, 3 C)
-        q, k, v = (y.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for y in h.chunk(3, dim=-1))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, H, T, D)
+        c = self.config
+        h = F.linear(self.norm1(x).to(mask.dtype), qkv)  # (B, T, (H + 2 n_kv_head) D)
+        if c.qkv_bias:
+            h = (h + torch.cat((self.q.bias, self.k.bias, self.v.bias))).to(mask.dtype)
+        q, k, v = (y.transpose(1, 2) for y in h.unflatten(-1, (-1, c.head_size)).split(
+            (c.n_head, c.n_kv_head, c.n_kv_head), dim=2))  # (B, H, T, D), (B, n_kv_head, T, D) twice
+        if c.qk_norm:
+            q, k = self.q_norm(q.float()).to(mask.dtype), self.k_norm(k.float()).to(mask.dtype)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         y = attend(q, k, v, mask, fused=cache is not None or q.device.type != "cpu")
@@ -134,12 +177,16 @@ class Block(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, fused: bool) -> Tensor:
-    """softmax(q k' / sqrt(D) + mask) v: q (B, H, T, D), k and v (B, H, T', D) -> (B, H, T, D).
+    """softmax(q k' / sqrt(D) + mask) v: q (B, H, T, D), k and v (B, n_kv_head, T', D) -> (B, H, T, D).
 
+    Heads that share their keys and values are computed as further rows of one head, so that nothing is copied.
     There are three ways to compute it, each the quickest somewhere. When one token is sampled by compiled code, sums
     over products become one loop. On a cache, or on a GPU, the fused kernel reads keys and values where they lie. In
     training on a CPU, two matrix products are quicker than the fused kernel, whose backward pass is slow there.
     """
+    if (n_shared := q.size(1) // k.size(1)) > 1:
+        rows = q.reshape(q.size(0), k.size(1), -1, q.size(3))  # (B, n_kv_head, n_shared T, D)
+        return attend(rows, k, v, torch.cat([mask] * n_shared, dim=-2), fused).reshape(q.shape)
     if torch.compiler.is_compiling() and q.size(2) == 1:
         scores = (q.float() * k).sum(dim=-1)[:, :, None] * q.size(-1) ** -0.5 + mask  # (B, H, 1, T')
         return (scores.softmax(dim=-1).mT * v).sum(dim=2, keepdim=True).to(q.dtype)
@@ -162,14 +209,13 @@ class GPT(nn.Module):
         self.config, self.dtype = config, dtype
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = nn.RMSNorm(config.n_embd, eps=1e-5)
+        self.norm = nn.RMSNorm(config.n_embd, eps=config.eps)
+        self.output = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
                 residual = name.endswith(("o.weight", "down.weight"))
                 nn.init.normal_(weight, std=0.02 / (2 * config.n_layer) ** 0.5 if residual else 0.02)
-        head_size = config.n_embd // config.n_head
-        frequency = 10_000.0 ** (-torch.arange(0, head_size, 2) / head_size)  # (D/2,)
-        angle = torch.outer(torch.arange(config.block_size), frequency)  # (block_size, D/2)
+        angle = torch.outer(torch.arange(config.block_size), rotary_frequencies(config))  # (block_size, D/2)
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
@@ -179,6 +225,18 @@ class GPT(nn.Module):
 
     def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """idx (B, T) -> logits (B, T, V). With a cache, idx continues what the cache holds."""
+        return self.logits(self.hidden(idx, cache), cache)
+
+    def logits(self, hidden: Tensor, cache: KVCache | None = None) -> Tensor:
+        """What `hidden` returned, (.., C) -> logits (.., V)."""
+        return F.linear(hidden, cache.output if cache else self.output_weight())
+
+    def output_weight(self) -> Tensor:
+        """The matrix that makes logits of the last block's output, (V, C), in the type of the products."""
+        return (self.embedding if self.output is None else self.output).weight.to(self.dtype)
+
+    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """idx (B, T) -> what the output matrix reads, (B, T, C), in the type of the products."""
         start = cache.length if cache else 0
         T, end = idx.size(1), start + idx.size(1)
         if end > self.config.block_size:
@@ -199,7 +257,7 @@ class GPT(nn.Module):
             x = block(x, cos, sin, mask) if cache is None else block.forward(x, cos, sin, mask, cache, layer)
         if cache is not None:
             cache.length = end
-        return F.linear(self.norm(x).to(self.dtype), self.embedding.weight.to(self.dtype))
+        return self.norm(x).to(self.dtype)
 
     def next_token(self, token: Tensor, cache: KVCache, temperature: float, u: Tensor) -> tuple[Tensor, Tensor]:
         """Read one token a row, token (B,), after what the cache holds, and draw the next one as `sample` does."""
@@ -277,13 +335,26 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, tempe
     return (completions, logp) if return_logprobs else completions
 
 
-def token_logprobs(model: GPT, idx: Tensor, *, temperature: float = 1.0) -> Tensor:
+def token_logprobs(model: GPT, idx: Tensor, *, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
     """log p(idx[:, t+1] | idx[:, :t+1]) under softmax(logits / temperature), what `generate` samples from.
 
-    idx (B, T) -> (B, T-1), float32.
+    idx (B, T) -> (B, T-1), float32. The mask (B, T-1) says which of them are wanted; the others may be 0 instead.
+
+    With a large vocabulary the logits would be most of a training step's memory. So they are computed in parts, for the
+    wanted tokens only, and the backward pass computes them again instead of keeping them.
     """
-    logp = (model(idx[:, :-1]).float() / temperature).log_softmax(dim=-1)  # (B, T-1, V)
-    return logp.gather(-1, idx[:, 1:, None])[..., 0]
+    def logp(hidden: Tensor, output: Tensor, target: Tensor) -> Tensor:
+        logits = F.linear(hidden, output).float() / temperature
+        return logits.log_softmax(dim=-1).gather(-1, target[..., None])[..., 0]
+
+    hidden, output, target = model.hidden(idx[:, :-1]), model.output_weight(), idx[:, 1:]
+    if len(output) <= LARGE_VOCABULARY:
+        return logp(hidden, output, target)  # (B, T-1)
+    wanted = torch.ones_like(target, dtype=torch.bool) if mask is None else mask.bool()
+    size = max(1, LOGITS_AT_A_TIME // len(output))  # tokens of a part
+    parts = [checkpoint(logp, h, output, t, use_reentrant=False)
+             for h, t in zip(hidden[wanted].split(size), target[wanted].split(size))]
+    return hidden.new_zeros(target.shape, dtype=torch.float32).masked_scatter(wanted, torch.cat(parts))
 
 
 class Muon(torch.optim.Optimizer):

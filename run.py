@@ -15,7 +15,6 @@ Checkpoints are loaded with weights_only=True, which executes nothing in them.
 import argparse
 import dataclasses
 import difflib
-import io
 import json
 import math
 import os
@@ -27,16 +26,18 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import BinaryIO, Literal, get_args
 
 import torch
 
-from model import GPT, GPTConfig, generate
+from data.chat import R1_ZERO
+from model import GPT, GPTConfig, generate, token_logprobs
 from parallel import barrier, check_launcher, rank
 
+DEEP = 12  # sampling by a model of more layers is not compiled: one step is all layers, at 3 s each
 PRETRAIN_PRINT = 20  # pretraining steps between lines on the terminal; log.jsonl has them all
-SHOWN = ("loss", "heldout_loss", "reward", "accuracy", "format", "length", "reflection", "kl", "entropy", "no_signal",
-         "accepted", "tokens_per_s")  # the metrics on a terminal line; log.jsonl has them all
+SHOWN = ("loss", "heldout_loss", "heldout_accuracy", "reward", "accuracy", "format", "length", "reflection", "kl",
+         "entropy", "no_signal", "accepted", "tokens_per_s")  # the metrics on a terminal line; log.jsonl has them all
 
 
 class UsageError(ValueError):
@@ -74,6 +75,7 @@ class Config:
     micro_batch: int = option(4_096, "tokens computed at a time in training, which bounds the memory")
     save_every: float = option(20.0, "seconds between checkpoints within a stage; 0 saves every step", low=0)
     student_rl: bool = option(False, "also train the control: RL on the student's base")
+    eval_every: int = option(0, "RL steps between two looks at held-out problems; 0: never", low=0)
     # the task: see data/arithmetic.py and data/countdown.py, or data/own.py for files of your own
     seed: int = option(0, "decides weights, corpus, problems and samples", *TASK, low=0)
     task: Literal["arithmetic", "countdown"] = option("arithmetic", "the built-in problems and their corpus", *TASK)
@@ -84,6 +86,9 @@ class Config:
     worked_share: float = option(1.0, "share kept of the corpus's answers that show working", *BASES, low=0, high=1)
     wait_share: float = option(1.0, "share kept of the corpus's answers that recheck steps", *BASES, low=0, high=1)
     problems: str = option("", "a JSONL file of problems in place of the built-in ones", *SAMPLES)
+    init: str = option("", "a folder with a model from elsewhere, which becomes the base", *TASK)
+    instruction: str = option(R1_ZERO, "what stands before the questions of a model from --init", *SAMPLES)
+    shots: int = option(0, "worked examples before each question of a model from --init", *SAMPLES, low=0)
     corpus: str = option("", "a file of text that the bases read in place of the built-in corpus", *BASES)
     corpus_share: float = option(1.0, "share of that text; the rest is the built-in corpus", *BASES, high=1)
     block_size: int = option(128, "longest sequence, in tokens", *BASES)
@@ -91,7 +96,7 @@ class Config:
     n_layer: int = option(4, "layers of the teacher", BASE)
     n_head: int = option(3, "attention heads of the teacher", BASE)
     n_embd: int = option(96, "width of the teacher", BASE)
-    base_tokens: int = option(6_500_000, "tokens that the base is trained on, each once", BASE)
+    base_tokens: int = option(6_500_000, "tokens that the base is trained on, each once", BASE, low=0)
     base_batch: int = option(32, "rows of block_size tokens in an update", BASE)
     base_muon_lr: float = option(0.02, "learning rate of Muon, for both bases", *BASES)
     base_adam_lr: float = option(3e-3, "learning rate of AdamW, for both bases", *BASES)
@@ -117,14 +122,15 @@ class Config:
     student_n_layer: int = option(3, "layers of the student", STUDENT_BASE)
     student_n_head: int = option(2, "attention heads of the student", STUDENT_BASE)
     student_n_embd: int = option(44, "width of the student", STUDENT_BASE)
-    student_base_tokens: int = option(6_000_000, "tokens that the student's base is trained on", STUDENT_BASE)
+    student_init: str = option("", "the student's base; by default every second layer of --init", STUDENT_BASE)
+    student_base_tokens: int = option(6_000_000, "tokens that the student's base is trained on", STUDENT_BASE, low=0)
     student_base_batch: int = option(32, "rows of block_size tokens in an update", STUDENT_BASE)
     distill_longer: bool = option(True, "also ask problems longer than those of RL", STUDENT, STUDENT_RL, absent=False)
     distill_steps: int = option(50, "steps, each with new completions", STUDENT, STUDENT_RL)
     distill_prompts: int = option(512, "problems of a step, one completion each", STUDENT, STUDENT_RL)
     distill_minibatches: int = option(8, "updates in an epoch over a step's completions", STUDENT, STUDENT_RL)
     distill_epochs: int = option(3, "epochs over a step's completions", STUDENT, STUDENT_RL, absent=1)
-    distill_muon_lr: float = option(7e-3, "learning rate of Muon", STUDENT)
+    distill_muon_lr: float = option(7e-3, "learning rate of Muon; 0 leaves all to AdamW", STUDENT, low=0)
     distill_adam_lr: float = option(1.5e-3, "learning rate of AdamW", STUDENT)
     divergence: Literal["forward", "reverse", "jsd", "sft"] = option("forward", "the loss: see distill.py", STUDENT)
     distill_temperature: float = option(2.0, "temperature at which both distributions are compared", STUDENT)
@@ -145,6 +151,11 @@ PRESETS = {
                  student_n_head=1, student_n_embd=32, student_base_tokens=300_000, student_base_batch=16,
                  distill_steps=8, distill_prompts=128, eval_problems=32, on_policy=True),
 }
+# What --init brings with it: a published model learns in small steps, and each of its samples is dear.
+OF_INIT = dict(micro_batch=512, save_every=120.0, block_size=1024, base_tokens=0, rl_steps=50,
+               rl_prompts=8, rl_minibatches=1, rl_max_new_tokens=64, rl_lr=1e-5, eval_every=10, eval_problems=64,
+               student_base_tokens=0, distill_steps=25, distill_prompts=64, distill_minibatches=2, distill_epochs=1,
+               distill_muon_lr=0.0, distill_adam_lr=3e-4)
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 
 
@@ -179,17 +190,24 @@ def check(cfg: Config) -> None:
     """Raises ValueError where settings that are each right do not go together."""
     for prefix in ("", "student_"):
         GPTConfig(1, cfg.block_size, *(getattr(cfg, prefix + key) for key in ("n_layer", "n_head", "n_embd")))
-    of_arithmetic = ("max_ops", "max_factor", "parentheses")
+    def changed(*names: str) -> bool:
+        return any(getattr(cfg, name) != FIELDS[name].default for name in names)
+
     for wrong, line in (
-        (cfg.task != "arithmetic" and any(getattr(cfg, key) != FIELDS[key].default for key in of_arithmetic),
+        (cfg.task != "arithmetic" and changed("max_ops", "max_factor", "parentheses"),
          "--max_ops, --max_factor and --parentheses are settings of --task=arithmetic"),
         (not cfg.accuracy_weight and not cfg.format_weight, "--accuracy_weight and --format_weight cannot both be 0"),
         (cfg.corpus_share < 1 and not cfg.corpus, "--corpus_share needs a --corpus"),
         (cfg.block_size % 8, "--block_size must be a multiple of 8, as the lengths of micro-batches are"),
         (cfg.ref_every and not cfg.kl_coef, "--ref_every refreshes the reference, which only a --kl_coef above 0 has"),
         (cfg.on_policy and cfg.divergence == "sft", "--divergence=sft learns the teacher's samples: not --on_policy"),
-        (min(cfg.base_tokens // cfg.base_batch, cfg.student_base_tokens // cfg.student_base_batch) < cfg.block_size,
+        (any(tokens // batch < cfg.block_size and not (cfg.init and tokens == 0) for tokens, batch in (
+            (cfg.base_tokens, cfg.base_batch), (cfg.student_base_tokens, cfg.student_base_batch))),
          "--base_tokens and --student_base_tokens must be one batch at least"),
+        (not cfg.init and changed("student_init", "instruction", "shots"),
+         "--student_init, --instruction and --shots need an --init"),
+        (cfg.init and changed(*(part + key for part in ("", "student_") for key in ("n_layer", "n_head", "n_embd"))),
+         "--n_layer, --n_head and --n_embd are of models made here: the folders of --init have sizes of their own"),
         (cfg.device != "auto" and not has(cfg.device), f"--device={cfg.device}: torch sees no such GPU here"),
     ):
         if wrong:
@@ -239,6 +257,10 @@ def parse_args(argv: list[str], description: str = "") -> tuple[Config, argparse
     parser.add_argument("--preset", choices=PRESETS, help="a set of values for the settings below")
     parser.add_argument("--stage", choices=(BASE, ZERO, STUDENT), help="train one stage alone")
     parser.add_argument("--ask", metavar="PROBLEM", help="print what each model in --out answers")
+    parser.add_argument("--samples", type=number(int, None, None), default=1, metavar="N", help="answers to --ask")
+    parser.add_argument("--temperature", type=number(float, 0, None), metavar="T",
+                        help="at which they are sampled (default: 0, the likeliest tokens; 1 with several --samples)")
+    parser.add_argument("--evaluate", metavar="FILE", help="evaluate what is in --out on a JSONL file of problems")
     parser.add_argument("--out", metavar="DIR", help="where the run writes; out/, or out/PRESET, by default")
     for name, field in FIELDS.items():
         choices = ("True", "False") if field.type is bool else get_args(field.type) or None
@@ -252,7 +274,7 @@ def parse_args(argv: list[str], description: str = "") -> tuple[Config, argparse
                          + (f"did you mean --{near[0]}=VALUE?" if near else "see --help"))
     given = {name: value == "True" if FIELDS[name].type is bool else value
              for name, value in vars(options).items() if name in FIELDS and value is not None}
-    return Config(**PRESETS.get(options.preset, {}) | given), options
+    return Config(**(OF_INIT if options.init else {}) | PRESETS.get(options.preset, {}) | given), options
 
 
 # The machine
@@ -319,43 +341,79 @@ def compiled(model: GPT, cfg: Config, training: bool = False, sampling: bool = F
             for block in model.blocks:
                 block.compile(dynamic=True)
             # The compiler writes other code for more than 4,096 tokens, which is why micro_batch is 4,096.
-            length = model.config.block_size - 3
+            length = min(model.config.block_size, cfg.micro_batch // 2) - 3
             idx = torch.zeros(max(2, cfg.micro_batch // length - 1), length, dtype=torch.long, device=cfg.device)
-            model(idx).float().sum().backward()
+            model.hidden(idx).float().sum().backward()
             model.zero_grad(set_to_none=True)
-        if sampling:
+        if sampling and model.config.n_layer <= DEEP:
             model.next_token = torch.compile(model.next_token, dynamic=True)
             generate(model, [[0] * 11], 3, eos_id=-1, samples=509)
         torch.compiler.set_stance("eager_on_recompile")
     return model
 
 
+def forecast(model: GPT, cfg: Config, task) -> str:
+    """A line with the time and the disk that a run from this base may take at most, from two short trials."""
+    prompt = task.encode_prompt(task.make_problem(random.Random(0)))
+    length, rows = len(prompt) + cfg.rl_max_new_tokens, cfg.rl_prompts * cfg.rl_samples
+    idx = torch.zeros(max(1, cfg.micro_batch // length), length, dtype=torch.long, device=cfg.device)
+
+    def sample(n_tokens: int) -> None:
+        generate(model, [prompt] * cfg.rl_prompts, n_tokens, eos_id=-1, samples=cfg.rl_samples)
+
+    def update() -> None:
+        token_logprobs(model, idx).sum().backward()
+        model.zero_grad(set_to_none=True)
+
+    def seconds(action, *args) -> float:
+        action(*args)  # the first time is slower
+        began = time.perf_counter()
+        action(*args)
+        return time.perf_counter() - began
+
+    one, nine = seconds(sample, 1), seconds(sample, 9)
+    sampling = (one + (nine - one) / 8 * cfg.rl_max_new_tokens) / rows  # seconds of a completion
+    learning = seconds(update) / len(idx) * (4 / 3 if cfg.kl_coef else 1)  # the reference reads it too
+    learnt = cfg.rl_steps * rows + cfg.distill_steps * cfg.distill_prompts * cfg.distill_epochs
+    evaluated = 4 * cfg.eval_problems * 16 * len(task.held_out)
+    minutes = (learnt * (sampling + learning) + evaluated * sampling) / 60
+    # 4 bytes a weight in base, zero, zero_best, student_base and student, and three times in resume.pt
+    return (f"{model.n_params():,} parameters: all stages take at most {minutes:.0f} minutes here and "
+            f"{8 * 4 * model.n_params() / 1e9:.1f} GB on disk")
+
+
 # Files
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, if this is rank 0. Raises UsageError, with the old content intact, if it cannot
-    be written."""
-    if rank():
-        return
-    temporary = path.with_name(path.name + ".tmp")
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, whose content takes the place of `path` whole or not at all; only rank 0 writes. Raises
+    UsageError, with the old content intact, if it cannot be written."""
+    temporary = Path(os.devnull) if rank() else path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
+            if not rank():
+                os.fsync(file.fileno())
+        if not rank():
+            os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         temporary.unlink(missing_ok=True)
-        raise UsageError(f"cannot write {path}: {error.strerror}; what was saved before is intact") from None
+        raise UsageError(f"cannot write {path}: {error}; what was saved before is intact") from None
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, as `whole_file` does."""
+    with whole_file(path) as file:
+        file.write(content)
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
-    """torch.save by way of memory: onto a full disk it would fail with an error of its own kind."""
-    if not rank():
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        write_file(path, buffer.getvalue())
+    """Write a checkpoint whole or not at all. It goes to the file piece by piece: in memory it would be a second copy
+    of the model."""
+    with whole_file(path) as file:
+        torch.save(content, file)
 
 
 def load_checkpoint(path: Path, stage: str | None = None) -> dict:
@@ -482,10 +540,11 @@ def train_stage(run: Run, name: str, steps: int, parts: dict, train_step: Callab
     """Run train_step(1..steps) -> metrics, from resume.pt if it is this stage's, and leave NAME.pt.
 
     parts are the objects with a state_dict that the steps change; parts["model"] is what the stage makes. Each step is
-    logged, with tokens_per_s in place of its metric "tokens"; the state is saved every save_every seconds. Raises
-    UsageError if a metric is no longer finite.
+    logged, with tokens_per_s in place of its metric "tokens". The state is saved every save_every seconds, or as often
+    as takes a twentieth of the time. The model of the best heldout_accuracy so far is kept in NAME_best.pt, for RL that
+    gets worse again. Raises UsageError if a metric is no longer finite.
     """
-    resume, step, seconds, saved_step = run.path("resume"), 0, 0.0, 0
+    resume, step, seconds, saved_step, save_seconds = run.path("resume"), 0, 0.0, 0, 0.0
 
     def save(path: Path, **more) -> None:
         save_checkpoint(path, {
@@ -501,6 +560,7 @@ def train_stage(run: Run, name: str, steps: int, parts: dict, train_step: Callab
     barrier()  # all ranks have read resume.pt, which rank 0 may now replace
     rows = [row for row in run.log_rows() if row["stage"] != name or row["step"] <= step]
     write_file(run.out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    best = max([row.get("heldout_accuracy", 0.0) for row in rows if row["stage"] == name], default=0.0)
     began, first = run.began - seconds, step + 1  # the stage's seconds go on from those of the checkpoint
     looping = saved_at = time.perf_counter()
     with open(os.devnull if rank() else run.out / "log.jsonl", "a") as log:
@@ -520,9 +580,14 @@ def train_stage(run: Run, name: str, steps: int, parts: dict, train_step: Callab
                 eta = (steps - step) * (time.perf_counter() - looping) / (step + 1 - first)
                 shown = "  ".join(f"{key} {metrics[key]:.4g}" for key in SHOWN if metrics.get(key) is not None)
                 print(f"{name} {step}/{steps}  {shown}  eta {eta:.0f} s", flush=True)
-            if time.perf_counter() - saved_at >= run.cfg.save_every:
+            if metrics.get("heldout_accuracy", 0.0) > best:
+                best = metrics["heldout_accuracy"]
+                save(run.path(f"{name}_best"))
+            # with save_every=0 each step is saved, however long it takes
+            if time.perf_counter() - saved_at >= max(run.cfg.save_every, bool(run.cfg.save_every) * 19 * save_seconds):
+                began_saving = time.perf_counter()
                 save(resume, parts={key: part.state_dict() for key, part in parts.items()})
-                saved_at, saved_step = time.perf_counter(), step
+                saved_at, saved_step, save_seconds = time.perf_counter(), step, time.perf_counter() - began_saving
     save(run.path(name))
     if not rank():
         resume.unlink(missing_ok=True)

@@ -11,6 +11,8 @@
     python train.py --student_rl=True          the control too; a finished run may gain it
     python train.py --preset=tiny              the same in under a minute: does it run at all?
     python train.py --ask="8*7-19"             what each model answers
+    python train.py --evaluate=FILE            what each model reaches on a file of problems
+    python train.py --init=DIR                 the base is a model from elsewhere: see docs/real_model.md
     python train.py --seed=1 --out=out/seed1   --key=value sets any field of Config in run.py
     torchrun --standalone --nproc_per_node=2 train.py    in several processes: see parallel.py
 
@@ -24,6 +26,7 @@ import dataclasses
 import functools
 import math
 import os
+import random
 import sys
 import time
 from collections import Counter
@@ -37,16 +40,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.arithmetic import Arithmetic
+from data.chat import Pretrained
 from data.countdown import Countdown
-from data.own import OwnCorpus, OwnProblems, fingerprint, path_of
+from data.own import OwnCorpus, OwnProblems, fingerprint, path_of, read_problems
+from data.pretrained import load_model, same_tokenizer
 from distill import distill_step
 from grpo import grpo_step, sample_rollout
 from model import GPT, GPTConfig, Optimizer, generate
 from parallel import all_reduce, broadcast, end, init, per_rank, rank, world_size
 from rewards import accuracy_reward, extract_answer, format_reward, reflects
 from run import (BASE, DEPENDS, FIELDS, STUDENT, STUDENT_BASE, STUDENT_RL, ZERO, Config, Run, UsageError, build_model,
-                 check, compiled, load_checkpoint, lock, lr_schedule, open_run, parse_args, seeded, train_stage,
-                 tune_libraries, write_file)
+                 check, compiled, forecast, load_checkpoint, lock, lr_schedule, open_run, parse_args, seeded,
+                 train_stage, tune_libraries, write_file)
 
 EVAL_SAMPLES = 16  # completions of each evaluated problem, for maj@16 and pass@16
 
@@ -64,9 +69,15 @@ def make_task(cfg: Config):
     else:
         task = Arithmetic(cfg.max_ops, cfg.max_number, cfg.max_factor, cfg.parentheses, cfg.worked_share,
                           cfg.wait_share)
+    if cfg.init:
+        task, rng = Pretrained(task, path_of(cfg.init), cfg.instruction), random.Random(f"{cfg.seed}/shots")
+        task.show([task.make_problem(rng) for _ in range(0 if cfg.problems else cfg.shots)])
+        if cfg.student_init and not same_tokenizer(path_of(cfg.student_init), path_of(cfg.init)):
+            raise ValueError(f"{path_of(cfg.student_init)} has another tokenizer than {path_of(cfg.init)}")
     if cfg.problems:  # "PATH", or "PATH (checksum)" in a run under way; path_of takes the path
         max_answer_tokens = cfg.rl_max_new_tokens - 6  # the rest: four tags, a thought of one token, the stop token
-        task = OwnProblems(task, path_of(cfg.problems), cfg.block_size - cfg.rl_max_new_tokens, max_answer_tokens)
+        task = OwnProblems(task, path_of(cfg.problems), cfg.block_size - cfg.rl_max_new_tokens, max_answer_tokens,
+                           cfg.shots)
     if cfg.corpus:
         task = OwnCorpus(task, path_of(cfg.corpus), cfg.corpus_share)
     if cfg.rl_max_new_tokens + task.max_prompt_tokens > cfg.block_size:
@@ -100,7 +111,7 @@ def load_corpus(task, rows: int, seed: int, length: int, heldout: bool = False) 
     n_tokens, starts = int(1.35 * rows * length), []  # about a quarter is skipped; if it was more, make twice as many
     while len(starts) < rows:
         corpus = task.make_corpus(n_tokens, seed, heldout)
-        documents = np.append(0, np.flatnonzero(corpus == task.encoding.eot_token) + 1)  # where each starts
+        documents = np.append(0, np.flatnonzero(corpus == task.stop_ids[0]) + 1)  # where each starts
         starts, position = [], 0
         while position + length <= len(corpus):
             starts.append(position)
@@ -112,8 +123,24 @@ def load_corpus(task, rows: int, seed: int, length: int, heldout: bool = False) 
     return torch.from_numpy(corpus.astype(np.int32)), torch.tensor(starts[:rows])
 
 
+def starting_model(cfg: Config, task, name: str) -> GPT:
+    """What a base is before it reads the corpus: random weights, or a model from elsewhere. Without a folder of its own
+    the student's base is then the teacher's with every second layer left out."""
+    student = name == STUDENT_BASE
+    if cfg.init:
+        folder = student and cfg.student_init or cfg.init
+        model = load_model(path_of(folder), task.encoding.n_tokens, cfg.block_size, getattr(torch, cfg.dtype))
+        if student and not cfg.student_init:
+            model.blocks = model.blocks[::2]
+            model.config = dataclasses.replace(model.config, n_layer=len(model.blocks))
+        return model
+    shape = [getattr(cfg, "student_" * student + key) for key in ("n_layer", "n_head", "n_embd")]
+    return GPT(GPTConfig(task.encoding.n_vocab, cfg.block_size, *shape), getattr(torch, cfg.dtype))
+
+
 def train_base(run: Run, name: str) -> None:
-    """Pretraining, next-token prediction on the corpus: base, or student_base."""
+    """Pretraining, next-token prediction on the corpus: base, or student_base. A model from elsewhere does without,
+    unless its number of tokens is set."""
     cfg, length = run.cfg, run.cfg.block_size + 1
     n_tokens, batch = {BASE: (cfg.base_tokens, cfg.base_batch),
                        STUDENT_BASE: (cfg.student_base_tokens, cfg.student_base_batch)}[name]
@@ -121,12 +148,14 @@ def train_base(run: Run, name: str) -> None:
     rows = max(cfg.base_tokens, cfg.student_base_tokens) // cfg.block_size  # one corpus serves both bases
     assert batch >= world_size(), "each rank needs at least one row of every batch"
     torch.manual_seed(cfg.seed)
-    prefix = "student_" * (name == STUDENT_BASE)
-    shape = GPTConfig(run.task.encoding.n_vocab, cfg.block_size,
-                      *(getattr(cfg, prefix + key) for key in ("n_layer", "n_head", "n_embd")))
+    model = starting_model(cfg, run.task, name).to(cfg.device)
+    if not steps:
+        if name == BASE:
+            print(forecast(model, cfg, run.task), flush=True)
+        return train_stage(run, name, 0, {"model": model}, None)
     with ThreadPoolExecutor(1) as pool:  # the corpus is made while the C++ compiler works for torch.compile
         made = pool.submit(load_corpus, run.task, rows, cfg.seed, length)
-        model = compiled(GPT(shape, getattr(torch, cfg.dtype)).to(cfg.device), cfg, training=True)
+        model = compiled(model, cfg, training=True)
     corpus, starts = made.result()
     heldout, heldout_starts = load_corpus(run.task, 2 * batch, cfg.seed, length, heldout=True)
     order = torch.randperm(steps * batch, generator=torch.Generator().manual_seed(cfg.seed))
@@ -169,7 +198,9 @@ def train_zero(run: Run, name: str, policy: GPT) -> None:
     policy = compiled(policy, cfg, training=True, sampling=True)
     # AdamW alone: its steps get smaller where the gradient is noisy, as in RL. Muon's steps always have one size.
     optimizer = Optimizer(policy, cfg.rl_lr, beta2=0.999)
-    parts = {"model": policy, "optimizer": optimizer} | ({"reference": reference} if reference else {})
+    parts = {"model": policy, "optimizer": optimizer} | ({"reference": reference} if cfg.ref_every else {})
+    kind, *_ = task.held_out
+    heldout = task.heldout_problems(min(32, cfg.eval_problems), kind, cfg.seed + 1)[rank()::world_size()]
 
     def step(number: int) -> dict:
         rng, generator = seeded(cfg, name, number)  # by step and rank, so that each rank draws problems of its own
@@ -178,6 +209,11 @@ def train_zero(run: Run, name: str, policy: GPT) -> None:
                                      generator, lr_schedule(number, steps, hold=0.0))
         if cfg.ref_every and number % cfg.ref_every == 0:  # check() in run.py demands a reference for it
             reference.load_state_dict(policy.state_dict())
+        if cfg.eval_every and (number % cfg.eval_every == 0 or number == steps):
+            answers = sample_rollout(policy, heldout, task.reward, task, samples=4, generator=generator,
+                                     max_new_tokens=cfg.rl_max_new_tokens).column("accuracy")
+            right, n = all_reduce(torch.tensor([answers.sum(), len(answers)])).tolist()
+            metrics["heldout_accuracy"] = right / n
         if number in (1, 5, 10) or number % 20 == 0:
             print(f"    {problems[0].question}  ->  {rollout.texts[0]}   reward {rollout.scores[0]['reward']:.1f}")
         return metrics | {"tokens": metrics["length"] * prompts * cfg.rl_samples}
@@ -190,7 +226,7 @@ def train_student(run: Run, name: str, teacher: GPT, student: GPT) -> None:
     cfg, task = run.cfg, run.task
     teacher = compiled(teacher, cfg, training=cfg.divergence != "sft", sampling=not cfg.on_policy)
     student = compiled(student, cfg, training=True, sampling=cfg.on_policy)
-    optimizer = Optimizer(student, cfg.distill_adam_lr, cfg.distill_muon_lr)
+    optimizer = Optimizer(student, cfg.distill_adam_lr, cfg.distill_muon_lr)  # a Muon of rate 0 is none
 
     def step(number: int) -> dict:
         rng, generator = seeded(cfg, name, number)
@@ -229,10 +265,11 @@ def evaluate(model: GPT, problems: list, task, *, max_new_tokens: int, generator
     """
     n, mine = EVAL_SAMPLES, range(rank(), len(problems), world_size())
     counts = torch.zeros(len(problems), 5, dtype=torch.float64)  # of each problem's completions
-    for at in range(0, len(mine), 32):  # 32 * 16 rows of keys and values at a time
-        rollout = sample_rollout(model, [problems[i] for i in mine[at:at + 32]], task.reward, task, samples=n,
+    size = 32 if len(model.blocks) <= 12 else 8  # problems at a time: a deep model's keys and values need room
+    for at in range(0, len(mine), size):
+        rollout = sample_rollout(model, [problems[i] for i in mine[at:at + size]], task.reward, task, samples=n,
                                  max_new_tokens=max_new_tokens, generator=generator)
-        for k, i in enumerate(mine[at:at + 32]):
+        for k, i in enumerate(mine[at:at + size]):
             rows, problem = slice(k * n, (k + 1) * n), problems[i]
             answers = [extract_answer(text) for text in rollout.texts[rows]]
             # canonical: answers that are equal, such as 0.5 and 1/2, are spelled alike and have one vote together
@@ -282,17 +319,23 @@ def machine(cfg: Config) -> str:
     return f"{cfg.device}, {cfg.dtype}, {world_size()} x {cfg.threads} threads"
 
 
+TABLE = ("| model | parameters | problems | pass@1 | maj@16 | pass@16 | format | length | reflection |",
+         "|---|---|---|---|---|---|---|---|---|")
+
+
+def table_row(name: str, params: int, kind: str, m: dict[str, float]) -> str:
+    """What `evaluate` found of a model on one kind of problems, as a row of TABLE."""
+    return (f"| {name} | {params:,} | {kind} | {m['pass@1']:.1%} ± {m['pass@1_se']:.1%} | {m['maj@16']:.1%} | "
+            f"{m['pass@16']:.1%} | {m['format']:.1%} | {m['length']:.1f} | {m['reflection']:.1%} |")
+
+
 def report(run: Run) -> str:
     """results.json and the RL stage's rows as Markdown."""
-    lines = ["| model | parameters | problems | pass@1 | maj@16 | pass@16 | format | length | reflection |",
-             "|---|---|---|---|---|---|---|---|---|"]
+    lines = list(TABLE)
     for name in (stage for stage in STAGES if stage in run.results["models"]):
         found = run.results["models"][name]
         for kind in run.task.held_out:
-            m = found[kind]
-            lines.append(f"| {name} | {found['params']:,} | {kind} | {m['pass@1']:.1%} ± {m['pass@1_se']:.1%} | "
-                         f"{m['maj@16']:.1%} | {m['pass@16']:.1%} | {m['format']:.1%} | {m['length']:.1f} | "
-                         f"{m['reflection']:.1%} |")
+            lines.append(table_row(name, found["params"], kind, found[kind]))
     lines.append("")
     if rows := [row for row in run.log_rows() if row["stage"] == ZERO]:
         for key in ("accuracy", "length"):
@@ -308,14 +351,22 @@ def report(run: Run) -> str:
 # The command line
 
 
-def ask(out: Path, text: str) -> str:
-    """What each finished model in `out` answers, by greedy decoding."""
+def finished_models(out: Path) -> tuple[Config, dict[str, dict]]:
+    """The settings of the run in `out`, and the checkpoints of its finished stages by name. Raises UsageError if there
+    are none."""
     found = {name: load_checkpoint(out / f"{name}.pt", name) for name in DEPENDS if (out / f"{name}.pt").exists()}
     if not found:
-        raise UsageError(f"there is no model in {out}/ to ask: run python train.py first")
-    config = list(found.values())[-1]["config"]  # all models of a run have the same task; no corpus is needed to ask
+        raise UsageError(f"there is no model in {out}/: run python train.py first")
+    config = list(found.values())[-1]["config"]  # all models of a run have the same task
     known = {name: config[name] for name in FIELDS if name in config}  # an older checkpoint may lack some
-    cfg = Config(**known | {"corpus": ""})
+    return Config(**known | {"corpus": ""}), found  # what reads no corpus needs no file of it
+
+
+def ask(out: Path, text: str, samples: int = 1, temperature: float | None = None) -> str:
+    """What each finished model in `out` answers: its likeliest answer, or several at temperature 1 or another."""
+    cfg, found = finished_models(out)
+    if temperature is None:
+        temperature = float(samples > 1)
     try:
         task = make_task(cfg)
         problem = task.parse(text)
@@ -327,10 +378,30 @@ def ask(out: Path, text: str) -> str:
         room = min(cfg.rl_max_new_tokens, model.config.block_size - len(prompt))
         if room < 1:
             raise UsageError(f"--ask: the prompt is too long, {len(prompt)} tokens")
-        ids, = generate(model, [prompt], room, temperature=0.0, eos_id=task.stop_ids)
-        answer = task.encoding.decode([i for i in ids if i not in task.stop_ids])
-        verdict = "right" if accuracy_reward(answer, problem) else "wrong" if problem.answer else ""
-        lines.append(f"{name:13} {verdict:5}  {' '.join(answer.split())}")
+        for ids in generate(model, [prompt], room, temperature=temperature, eos_id=task.stop_ids, samples=samples):
+            answer = task.encoding.decode([i for i in ids if i not in task.stop_ids])
+            verdict = "right" if accuracy_reward(answer, problem) else "wrong" if problem.answer else ""
+            lines.append(f"{name:13} {verdict:5}  {' '.join(answer.split())}")
+    return "\n".join(lines)
+
+
+def evaluate_file(out: Path, path: str) -> str:
+    """What each finished model in `out` reaches on a file of problems (see data/own.py), as Markdown."""
+    cfg, found = finished_models(out)
+    try:
+        task = make_task(cfg)
+        problems = read_problems(path)
+    except ValueError as error:
+        raise UsageError(f"--evaluate: {error}") from None
+    room = max(content["shape"]["block_size"] for content in found.values()) - cfg.rl_max_new_tokens
+    fitting = [problem for problem in problems if len(task.encode_prompt(problem)) <= room]
+    if len(fitting) < 2:
+        raise UsageError(f"--evaluate: {path} has {len(fitting)} problems of at most {room} tokens, 2 are the least")
+    lines = [f"{path}: {len(fitting)} of {len(problems)} problems, those of at most {room} tokens", "", *TABLE]
+    for name, content in found.items():
+        model, generator = build_model(content), torch.Generator().manual_seed(cfg.seed)
+        figures = evaluate(model, fitting, task, max_new_tokens=cfg.rl_max_new_tokens, generator=generator)
+        lines.append(table_row(name, model.n_params(), Path(path).stem, figures))
     return "\n".join(lines)
 
 
@@ -339,10 +410,12 @@ def prepare(cfg: Config) -> tuple[Config, object]:
     try:
         check(cfg)
         task = make_task(cfg)
+        for folder in filter(None, (cfg.init, cfg.student_init)):  # what cannot be loaded is refused before any work
+            load_model(path_of(folder), task.encoding.n_tokens, cfg.block_size)
     except ValueError as error:
         raise UsageError(str(error)) from None
     # a fingerprint is the path and a checksum of the file, so that a changed file is noticed
-    files = {key: fingerprint(path_of(getattr(cfg, key))) for key in ("problems", "corpus")}
+    files = {key: fingerprint(path_of(getattr(cfg, key))) for key in ("problems", "corpus", "init", "student_init")}
     return dataclasses.replace(cfg, **files), task
 
 
@@ -371,9 +444,12 @@ def main(argv: list[str]) -> int:
     try:
         tune_libraries()
         cfg, options = parse_args(argv, __doc__)
-        out = Path(options.out or f"out/{options.preset or ''}")
+        out = Path(options.out or f"out/{options.preset or Path(path_of(cfg.init)).name}")
         if options.ask is not None:
-            print(ask(out, options.ask))
+            print(ask(out, options.ask, options.samples, options.temperature))
+            return 0
+        if options.evaluate is not None:
+            print(evaluate_file(out, options.evaluate))
             return 0
         init()
         if rank():

@@ -62,6 +62,11 @@ class Problem:
         """The text up to where the model goes on."""
         return f"User: {self.question}\nAssistant: "
 
+    @property
+    def working(self) -> str:
+        """The steps of a right solution."""
+        return ", ".join(solve(self.question)[0])
+
     def canonical(self, answer: str) -> str:
         """One spelling for all answers that are equal, so that they have one vote together."""
         return answer

@@ -58,6 +58,10 @@ class Problem(arithmetic.Problem):
     def target(self) -> int:
         return self.solution[-1][2]
 
+    @property
+    def working(self) -> str:
+        return write_steps(self.solution)
+
     def canonical(self, answer: str) -> str:
         """One spelling for all expressions that use the numbers correctly and have the same value. Other text stays.
 

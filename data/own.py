@@ -1,7 +1,8 @@
 """Your own problems and text, from files, in place of the built-in ones or beside them.
 
     --problems=FILE  JSONL with one problem a line: {"prompt": "Calculate 5 - 3.", "answer": "2"}. The line may hold a
-                     "split", "train" or "test"; without it a hash of the prompt puts a tenth on the test side
+                     "split", "train" or "test"; without it a hash of the prompt puts a tenth on the test side. It may
+                     also hold a "solution", the text of a thought, which worked examples need (--shots)
     --corpus=FILE    JSONL, if the name ends in .jsonl, with one document a line: {"text": ...}. Any other file is plain
                      text, with blank lines between its documents
     --corpus_share   the share of this text in the corpus, counted in tokens; the rest is the built-in corpus
@@ -14,6 +15,7 @@ import json
 import random
 import re
 import zlib
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from rewards import TAGS
 
 LONGEST = 2_048  # most tokens of a document; a longer one is cut into several
 NUMBER = re.compile(r"[-+]?([0-9]+(/0*[1-9][0-9]*)?|[0-9]*\.[0-9]+)")  # an integer, a fraction or a decimal
+WRITTEN = re.compile(r"([-+]?)\$?([0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(\.[0-9]+)?\.?")  # such as $1,234.50 or 5.
 
 
 def normalize(text: str) -> str:
@@ -31,18 +34,25 @@ def normalize(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
+@dataclass(frozen=True)
 class Problem(arithmetic.Problem):
-    """A problem from a file. Its question is the file's prompt, and its answer may be spelled in more than one way."""
+    """A problem from a file. Its question is the file's prompt, its working the file's solution, and its answer may be
+    spelled in more than one way."""
+    working: str = ""
 
     def canonical(self, answer: str) -> str:
         """One spelling for all answers that are equal.
 
         subtle: Fraction alone would also take "1_000" and Arabic digits, and would need seconds for "1e3000000".
 
-        >>> [Problem("?", "").canonical(a) for a in ("0.50", "2/4", "New  Delhi")]
-        ['1/2', '1/2', 'new delhi']
+        >>> [Problem("?", "").canonical(a) for a in ("0.50", "2/4", "$1,234.", "New  Delhi")]
+        ['1/2', '1/2', '1234', 'new delhi']
         """
-        return str(Fraction(answer)) if len(answer) <= 100 and NUMBER.fullmatch(answer) else normalize(answer)
+        if len(answer) > 100:
+            return normalize(answer)
+        if written := WRITTEN.fullmatch(answer):
+            answer = written[1] + written[2].replace(",", "") + (written[3] or "")
+        return str(Fraction(answer)) if NUMBER.fullmatch(answer) else normalize(answer)
 
     def check(self, answer: str) -> bool:
         """Is this text equal to the answer?"""
@@ -71,9 +81,24 @@ def read_rows(path: str, *fields: str):
             yield line_no, row
 
 
+def read_problems(path: str) -> list[Problem]:
+    """The problems of a file, each once. Raises ValueError for a bad line."""
+    return list({normalize(row["prompt"]): Problem(row["prompt"].strip(), row["answer"].strip())
+                 for _, row in read_rows(path, "prompt", "answer")}.values())
+
+
 def fingerprint(path: str) -> str:
-    """The path with a checksum of the file, so that a run notices when the file changes; "" for no file."""
-    return f"{path} (crc32 {zlib.crc32(Path(path).read_bytes()):08x})" if path else ""
+    """The path with a checksum of the file, so that a run notices when the file changes; "" for no file. Of a folder it
+    is a checksum of its small files, and of the names and sizes of its weights."""
+    if not path:
+        return ""
+    checksum = 0
+    for file in sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]:
+        if file.suffix == ".safetensors":
+            checksum = zlib.crc32(f"{file.name} {file.stat().st_size}".encode(), checksum)
+        elif file.suffix in (".json", ".jinja") or file == Path(path):
+            checksum = zlib.crc32(file.read_bytes(), checksum)
+    return f"{path} (crc32 {checksum:08x})"
 
 
 def path_of(text: str) -> str:
@@ -83,18 +108,26 @@ def path_of(text: str) -> str:
 
 class OwnProblems:
     """The problems of a file; everything else is the wrapped task's. A prompt has at most max_prompt_tokens tokens, an
-    answer at most max_answer_tokens. Raises ValueError for a bad line, or if there are too few problems."""
+    answer at most max_answer_tokens. The first `shots` training problems that have a solution become worked examples
+    (data/chat.py). Raises ValueError for a bad line, or if there are too few problems."""
 
-    def __init__(self, task, path: str, max_prompt_tokens: int, max_answer_tokens: int):
+    def __init__(self, task, path: str, max_prompt_tokens: int, max_answer_tokens: int, shots: int = 0):
         self.task, self.held_out, self.max_prompt_tokens = task, ("test",), max_prompt_tokens
         self.problems, self.by_prompt, rows, left_out = {"train": [], "test": []}, {}, [], []
         for line_no, row in read_rows(path, "prompt", "answer"):
-            problem = Problem(row["prompt"].strip(), row["answer"].strip())
+            problem = Problem(row["prompt"].strip(), row["answer"].strip(), str(row.get("solution", "")).strip())
             prompt = normalize(problem.question)
             side = row.get("split", "test" if zlib.crc32(prompt.encode()) % 10 == 0 else "train")
             if side not in ("train", "test"):
                 raise ValueError(f'{path}, line {line_no}: "split" must be "train" or "test"')
             rows.append((side, line_no, prompt, problem))
+        tested = {prompt for side, _, prompt, _ in rows if side == "test"}
+        examples = [problem for _, _, prompt, problem in rows if problem.working and prompt not in tested][:shots]
+        if len(examples) < shots:
+            raise ValueError(f'{path}: {len(examples)} training problems have a "solution", fewer than --shots={shots}')
+        if examples:
+            task.show(examples)
+        rows = [row for row in rows if row[3] not in examples]
         for side, line_no, prompt, problem in sorted(rows):  # "test" first: a prompt on both sides is not trained on
             answer_tokens = len(task.encoding.encode_ordinary(problem.answer))
             if (prompt and prompt not in self.by_prompt and len(task.encode_prompt(problem)) <= max_prompt_tokens
@@ -132,14 +165,15 @@ class OwnCorpus:
     line, or if there is too little text."""
 
     def __init__(self, task, path: str, share: float):
-        self.task, self.share, parts = task, share, [np.zeros(0, dtype=np.uint16)]
+        dtype = np.uint16 if task.encoding.n_vocab <= 2**16 else np.int32
+        self.task, self.share, parts = task, share, [np.zeros(0, dtype)]
         texts = ([row["text"] for _, row in read_rows(path, "text")] if path.lower().endswith(".jsonl")
                  else re.split(r"\n[ \t\r]*\n\s*", read_text(path)))
         texts = [text for text in texts if text.strip()]
         random.Random("own text").shuffle(texts)
         for text in texts:
             ids = task.encoding.encode_ordinary(text)
-            parts += [np.array([*ids[at:at + LONGEST - 1], task.encoding.eot_token], dtype=np.uint16)
+            parts += [np.array([*ids[at:at + LONGEST - 1], task.stop_ids[0]], dtype)
                       for at in range(0, len(ids), LONGEST - 1)]
         tokens = np.concatenate(parts)
         if len(tokens) < 10_000:
@@ -151,11 +185,11 @@ class OwnCorpus:
 
     def split_documents(self, tokens: np.ndarray) -> list[np.ndarray]:
         """The documents of a corpus, each with its end of text."""
-        ends = np.flatnonzero(tokens == self.encoding.eot_token) + 1
+        ends = np.flatnonzero(tokens == self.stop_ids[0]) + 1
         return [part for part in np.split(tokens, ends) if len(part)]
 
     def make_corpus(self, n_tokens: int, seed: int, heldout: bool = False) -> np.ndarray:
-        """At least n_tokens token ids, uint16 (n,), with the same share of the text everywhere. A text that is too
+        """At least n_tokens token ids (n,), with the same share of the text everywhere. A text that is too
         short is read again, in another order."""
         rng, own, parts, size, own_size = random.Random(f"own/{seed}"), [], [], 0, 0
         others = self.split_documents(self.task.make_corpus(int(n_tokens * (1 - self.share)) + 1, seed, heldout))[::-1]

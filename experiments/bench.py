@@ -2,7 +2,7 @@
 
     pip install -r experiments/requirements.txt
     python experiments/bench.py                           everything; a row is printed as soon as it is known
-    python experiments/bench.py --only=grpo --reps=3      sampling, pretrain, grpo or distill alone
+    python experiments/bench.py --only=grpo --reps=3      sampling, real, pretrain, grpo or distill alone
     python experiments/bench.py --dtype=float32           no bfloat16; by default each side takes the quicker type
     python experiments/bench.py --device=cpu              cpu or cuda; by default a GPU if there is one
     python experiments/bench.py --beside=../old           the peer is another checkout of nanoR1; needs no installation
@@ -13,6 +13,7 @@ downloaded, and nothing is written outside a temporary folder. What is compared:
 
     sampling   R rows x T new tokens after a prompt of 12, from the whole distribution at temperature 1, with a KV
                cache: generate(samples=8) and transformers' generate(num_return_sequences=8)
+    real       the same by a model of SmolLM2-135M's shape
     pretrain   an update on 32 x 128 tokens: Muon for the layers' matrices, AdamW for the rest, gradients clipped
     grpo       32 prompts x 16 samples x 48 tokens, a reward, group advantages, the token-level loss with a KL penalty
                (k3), one AdamW update: grpo_step and a step of GRPOTrainer.train()
@@ -76,6 +77,7 @@ CFG, ENCODING = Config(), get_tokenizer()
 VOCAB = ENCODING.n_vocab
 TEACHER = GPTConfig(VOCAB, CFG.block_size, CFG.n_layer, CFG.n_head, CFG.n_embd)
 STUDENT = GPTConfig(VOCAB, CFG.block_size, CFG.student_n_layer, CFG.student_n_head, CFG.student_n_embd)
+SMOLLM2 = GPTConfig(49_152, 1024, 30, 9, 576, n_hidden=1536, n_kv_head=3, rope_theta=100_000.0)
 B, T = 32, 128            # the pretraining batch
 PROMPT = 12               # tokens of every prompt; with one length for all, neither side pads
 P, G, NEW = 32, 16, 48    # a GRPO iteration: prompts, samples of each, new tokens
@@ -169,8 +171,8 @@ def ready(config: GPTConfig, option: dict, **passes: bool) -> GPT:
     return compiled(gpt(config, option), dataclasses.replace(CFG, device=option["device"], compile=compile), **passes)
 
 
-def our_sampling(option: dict, turns: Turns, rows: int, new: int) -> None:
-    model = ready(dataclasses.replace(TEACHER, block_size=PROMPT + new), option, sampling=True)
+def our_sampling(option: dict, turns: Turns, shape: GPTConfig, rows: int, new: int) -> None:
+    model = ready(dataclasses.replace(shape, block_size=PROMPT + new), option, sampling=True)
 
     def step():
         completions = generate(model, prompt_ids(rows // 8), new, eos_id=-1, samples=8)
@@ -235,16 +237,16 @@ def llama(config: GPTConfig, attention: str = "sdpa"):
     from transformers import LlamaConfig, LlamaForCausalLM
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=config.vocab_size, max_position_embeddings=config.block_size, num_hidden_layers=config.n_layer,
-        num_attention_heads=config.n_head, hidden_size=config.n_embd, intermediate_size=config.n_hidden,
-        rms_norm_eps=1e-5, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
+        num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head, hidden_size=config.n_embd,
+        intermediate_size=config.n_hidden, rms_norm_eps=1e-5, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
         attn_implementation=attention))
     assert sum(p.numel() for p in model.parameters()) == GPT(config).n_params(), "both sides must have one size"
     return model
 
 
-def peer_sampling(option: dict, turns: Turns, rows: int, new: int) -> None:
+def peer_sampling(option: dict, turns: Turns, shape: GPTConfig, rows: int, new: int) -> None:
     from transformers import CompileConfig
-    model = llama(dataclasses.replace(TEACHER, block_size=PROMPT + new)).eval()
+    model = llama(dataclasses.replace(shape, block_size=PROMPT + new)).eval()
     model.to(option["device"], getattr(torch, option["dtype"]))
     compiling = CompileConfig(mode="default")
     compiling._compile_all_devices = True  # on a CPU generate would not compile
@@ -359,18 +361,22 @@ def forward_flops(config: GPTConfig, tokens: int, context: float) -> float:
     """The FLOPs of a forward pass: 2 for each parameter and token (the embedding is also the output matrix), and 2 for
     each multiplication of the two attention products, whose tokens see `context` others on average. A training pass
     takes three times as many."""
-    return tokens * (2 * GPT(config).n_params() + 4 * config.n_layer * config.n_embd * context)
+    return tokens * (2 * GPT(config).n_params() + 4 * config.n_layer * config.n_head * config.head_size * context)
 
 
 ATTENTION = [dict(attention="sdpa"), dict(attention="eager")]
 COMPILE = [dict(compile="not compiled"), dict(compile="compiled")]
 
 
-def sampling_case(rows: int, new: int, caches: tuple[str, ...] = ("growing cache", "static cache")) -> Case:
-    size, tokens = dict(rows=rows, new=new), rows * new
-    return Case("sampling", partial(our_sampling, **size), partial(peer_sampling, **size), COMPILE,
+def sampling_case(rows: int, new: int, caches: tuple[str, ...] = ("growing cache", "static cache"),
+                  shape: GPTConfig = TEACHER) -> Case:
+    size, tokens = dict(shape=shape, rows=rows, new=new), rows * new
+    # a deep model's sampling is never compiled: see `compiled` in run.py
+    group, options, steps = (("sampling", COMPILE, max(1, 8_192 // tokens)) if shape == TEACHER
+                             else ("real", COMPILE[:1], 1))
+    return Case(group, partial(our_sampling, **size), partial(peer_sampling, **size), options,
                 [dict(cache=cache) for cache in caches],
-                [(TEACHER, rows, forward_flops(TEACHER, tokens, PROMPT + new / 2))], tokens, max(1, 8_192 // tokens))
+                [(shape, rows, forward_flops(shape, tokens, PROMPT + new / 2))], tokens, steps)
 
 
 def pretraining_case(compile: dict) -> Case:
@@ -389,6 +395,8 @@ SAMPLED, DISTILLED = sampling_case(N, NEW).work, [passes(STUDENT, 3), passes(TEA
 CASES = {f"sampling, {rows} x {new}": sampling_case(rows, new) for rows, new in SIZES} | {
     f"sampling, {rows} x {new}, peer compiled": sampling_case(rows, new, ("static cache, compiled",))
     for rows, new in ((512, 48), (64, 256))} | {
+    f"sampling by SmolLM2-135M, {rows} x {new}": sampling_case(rows, new, shape=SMOLLM2)
+    for rows, new in ((16, 48), (64, 48))} | {
     f"pretraining, {B} x {T}": pretraining_case(COMPILE[0]),
     f"pretraining, {B} x {T}, peer compiled": pretraining_case(COMPILE[1]),
     # Learning takes 3 passes and the reference 1. With one update none is needed for pi_old.
@@ -462,8 +470,9 @@ def quickest(side: str, name: str, dtypes: list[str], device: str) -> dict:
 
 def roof(config: GPTConfig, rows: int, dtype: str, device: str) -> float:
     """The FLOP/s of the matrix products of all layers and of the output on so many rows, the best of a few tries."""
-    C, H = config.n_embd, config.n_hidden
-    sizes = ([(C, C)] * 4 + [(C, H)] * 2 + [(H, C)]) * config.n_layer + [(C, config.vocab_size)]
+    C, H, D = config.n_embd, config.n_hidden, config.head_size
+    sizes = ([(C, C)] * 2 + [(C, config.n_kv_head * D)] * 2 + [(C, H)] * 2 + [(H, C)]) * config.n_layer
+    sizes.append((C, config.vocab_size))
     make = partial(torch.randn, dtype=getattr(torch, dtype), device=device)
     products = [(make(rows, k), make(n, k).t(), make(rows, n)) for k, n in sizes]
     best, start = float("inf"), time.perf_counter()
@@ -504,7 +513,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False)
     parser.add_argument("--reps", type=number(int, None, None), default=5, help="turns of each side")
-    parser.add_argument("--only", choices=("sampling", "pretrain", "grpo", "distill"), default="")
+    parser.add_argument("--only", choices=("sampling", "real", "pretrain", "grpo", "distill"), default="")
     parser.add_argument("--dtype", choices=("best", "float32", "bfloat16"), default="best")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--beside", metavar="PATH", type=Path, help="another checkout of nanoR1, instead of the peers")

@@ -3,9 +3,10 @@
     pip install -r experiments/requirements.txt
     python experiments/export_hf.py out/zero.pt DIR
 
-The GPT is a Llama, so its weights only get other names. In float32 they give the same logits. The tokenizer splits
-texts as ours does, with one exception: as everywhere in transformers, "<|endoftext|>" in a text becomes the stop token.
-The chat template turns a user's message into the prompt that the model was trained on:
+The GPT is a Llama (one from --init may be a Qwen), so its weights only get other names. In float32 they give the same
+logits. A model from --init keeps the tokenizer and the chat template of its folder, which --init then reads again. Our
+own tokenizer splits texts as before, with one exception: as everywhere in transformers, "<|endoftext|>" in a text
+becomes the stop token. The chat template turns a user's message into the prompt that the model was trained on:
 
     tokenizer, model = AutoTokenizer.from_pretrained(DIR), AutoModelForCausalLM.from_pretrained(DIR)
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "8*7-19"}], return_tensors="pt")
@@ -19,44 +20,50 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data.chat import Pretrained
+from data.own import path_of
+from data.pretrained import byte_letters, tensor_name
 from data.tokenizer import END_OF_TEXT, PIECES, get_tokenizer
+from model import GPTConfig
 from run import UsageError, load_checkpoint
 
-NAMES = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm", "gate": "mlp.gate_proj", "up": "mlp.up_proj",
-         "down": "mlp.down_proj"} | {name: f"self_attn.{name}_proj" for name in "qkvo"}
 TEMPLATE = ("{% for message in messages %}{% if message['role'] == 'user' %}User: {{ message['content'] }}\nAssistant: "
             "{% else %}{{ message['content'] }}" + END_OF_TEXT + "{% endif %}{% endfor %}")
 
 
-def llama(content: dict):
-    """The model of a checkpoint's content as a LlamaForCausalLM."""
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
-    shape, stop = content["shape"], get_tokenizer().eot_token
-    gate = content["model"]["blocks.0.gate.weight"]  # (inner width, width)
-    config = LlamaConfig(
-        vocab_size=shape["vocab_size"], hidden_size=shape["n_embd"], intermediate_size=len(gate),
-        num_hidden_layers=shape["n_layer"], num_attention_heads=shape["n_head"], rms_norm_eps=1e-5,
-        max_position_embeddings=shape["block_size"], rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=stop, pad_token_id=stop)
-    embedding = content["model"]["embedding.weight"]
-    weights = {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding,
-               "model.norm.weight": content["model"]["norm.weight"]}
-    for name, weight in content["model"].items():
-        if found := re.fullmatch(r"blocks\.(\d+)\.(\w+)\.weight", name):
-            weights[f"model.layers.{found[1]}.{NAMES[found[2]]}.weight"] = weight
-    model = LlamaForCausalLM(config)
+def model_of(content: dict):
+    """The model of a checkpoint's content as one of transformers'."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    shape = GPTConfig(**content["shape"])
+    rope = {"rope_type": "default", "rope_theta": shape.rope_theta}
+    if shape.rope_scaling:
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        rope |= {"rope_type": "llama3"} | dict(zip(names, shape.rope_scaling))
+    source = path_of(content["config"].get("init", ""))
+    stop = Pretrained(None, source, "").stop_ids if source else (get_tokenizer().eot_token,)
+    config = AutoConfig.for_model(
+        "qwen3" if shape.qk_norm else "qwen2" if shape.qkv_bias else "llama", vocab_size=shape.vocab_size,
+        hidden_size=shape.n_embd, intermediate_size=shape.n_hidden, num_hidden_layers=shape.n_layer,
+        num_attention_heads=shape.n_head, num_key_value_heads=shape.n_kv_head, head_dim=shape.head_size,
+        rms_norm_eps=shape.eps, max_position_embeddings=shape.block_size, rope_parameters=rope,
+        tie_word_embeddings=shape.tied, bos_token_id=None, eos_token_id=list(stop), pad_token_id=stop[0])
+    weights = {tensor_name(name): weight for name, weight in content["model"].items()}
+    weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+    model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(weights)
-    model.generation_config = GenerationConfig(max_new_tokens=content["config"]["rl_max_new_tokens"], eos_token_id=stop,
-                                               pad_token_id=stop)
+    model.generation_config = GenerationConfig(max_new_tokens=content["config"]["rl_max_new_tokens"],
+                                               eos_token_id=list(stop), pad_token_id=stop[0])
     return model
 
 
-def byte_letters() -> list[str]:
-    """The character that stands for each byte in the vocabulary of a byte-level tokenizer, as GPT-2 chose them. A
-    printable byte stands for itself; the others get the characters from 256 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+def save_tokenizer(content: dict, folder: str) -> None:
+    """Write the tokenizer and the chat template that a checkpoint's model was trained with."""
+    if source := path_of(content["config"].get("init", "")):
+        for path in Path(source).iterdir():
+            if path.name.startswith(("tokenizer", "special_tokens", "chat_template", "vocab", "merges")):
+                shutil.copy(path, folder)
+    else:
+        fast_tokenizer(content["shape"]["block_size"]).save_pretrained(folder)
 
 
 def fast_tokenizer(block_size: int):
@@ -87,12 +94,12 @@ def main(argv: list[str]) -> int:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UsageError(f"{folder} exists already, and is not an empty folder")
         content = load_checkpoint(path)
-        model, tokenizer = llama(content), fast_tokenizer(content["shape"]["block_size"])
+        model = model_of(content)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=folder.name) as unfinished:
             try:
                 model.save_pretrained(unfinished)
-                tokenizer.save_pretrained(unfinished)
+                save_tokenizer(content, unfinished)
             except Exception as error:  # on a full disk safetensors and tokenizers raise errors of their own kinds
                 raise UsageError(f"cannot write {folder}: {error}") from None
             shutil.copytree(unfinished, folder, dirs_exist_ok=True)

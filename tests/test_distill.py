@@ -268,7 +268,7 @@ def test_epochs_repeat_the_updates_and_not_the_teacher(make_gpt, monkeypatch):
     monkeypatch.setattr(distill, "distill_loss", noted_loss)
     for epochs in (1, 2):
         student, teacher = make_gpt(V, seed=1), make_gpt(V, spread=5.0)
-        teacher.forward = lambda idx, cache=None: (cache or asked.append(epochs), GPT.forward(teacher, idx, cache))[1]
+        teacher.hidden = lambda idx, cache=None: (cache or asked.append(epochs), GPT.hidden(teacher, idx, cache))[1]
         norms, optimizer = [], Optimizer(student, adam_lr=0.0)  # nothing is learnt: both epochs must find the same loss
 
         def noted(scale):
@@ -286,7 +286,7 @@ def test_sft_does_not_ask_the_teacher(make_gpt):
     """A pass of the teacher over its own samples costs time, and "sft" uses nothing of it."""
     student, teacher = make_gpt(TASK.encoding.n_vocab, seed=1), make_gpt(TASK.encoding.n_vocab)
     asked = []
-    teacher.forward = lambda idx, cache=None: (cache or asked.append(1), GPT.forward(teacher, idx, cache))[1]
+    teacher.hidden = lambda idx, cache=None: (cache or asked.append(1), GPT.hidden(teacher, idx, cache))[1]
     assert step(student, teacher, Optimizer(student, adam_lr=0.003), divergence="sft")["loss"] > 0 and not asked
 
 

@@ -203,7 +203,7 @@ def test_files_are_read_with_the_encoding_of_the_wrapped_task(tmp_path):
     foreign = tiktoken.Encoding("foreign", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 300})
 
     class Foreign(Arithmetic):
-        encoding = foreign
+        encoding, stop_ids = foreign, (300,)
 
     path = write(tmp_path / "p.jsonl", [*numbered(20), {"prompt": "User: " * 9, "answer": "1", "split": "train"}])
     task = OwnProblems(Foreign(), path, 70, 20)
@@ -348,3 +348,17 @@ def test_a_run_on_files(tmp_path, capsys):
     said = [re.sub("=.*p.jsonl$", f"={fingerprint(problems)}", arg) for arg in args]
     assert main(said) == 0, "a path with its checksum, as results.json has it, is a path"
     assert path_of(fingerprint(problems)) == problems and fingerprint("") == ""
+
+
+@pytest.mark.parametrize("written, number", [("1,234", "1234"), ("$5", "5"), ("5.", "5"), ("-$1,234.50", "-1234.5"),
+                                             ("$0.50.", "1/2"), ("+12,345,678", "12345678")])
+def test_numbers_as_people_write_them(written, number):
+    """Models answer word problems with "$1,234." where the file says 1234."""
+    assert Problem("?", number).check(written) and Problem("?", written).check(number)
+
+
+@pytest.mark.parametrize("text", ["1,23", ",123", "1,2345", "$", ".", "$-5", "1,234,", "5..", "1.234,5"])
+def test_what_is_no_number(text):
+    """Commas that do not part thousands would make 1,23 equal to 123."""
+    assert not Problem("?", "123").check(text) and not Problem("?", "1234").check(text)
+    assert Problem("?", "").canonical(text) == text

@@ -30,14 +30,15 @@ FIVE = "base zero student_base student student_rl"
 
 # Which checkpoints a change of each field must refuse (and "evaluation": which figures it makes stale), by hand.
 SHAPES = {
-    "device dtype compile threads micro_batch save_every student_rl": "",
-    "seed task max_ops max_number max_factor parentheses": f"{FIVE} evaluation",
+    "device dtype compile threads micro_batch save_every student_rl eval_every": "",
+    "seed task max_ops max_number max_factor parentheses init": f"{FIVE} evaluation",
     "worked_share wait_share corpus corpus_share block_size base_muon_lr base_adam_lr": FIVE,
     "n_layer n_head n_embd base_tokens base_batch": "base zero student",
-    "student_n_layer student_n_head student_n_embd student_base_tokens student_base_batch":
+    "student_n_layer student_n_head student_n_embd student_base_tokens student_base_batch "
+    "student_init":
         "student_base student student_rl",
     "rl_steps rl_prompts": "zero student",
-    "problems rl_max_new_tokens": "zero student student_rl evaluation",
+    "problems rl_max_new_tokens instruction shots": "zero student student_rl evaluation",
     "rl_samples rl_minibatches rl_lr accuracy_weight format_weight shuffle_rewards baseline clip_low clip_high kl_coef "
     "skip_no_signal ref_every normalize scale": "zero student student_rl",
     "distill_longer distill_steps distill_prompts distill_minibatches distill_epochs": "student student_rl",

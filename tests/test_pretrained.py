@@ -1,0 +1,559 @@
+"""Models from elsewhere: what --init reads is what transformers reads. The tests build their own tiny models of each
+family with transformers, from experiments/requirements.txt, which CI has. Nothing is downloaded."""
+import json
+import random
+
+import pytest
+import torch
+
+import export_hf
+import model as model_module
+from data.arithmetic import Arithmetic, Problem
+from data.chat import SLOT, Pretrained
+from data.pretrained import Encoding, load_model, same_tokenizer
+from model import GPTConfig, generate, token_logprobs
+from run import load_checkpoint
+from train import main
+
+from conftest import results, rows, weights_equal
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+safetensors = pytest.importorskip("safetensors.torch")
+
+QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+         r"\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+CHATML = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n"
+          "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+TEXTS = ["a", "the", " ", "  ", "\n", "\r\n", "\t", "1", "23", " 4567", "don't", "'S", "é", "e\u0301", "日本", "😀",
+         "<|im_end|>", "<|im_start|>", "<think>", "</answer>", "٣", "²", "!", "?!", "...", "\x00", "ß", "ſ", "_", "-3",
+         "\u00a0", " world", "\ue000", "\ufeff"]
+SIZES = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+             max_position_embeddings=64)
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+FAMILIES = {
+    "llama": dict(num_key_value_heads=4, rope_parameters={"rope_type": "default", "rope_theta": 500.0}),
+    "llama, grouped, tied": dict(num_key_value_heads=2, tie_word_embeddings=True, rms_norm_eps=1e-3),
+    "llama, scaled": dict(num_key_value_heads=1, rope_parameters=LLAMA3_ROPE),
+    "qwen2": dict(num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen3": dict(num_key_value_heads=2, head_dim=16),
+}
+
+
+def make_tokenizer(pre_tokenizer: str = "digits"):
+    """A byte-level BPE of 300 tokens and 4 added ones, trained on a little text, that splits as a published family."""
+    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre_tokenizer in ("digits", "gpt2"))
+    first = {"gpt2": [], "digits": [pre_tokenizers.Digits(individual_digits=True)],
+             "qwen2": [pre_tokenizers.Split(Regex(QWEN2), "isolated")],
+             "llama3": [pre_tokenizers.Split(Regex(LLAMA3), "isolated")]}[pre_tokenizer]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*first, level]) if first else level
+    tokenizer.decoder = decoders.ByteLevel()
+    if pre_tokenizer == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=sorted(alphabet)[:250] if pre_tokenizer == "gpt2"
+                                  else alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["User: 8*7-19\nAssistant: <think>56-19=37</think> the answer is it isn't 1234"] * 9,
+                                  trainer)
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    tokenizer.add_tokens([AddedToken("<think>", special=False)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>",
+                                                clean_up_tokenization_spaces=False)
+
+
+def make_folder(folder, family: str = "llama, grouped, tied", pre_tokenizer: str = "digits", template: str = CHATML,
+                shards: bool = False, **changes):
+    """A random model of a family and a tokenizer, saved by transformers. Weights are large, so that what the model says
+    depends on what it reads -> transformers' model."""
+    tokenizer = make_tokenizer(pre_tokenizer)
+    kind = family.split(",")[0]
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(
+        kind, **SIZES | FAMILIES[family] | dict(vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=[
+            tokenizer.convert_tokens_to_ids("<|endoftext|>")]) | changes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.mul_(8.0) if p.dim() == 2 else p.add_(torch.randn_like(p) / 3)
+    model.save_pretrained(folder, **{"max_shard_size": "20KB"} if shards else {})
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def both(request, tmp_path_factory):
+    """transformers' model of a family, and ours from its folder."""
+    folder = tmp_path_factory.mktemp("family")
+    theirs = make_folder(folder, request.param, shards=True)
+    return theirs, load_model(folder, theirs.config.vocab_size, 64)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of --init. Tests that change it copy it."""
+    path = tmp_path_factory.mktemp("init") / "model"
+    make_folder(path)
+    return path
+
+
+def copy_of(folder, tmp_path):
+    to = tmp_path / "copy"
+    to.mkdir()
+    for path in folder.iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+    return to
+
+
+# The model
+
+
+@torch.no_grad()
+def test_logits_are_equal(both):
+    """Weights that load without an error would still mean something else: a frequency, an eps, a bias, a norm, or which
+    heads share their keys."""
+    theirs, ours = both
+    idx = torch.randint(ours.config.vocab_size, (3, 60))
+    logits = ours(idx)
+    assert logits.std() > 0.5 and torch.allclose(theirs(idx).logits, logits, atol=2e-4)
+    assert theirs.num_parameters() == ours.n_params()
+
+
+def test_greedy_answers_are_equal(both):
+    """Sampling with the cache would share keys among the wrong heads, or forget biases, norms or the output matrix."""
+    theirs, ours = both
+    prompts = torch.randint(ours.config.vocab_size, (4, 9))
+    mine = generate(ours, prompts.tolist(), 20, temperature=0.0, eos_id=-1)
+    found = theirs.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=20, do_sample=False,
+                            eos_token_id=None, pad_token_id=0)
+    assert mine == found[:, 9:].tolist()
+
+
+def test_the_sampler_and_the_training_pass_agree(both):
+    """Prompts of different lengths, several samples of each: the log-probabilities of what was sampled are those of the
+    full pass."""
+    _, ours = both
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12, 13]]
+    completions, logp = generate(ours, prompts, 15, eos_id=3, samples=3, return_logprobs=True,
+                                 generator=torch.Generator().manual_seed(0))
+    for i, (completion, values) in enumerate(zip(completions, logp)):
+        prompt = prompts[i // 3]
+        full = token_logprobs(ours, torch.tensor([prompt + completion]))[0, len(prompt) - 1:]
+        assert torch.allclose(full, torch.tensor(values), atol=1e-4)
+
+
+def test_the_cache_keeps_the_shared_heads_once(both):
+    theirs, ours = both
+    cache = model_module.KVCache(ours, torch.zeros(2, dtype=torch.long), 8)
+    with torch.inference_mode():
+        ours(torch.zeros(2, 5, dtype=torch.long), cache)
+    keys, values = cache.kv[0]
+    assert keys.shape == values.shape == (2, theirs.config.num_key_value_heads, 8, ours.config.head_size)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_logits_in_parts(make_gpt, monkeypatch, masked):
+    """With a large vocabulary the logits are computed in parts, and again in the backward pass: values and gradients
+    are those of one piece."""
+    model, idx = make_gpt(), torch.randint(11, (3, 20))
+    mask = torch.rand(3, 19) < 0.4 if masked else torch.ones(3, 19, dtype=torch.bool)
+    weight = torch.randn(3, 19) * mask
+
+    def values_and_gradient():
+        logp = token_logprobs(model, idx, temperature=0.7, mask=mask if masked else None)
+        model.zero_grad()
+        (logp * weight).sum().backward()
+        return logp[mask].detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    whole = values_and_gradient()
+    monkeypatch.setattr(model_module, "LARGE_VOCABULARY", 4)
+    monkeypatch.setattr(model_module, "LOGITS_AT_A_TIME", 7 * 11)
+    parts = values_and_gradient()
+    assert torch.allclose(whole[0], parts[0], atol=1e-6) and torch.allclose(whole[1], parts[1], atol=1e-5)
+    assert (token_logprobs(model, idx, mask=mask)[~mask] == 0).all()
+
+
+def test_rows_that_no_token_names_are_left_out(tmp_path):
+    """Qwen's embeddings have more rows than there are tokens. What is sampled from them could not be decoded."""
+    theirs = make_folder(tmp_path, "llama", vocab_size=400)
+    ours = load_model(tmp_path, n := Encoding(tmp_path).n_tokens, 64)
+    idx = torch.randint(n, (2, 30))
+    assert n < 400 and torch.allclose(theirs(idx).logits[..., :n], ours(idx), atol=2e-4)
+
+
+@pytest.mark.parametrize("sizes", [dict(n_kv_head=2), dict(head_size=7)])
+def test_shapes_that_do_not_fit(sizes):
+    with pytest.raises(ValueError, match="head"):
+        GPTConfig(11, n_head=3, n_embd=96, **sizes)
+
+
+# The tokenizer
+
+
+@pytest.mark.parametrize("pre_tokenizer", ["gpt2", "digits", "qwen2", "llama3"])
+def test_tokenizers_agree(tmp_path, pre_tokenizer):
+    """Another split, another order of merges, a special token found in a text, bytes that the vocabulary lacks, or a
+    letter and its accent that are not joined first."""
+    tokenizer = make_tokenizer(pre_tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    encoding, rng = Encoding(tmp_path), random.Random(0)
+    for n in range(2500):
+        text = ("".join(rng.choice(TEXTS) for _ in range(rng.randrange(20))) if n % 2 else
+                "".join(chr(rng.choice((rng.randrange(128), rng.randrange(0xd800), rng.randrange(0xe000, 0x20000))))
+                        for _ in range(rng.randrange(20))))
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert encoding.encode_ordinary(text) == ids, repr(text)
+        if pre_tokenizer in ("digits", "llama3"):
+            assert encoding.decode(ids) == text
+    assert encoding.decode([encoding.specials["<|im_end|>"]]) == "<|im_end|>"
+    assert encoding.n_tokens == len(tokenizer) and len(encoding.encode_ordinary("<think>")) == 1
+
+
+def test_ids_without_a_name_decode(folder, tmp_path):
+    """A gap among the ids would end the run when the model first samples it."""
+    to = copy_of(folder, tmp_path)
+    content = json.loads((to / "tokenizer.json").read_text())
+    content["added_tokens"][-1]["id"] += 2
+    (to / "tokenizer.json").write_text(json.dumps(content))
+    encoding = Encoding(to)
+    assert all(encoding.decode([i]) for i in range(encoding.n_tokens - 3, encoding.n_tokens))
+
+
+def test_same_tokenizer(folder, tmp_path):
+    to = copy_of(folder, tmp_path)
+    assert same_tokenizer(folder, to)
+    make_tokenizer("gpt2").save_pretrained(to)
+    assert not same_tokenizer(folder, to)
+
+
+# The prompt
+
+
+def test_the_prompt_is_the_templates(folder):
+    """The ids are those that transformers makes of the same messages, special tokens included."""
+    task = Pretrained(Arithmetic(), str(folder), "Think first.")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "system", "content": "Think first."}, {"role": "user", "content": "8*7-19"}]
+    theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert task.encode_prompt(Problem("8*7-19", "37")) == theirs
+    task.show([Problem("2*3+1", "7")])
+    messages[1:1] = [{"role": "user", "content": "2*3+1"},
+                     {"role": "assistant", "content": "<think>2*3=6, 6+1=7</think><answer>7</answer>"}]
+    theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert task.encode_prompt(Problem("8*7-19", "37")) == theirs
+    assert len(theirs) <= task.max_prompt_tokens
+
+
+@pytest.mark.parametrize("template", [CHATML, None])
+def test_a_text_cannot_inject_a_special_token(folder, tmp_path, template):
+    """A question, an example or an instruction that spells a special token, or one of the characters that stand for
+    texts, would end the user's turn or repeat another text."""
+    to = copy_of(folder, tmp_path)
+    if not template:
+        (to / "chat_template.jinja").unlink()
+    task, bad = Pretrained(Arithmetic(), str(to), ""), f"<|im_end|>{chr(SLOT)}{chr(SLOT + 1)}<|im_start|>"
+    specials = set(task.encoding.specials.values())
+
+    def count(problem):
+        return sum(i in specials for i in task.encode_prompt(problem))
+
+    assert count(Problem(bad, "")) == count(Problem("1+1", ""))
+    assert bad in task.encoding.decode(task.encode_prompt(Problem(bad, "")))
+    plain = Pretrained(Arithmetic(), str(to), "Go.")
+    task.instruction = bad
+    task.show([])
+    assert count(Problem("1+1", "")) == sum(i in specials for i in plain.encode_prompt(Problem("1+1", "")))
+
+
+def test_without_a_template(folder, tmp_path):
+    """A base model reads the plain dialogue of the built-in world, without a space at the end, which would be a token
+    of its own and keep it from " <think>"."""
+    to = copy_of(folder, tmp_path)
+    (to / "chat_template.jinja").unlink()
+    task = Pretrained(Arithmetic(), str(to), "Think.")
+    task.show([Problem("1+2", "3")])
+    end = task.encoding.decode(task.stop_ids[:1])
+    assert task.encoding.decode(task.encode_prompt(Problem("2+2", "4"))) == (
+        f"Think.\nUser: 1+2\nAssistant: <think>1+2=3</think><answer>3</answer>{end}\nUser: 2+2\nAssistant:")
+
+
+def test_stop_ids(folder, tmp_path):
+    """A chat model ends its turn with another token than its text: what the file says and what the template puts after
+    an answer, not what is called an end of text."""
+    specials = Encoding(folder).specials
+    assert Pretrained(Arithmetic(), str(folder), "").stop_ids == (specials["<|endoftext|>"], specials["<|im_end|>"])
+    to = copy_of(folder, tmp_path)
+    (to / "chat_template.jinja").unlink()
+    (to / "generation_config.json").write_text(json.dumps({"eos_token_id": specials["<|im_start|>"]}))
+    assert Pretrained(Arithmetic(), str(to), "").stop_ids == (specials["<|im_start|>"],)
+    (to / "generation_config.json").write_text(json.dumps({"eos_token_id": 10_000}))
+    with pytest.raises(ValueError, match="eos_token_id"):
+        Pretrained(Arithmetic(), str(to), "")
+
+
+@pytest.mark.parametrize("template", [
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}",
+    "{% for i in range(10**9) %}{% endfor %}",
+    "{{ raise_exception('only user and assistant') }}", "{% if %}"])
+def test_templates_run_in_a_sandbox(folder, tmp_path, template):
+    """A template is foreign code: it may not reach Python, change what it is given, or loop for ever."""
+    to = copy_of(folder, tmp_path)
+    (to / "chat_template.jinja").write_text(template)
+    with pytest.raises(ValueError, match="chat template fails"):
+        Pretrained(Arithmetic(), str(to), "")
+
+
+def test_a_corpus_in_the_models_tokens(folder):
+    """--base_tokens pretrains further: the documents are those of the built-in corpus, each with an end."""
+    task = Pretrained(Arithmetic(), str(folder), "")
+    ids = task.make_corpus(5000, 0)
+    assert len(ids) >= 5000 and ids.max() < task.encoding.n_tokens and ids[-1] == task.stop_ids[0]
+    text = task.encoding.decode(ids[:2000].tolist())
+    assert "Facts:\n" in text and "User: " in text and "\nAssistant: " in text
+
+
+# What is refused
+
+
+def change_config(**changes):
+    def change(folder):
+        content = json.loads((folder / "config.json").read_text()) | changes
+        kept = {key: value for key, value in content.items() if value != "drop"}
+        (folder / "config.json").write_text(json.dumps(kept))
+    return change
+
+
+def change_tokenizer(**changes):
+    def change(folder):
+        content = json.loads((folder / "tokenizer.json").read_text())
+        for key, value in changes.items():
+            content[key] = content[key] | value if isinstance(value, dict) and content[key] else value
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+    return change
+
+
+def change_tensors(change_tensor):
+    def change(folder):
+        tensors = safetensors.load_file(folder / "model.safetensors")
+        change_tensor(tensors)
+        safetensors.save_file(tensors, folder / "model.safetensors")
+    return change
+
+
+def cut_off(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def pickled(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def lose_a_shard(folder):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-2.safetensors"}}))
+
+
+def sentence_piece(folder):
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize("change, named", [
+    (change_config(model_type="gemma2"), "model_type"), (change_config(hidden_act="gelu"), "hidden_act"),
+    (change_config(quantization_config={"bits": 4}), "quantization_config"), (change_config(mlp_bias=True), "mlp_bias"),
+    (change_config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "rope_type"),
+    (change_config(rope_parameters={"rope_type": "llama3", "factor": 8.0}), "low_freq_factor"),
+    (change_config(use_sliding_window=True), "use_sliding_window"),
+    (change_config(layer_types=["sliding_attention"] * 3), "layer_types"),
+    (change_config(hidden_size="drop"), "hidden_size"), (change_config(max_position_embeddings=32), "max_position"),
+    (change_config(hidden_size=64), "model.embed_tokens.weight"), (change_config(num_hidden_layers=4), "layers.3"),
+    (change_config(num_hidden_layers=2), "layers.2"), (change_config(num_key_value_heads=4), "k_proj"),
+    (change_config(tie_word_embeddings=False), "lm_head.weight is missing"),
+    (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
+    (lambda folder: (folder / "config.json").write_text("[1]"), "config.json is not"),
+    (change_tensors(lambda tensors: tensors.pop(UP)), UP),
+    (change_tensors(lambda tensors: tensors.update({UP: tensors[UP].to(torch.int8)})), "int8"),
+    (change_tensors(lambda tensors: tensors.update(more=torch.zeros(2))), "tensor more"),
+    (cut_off, "cannot load"), (pickled, "*.safetensors"), (lose_a_shard, "model-2.safetensors"),
+    (sentence_piece, "SentencePiece"), (change_tokenizer(model={"byte_fallback": True}), "SentencePiece"),
+    (change_tokenizer(model={"type": "Unigram"}), "SentencePiece"),
+    (change_tokenizer(normalizer={"type": "NFKC"}), "NFKC"),
+    (change_tokenizer(pre_tokenizer={"type": "Metaspace", "pretokenizers": [{"type": "Metaspace"}]}), "Metaspace"),
+    (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+    (lambda folder: (folder / "chat_template.jinja").write_text("{{ nothing.there }}"), "chat template"),
+])
+def test_what_cannot_be_read_is_refused(folder, tmp_path, refused, change, named):
+    """A model that is half understood would train, and be wrong. The line names the field."""
+    to = copy_of(folder, tmp_path)
+    change(to)
+    assert named in refused(f"--init={to}", f"--out={tmp_path / 'out'}", "--stage=base", *TINY)
+
+
+def test_no_folder(tmp_path, refused):
+    assert "nowhere" in refused(f"--init={tmp_path}/nowhere", f"--out={tmp_path / 'out'}")
+
+
+def test_settings_that_need_init(refused, tmp_path, folder):
+    assert "--init" in refused("--shots=2", f"--out={tmp_path}")
+    assert "--n_layer" in refused(f"--init={folder}", "--n_layer=9", f"--out={tmp_path}")
+
+
+# A run
+
+TINY = ["--device=cpu", "--dtype=float32", "--compile=off", "--threads=1", "--block_size=64", "--rl_max_new_tokens=12",
+        "--eval_problems=2", "--rl_prompts=4", "--rl_samples=4", "--rl_steps=4", "--distill_steps=2", "--eval_every=2",
+        "--distill_prompts=8", "--on_policy=True", "--save_every=0", "--max_ops=2", "--instruction=Go.",
+        "--kl_coef=0.01", "--skip_no_signal=False", "--rl_lr=0.001"]
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    """A finished run from a folder, of all stages."""
+    out = tmp_path_factory.mktemp("run")
+    assert main([f"--init={folder}", *TINY, f"--out={out}"]) == 0
+    return out
+
+
+def test_init_is_the_base(run, folder):
+    """The base is the folder's model, and the student's base is every second of its layers."""
+    base, student = (load_checkpoint(run / f"{name}.pt") for name in ("base", "student_base"))
+    model = load_model(folder, base["shape"]["vocab_size"], 64)
+    assert all(torch.equal(base["model"][name], weight) for name, weight in model.state_dict().items())
+    assert student["shape"]["n_layer"] == 2
+    assert torch.equal(student["model"]["blocks.1.up.weight"], model.blocks[2].up.weight)
+    assert set(results(run)["models"]) == {"base", "zero", "student_base", "student"}
+
+
+def test_rl_reports_heldout_accuracy(run):
+    found = [row for row in rows(run) if row["stage"] == "zero"]
+    assert [("heldout_accuracy" in row) for row in found] == [False, True, False, True]
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(run, folder, tmp_path, monkeypatch):
+    """resume.pt does not hold the frozen reference: it is the base again."""
+    import train
+    step = train.grpo_step
+    calls = []
+
+    def die(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(train, "grpo_step", die)
+    command = [f"--init={folder}", *TINY, f"--out={tmp_path}"]
+    assert main(command) == 130
+    saved = load_checkpoint(tmp_path / "resume.pt")
+    assert saved["step"] == 2 and set(saved["parts"]) == {"model", "optimizer"}
+    assert main(command) == 0
+    assert all(weights_equal(tmp_path / f"{name}.pt", run / f"{name}.pt") for name in ("zero", "student"))
+    assert [row["step"] for row in rows(tmp_path) if row["stage"] == "zero"] == [1, 2, 3, 4]
+
+
+def test_another_folder_is_noticed(run, folder, tmp_path, refused):
+    other = copy_of(folder, tmp_path)
+    (other / "chat_template.jinja").write_text(CHATML + " ")
+    assert "--out" in refused(f"--init={other}", *TINY, f"--out={run}")
+
+
+def test_ask_and_evaluate(run, folder, tmp_path, capsys):
+    """--ask goes through the template, with several samples; --evaluate takes other problems and trains nothing."""
+    before = (run / "zero.pt").read_bytes()
+    assert main(["--ask=2+3", "--samples=3", f"--out={run}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "2+3 = 5" and [line.split()[0] for line in lines[1:4]] == ["base"] * 3 and len(lines) == 13
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps({"prompt": f"{n}+1?", "answer": n + 1}) + "\n"
+                                                  for n in range(5)))
+    assert main([f"--evaluate={tmp_path / 'other.jsonl'}", f"--out={run}"]) == 0
+    out = capsys.readouterr().out
+    assert "5 of 5 problems" in out and out.count("| other |") == 4 and (run / "zero.pt").read_bytes() == before
+
+
+def test_evaluate_refuses(run, tmp_path, refused):
+    (tmp_path / "one.jsonl").write_text('{"prompt": "1+1?", "answer": 2}\n')
+    assert "2 are the least" in refused(f"--evaluate={tmp_path / 'one.jsonl'}", f"--out={run}")
+    assert "no model" in refused(f"--evaluate={tmp_path / 'one.jsonl'}", f"--out={tmp_path / 'nothing'}")
+
+
+def test_own_problems_with_shots(folder, tmp_path, refused):
+    """The first training problems with a solution are the examples, and RL never asks them."""
+    path, solved = tmp_path / "own.jsonl", ' "solution": "2 and 2 is 4",'
+    path.write_text("".join(f'{{"prompt": "{n} and 2?",{solved * (n == 2)} "answer": {n + 2}, "split": "{side}"}}\n'
+                            for n, side in enumerate(["train", "test", "train", "train", "test", "train"])))
+    from train import make_task
+    from run import parse_args
+    cfg, _ = parse_args([f"--init={folder}", f"--problems={path}", "--shots=1", "--instruction="])
+    task = make_task(cfg)
+    text = task.encoding.decode(task.encode_prompt(task.parse("0 and 2?")))
+    assert "2 and 2?<|im_end|>\n<|im_start|>assistant\n<think>2 and 2 is 4</think><answer>4</answer><|im_end|>" in text
+    asked = {task.make_problem(random.Random(n)).question for n in range(50)}
+    assert asked == {"0 and 2?", "3 and 2?", "5 and 2?"}
+    assert "--shots=2" in refused(f"--init={folder}", f"--problems={path}", "--shots=2", f"--out={tmp_path}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_out_again(family, tmp_path):
+    """init -> export -> the same model for --init and for transformers: logits, tokens and greedy answers."""
+    make_folder(tmp_path / "in", family)
+    assert main([f"--init={tmp_path / 'in'}", *TINY, "--stage=base", f"--out={tmp_path}"]) == 0
+    assert export_hf.main([str(tmp_path / "base.pt"), str(tmp_path / "again")]) == 0
+    encoding, other = Encoding(tmp_path / "in"), Encoding(tmp_path / "again")
+    ours, again = (load_model(tmp_path / name, encoding.n_tokens, 64) for name in ("in", "again"))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert all(torch.equal(one, two) for one, two in zip(ours.parameters(), again.parameters(), strict=True))
+    assert other.encode_ordinary("User: 8*7, é") == encoding.encode_ordinary("User: 8*7, é")
+    task = Pretrained(Arithmetic(), str(tmp_path / "again"), "")
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "8*7"}], add_generation_prompt=True,
+                                           return_tensors="pt")["input_ids"]
+    assert prompt[0].tolist() == task.encode_prompt(Problem("8*7", ""))
+    answer, = generate(ours, prompt.tolist(), 12, temperature=0.0, eos_id=task.stop_ids)
+    assert theirs.generate(prompt)[0, prompt.size(1):].tolist() == answer
+    assert torch.allclose(theirs(prompt).logits, ours(prompt), atol=2e-4)
+
+
+def test_student_init(folder, tmp_path, refused):
+    """A student from a folder must have the teacher's tokenizer, or its logits are about other tokens."""
+    make_folder(tmp_path / "small", "llama", num_hidden_layers=1)
+    make_folder(tmp_path / "foreign", "llama", pre_tokenizer="gpt2")
+    line = refused(f"--init={folder}", f"--student_init={tmp_path / 'foreign'}", *TINY, f"--out={tmp_path / 'out'}")
+    assert "another tokenizer" in line
+    assert main([f"--init={folder}", f"--student_init={tmp_path / 'small'}", *TINY, "--rl_steps=1",
+                 f"--out={tmp_path / 'out'}"]) == 0
+    assert load_checkpoint(tmp_path / "out" / "student.pt")["shape"]["n_layer"] == 1
+
+
+def test_pretraining_further(folder, tmp_path):
+    assert main([f"--init={folder}", *TINY, "--base_tokens=2048", "--base_batch=8", "--stage=base",
+                 f"--out={tmp_path}"]) == 0
+    losses = [row["loss"] for row in rows(tmp_path)]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+
+
+def test_the_best_model_is_kept(folder, tmp_path, monkeypatch):
+    """RL that gets worse again leaves the model of its best held-out accuracy."""
+    import train
+    answers = iter([0.5, 0.25])
+    real = train.sample_rollout
+
+    def looked(*args, **kwargs):
+        rollout = real(*args, **kwargs)
+        if kwargs["samples"] == 4 and kwargs["max_new_tokens"] == 12:
+            score = next(answers)
+            for row in rollout.scores:
+                row["accuracy"] = score
+        return rollout
+
+    monkeypatch.setattr(train, "sample_rollout", looked)
+    monkeypatch.setattr(train, "evaluate_stage", lambda run, name: None)
+    main([f"--init={folder}", *TINY, "--stage=base", f"--out={tmp_path}"])
+    assert main([f"--init={folder}", *TINY, "--stage=zero", f"--out={tmp_path}"]) == 0
+    best, last = (load_checkpoint(tmp_path / f"{name}.pt") for name in ("zero_best", "zero"))
+    assert best["step"] == 2 and last["step"] == 4 and best["stage"] == "zero"
