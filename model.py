@@ -220,7 +220,7 @@ class GPT(nn.Module):
         self.register_buffer("sin", angle.sin(), persistent=False)
 
     def n_params(self) -> int:
-        """How many numbers are learnt. The embedding, which is also the output matrix, counts once."""
+        """How many numbers are learnt. An embedding that is also the output matrix counts once."""
         return sum(p.numel() for p in self.parameters())
 
     def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -302,7 +302,7 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, tempe
     stop = torch.tensor(eos_id, device=device).view(-1)
     idx = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)  # (P, longest)
     cache = KVCache(model, pad, longest + max_new_tokens)
-    logits = model(idx, cache)[:, -1].repeat_interleave(samples, dim=0)  # (N, V)
+    logits = model.logits(model.hidden(idx, cache)[:, -1], cache).repeat_interleave(samples, dim=0)  # (N, V)
     N = len(prompts) * samples
     cache.select(torch.arange(N, device=device) // samples)
     out = stop[0].repeat(N, max_new_tokens)                 # what was sampled; what follows a stop token does not count

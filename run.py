@@ -98,7 +98,7 @@ class Config:
     n_embd: int = option(96, "width of the teacher", BASE)
     base_tokens: int = option(6_500_000, "tokens that the base is trained on, each once", BASE, low=0)
     base_batch: int = option(32, "rows of block_size tokens in an update", BASE)
-    base_muon_lr: float = option(0.02, "learning rate of Muon, for both bases", *BASES)
+    base_muon_lr: float = option(0.02, "learning rate of Muon, for both bases; 0: AdamW alone", *BASES, low=0)
     base_adam_lr: float = option(3e-3, "learning rate of AdamW, for both bases", *BASES)
     # zero: GRPO
     rl_steps: int = option(200, "rollouts", ZERO)
@@ -130,7 +130,7 @@ class Config:
     distill_prompts: int = option(512, "problems of a step, one completion each", STUDENT, STUDENT_RL)
     distill_minibatches: int = option(8, "updates in an epoch over a step's completions", STUDENT, STUDENT_RL)
     distill_epochs: int = option(3, "epochs over a step's completions", STUDENT, STUDENT_RL, absent=1)
-    distill_muon_lr: float = option(7e-3, "learning rate of Muon; 0 leaves all to AdamW", STUDENT, low=0)
+    distill_muon_lr: float = option(7e-3, "learning rate of Muon; 0: AdamW alone", STUDENT, low=0)
     distill_adam_lr: float = option(1.5e-3, "learning rate of AdamW", STUDENT)
     divergence: Literal["forward", "reverse", "jsd", "sft"] = option("forward", "the loss: see distill.py", STUDENT)
     distill_temperature: float = option(2.0, "temperature at which both distributions are compared", STUDENT)
@@ -152,10 +152,10 @@ PRESETS = {
                  distill_steps=8, distill_prompts=128, eval_problems=32, on_policy=True),
 }
 # What --init brings with it: a published model learns in small steps, and each of its samples is dear.
-OF_INIT = dict(micro_batch=512, save_every=120.0, block_size=1024, base_tokens=0, rl_steps=50,
-               rl_prompts=8, rl_minibatches=1, rl_max_new_tokens=64, rl_lr=1e-5, eval_every=10, eval_problems=64,
-               student_base_tokens=0, distill_steps=25, distill_prompts=64, distill_minibatches=2, distill_epochs=1,
-               distill_muon_lr=0.0, distill_adam_lr=3e-4)
+OF_INIT = dict(micro_batch=512, save_every=120.0, block_size=1024, base_tokens=0, student_base_tokens=0,
+               base_muon_lr=0.0, base_adam_lr=2e-5, rl_steps=50, rl_prompts=8, rl_minibatches=1, rl_max_new_tokens=64,
+               rl_lr=1e-5, eval_every=10, eval_problems=64, distill_steps=25, distill_prompts=64,
+               distill_minibatches=2, distill_epochs=1, distill_muon_lr=0.0, distill_adam_lr=3e-4)
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 
 
@@ -272,6 +272,8 @@ def parse_args(argv: list[str], description: str = "") -> tuple[Config, argparse
         near = difflib.get_close_matches(unknown[0].partition("=")[0].lstrip("-"), FIELDS, n=1)
         raise UsageError(f"unknown argument {unknown[0]!r}: "
                          + (f"did you mean --{near[0]}=VALUE?" if near else "see --help"))
+    if options.init and options.preset:
+        raise UsageError("--init brings settings of its own, which a --preset does not go with")
     given = {name: value == "True" if FIELDS[name].type is bool else value
              for name, value in vars(options).items() if name in FIELDS and value is not None}
     return Config(**(OF_INIT if options.init else {}) | PRESETS.get(options.preset, {}) | given), options
@@ -353,7 +355,7 @@ def compiled(model: GPT, cfg: Config, training: bool = False, sampling: bool = F
 
 
 def forecast(model: GPT, cfg: Config, task) -> str:
-    """A line with the time and the disk that a run from this base may take at most, from two short trials."""
+    """A line with the time and the disk that a run from this base may take, from two short trials."""
     prompt = task.encode_prompt(task.make_problem(random.Random(0)))
     length, rows = len(prompt) + cfg.rl_max_new_tokens, cfg.rl_prompts * cfg.rl_samples
     idx = torch.zeros(max(1, cfg.micro_batch // length), length, dtype=torch.long, device=cfg.device)
@@ -376,9 +378,10 @@ def forecast(model: GPT, cfg: Config, task) -> str:
     learning = seconds(update) / len(idx) * (4 / 3 if cfg.kl_coef else 1)  # the reference reads it too
     learnt = cfg.rl_steps * rows + cfg.distill_steps * cfg.distill_prompts * cfg.distill_epochs
     evaluated = 4 * cfg.eval_problems * 16 * len(task.held_out)
+    evaluated += cfg.rl_steps // cfg.eval_every * 128 if cfg.eval_every else 0
     minutes = (learnt * (sampling + learning) + evaluated * sampling) / 60
     # 4 bytes a weight in base, zero, zero_best, student_base and student, and three times in resume.pt
-    return (f"{model.n_params():,} parameters: all stages take at most {minutes:.0f} minutes here and "
+    return (f"{model.n_params():,} parameters: all stages take up to about {minutes:.0f} minutes here and "
             f"{8 * 4 * model.n_params() / 1e9:.1f} GB on disk")
 
 
@@ -387,33 +390,33 @@ def forecast(model: GPT, cfg: Config, task) -> str:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, whose content takes the place of `path` whole or not at all; only rank 0 writes. Raises
-    UsageError, with the old content intact, if it cannot be written."""
-    temporary = Path(os.devnull) if rank() else path.with_name(path.name + ".tmp")
+    """A file to write to, whose content takes the place of `path` whole or not at all. Raises UsageError, with the old
+    content intact, if it cannot be written."""
+    temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            if not rank():
-                os.fsync(file.fileno())
-        if not rank():
-            os.replace(temporary, path)
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         temporary.unlink(missing_ok=True)
         raise UsageError(f"cannot write {path}: {error}; what was saved before is intact") from None
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, as `whole_file` does."""
-    with whole_file(path) as file:
-        file.write(content)
+    """Write a file whole or not at all, if this is rank 0."""
+    if not rank():
+        with whole_file(path) as file:
+            file.write(content)
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
-    """Write a checkpoint whole or not at all. It goes to the file piece by piece: in memory it would be a second copy
-    of the model."""
-    with whole_file(path) as file:
-        torch.save(content, file)
+    """Write a checkpoint whole or not at all, if this is rank 0. It goes to the file piece by piece: in memory it would
+    be a second copy of the model."""
+    if not rank():
+        with whole_file(path) as file:
+            torch.save(content, file)
 
 
 def load_checkpoint(path: Path, stage: str | None = None) -> dict:
@@ -556,7 +559,10 @@ def train_stage(run: Run, name: str, steps: int, parts: dict, train_step: Callab
         step, seconds, saved_step = saved["step"], saved["seconds"], saved["step"]
         for key, part in parts.items():
             part.load_state_dict(saved["parts"][key])
+        del saved  # a copy of the model
         print(f"{name}: going on after step {step}")
+    elif not rank():
+        run.path(f"{name}_best").unlink(missing_ok=True)  # of an earlier attempt
     barrier()  # all ranks have read resume.pt, which rank 0 may now replace
     rows = [row for row in run.log_rows() if row["stage"] != name or row["step"] <= step]
     write_file(run.out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())

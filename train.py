@@ -40,18 +40,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.arithmetic import Arithmetic
+from data.bpe import Encoding
 from data.chat import Pretrained
 from data.countdown import Countdown
 from data.own import OwnCorpus, OwnProblems, fingerprint, path_of, read_problems
-from data.pretrained import load_model, same_tokenizer
+from data.pretrained import load_model
 from distill import distill_step
 from grpo import grpo_step, sample_rollout
 from model import GPT, GPTConfig, Optimizer, generate
 from parallel import all_reduce, broadcast, end, init, per_rank, rank, world_size
 from rewards import accuracy_reward, extract_answer, format_reward, reflects
-from run import (BASE, DEPENDS, FIELDS, STUDENT, STUDENT_BASE, STUDENT_RL, ZERO, Config, Run, UsageError, build_model,
-                 check, compiled, forecast, load_checkpoint, lock, lr_schedule, open_run, parse_args, seeded,
-                 train_stage, tune_libraries, write_file)
+from run import (BASE, DEEP, DEPENDS, FIELDS, STUDENT, STUDENT_BASE, STUDENT_RL, ZERO, Config, Run, UsageError,
+                 build_model, check, compiled, forecast, has, load_checkpoint, lock, lr_schedule, open_run, parse_args,
+                 seeded, train_stage, tune_libraries, write_file)
 
 EVAL_SAMPLES = 16  # completions of each evaluated problem, for maj@16 and pass@16
 
@@ -72,7 +73,7 @@ def make_task(cfg: Config):
     if cfg.init:
         task, rng = Pretrained(task, path_of(cfg.init), cfg.instruction), random.Random(f"{cfg.seed}/shots")
         task.show([task.make_problem(rng) for _ in range(0 if cfg.problems else cfg.shots)])
-        if cfg.student_init and not same_tokenizer(path_of(cfg.student_init), path_of(cfg.init)):
+        if cfg.student_init and Encoding(Path(path_of(cfg.student_init)), task.template or "") != task.encoding:
             raise ValueError(f"{path_of(cfg.student_init)} has another tokenizer than {path_of(cfg.init)}")
     if cfg.problems:  # "PATH", or "PATH (checksum)" in a run under way; path_of takes the path
         max_answer_tokens = cfg.rl_max_new_tokens - 6  # the rest: four tags, a thought of one token, the stop token
@@ -265,7 +266,7 @@ def evaluate(model: GPT, problems: list, task, *, max_new_tokens: int, generator
     """
     n, mine = EVAL_SAMPLES, range(rank(), len(problems), world_size())
     counts = torch.zeros(len(problems), 5, dtype=torch.float64)  # of each problem's completions
-    size = 32 if len(model.blocks) <= 12 else 8  # problems at a time: a deep model's keys and values need room
+    size = 32 if len(model.blocks) <= DEEP else 8  # problems at a time: a deep model's keys and values need room
     for at in range(0, len(mine), size):
         rollout = sample_rollout(model, [problems[i] for i in mine[at:at + size]], task.reward, task, samples=n,
                                  max_new_tokens=max_new_tokens, generator=generator)
@@ -351,20 +352,19 @@ def report(run: Run) -> str:
 # The command line
 
 
-def finished_models(out: Path) -> tuple[Config, dict[str, dict]]:
-    """The settings of the run in `out`, and the checkpoints of its finished stages by name. Raises UsageError if there
-    are none."""
-    found = {name: load_checkpoint(out / f"{name}.pt", name) for name in DEPENDS if (out / f"{name}.pt").exists()}
-    if not found:
+def finished_stages(out: Path) -> tuple[Config, list[str]]:
+    """The settings of the run in `out`, and its finished stages. Raises UsageError if there are none."""
+    names = [name for name in DEPENDS if (out / f"{name}.pt").exists()]
+    if not names:
         raise UsageError(f"there is no model in {out}/: run python train.py first")
-    config = list(found.values())[-1]["config"]  # all models of a run have the same task
+    config = load_checkpoint(out / f"{names[-1]}.pt", names[-1])["config"]  # all models of a run have the same task
     known = {name: config[name] for name in FIELDS if name in config}  # an older checkpoint may lack some
-    return Config(**known | {"corpus": ""}), found  # what reads no corpus needs no file of it
+    return Config(**known | {"corpus": ""}), names  # what reads no corpus needs no file of it
 
 
 def ask(out: Path, text: str, samples: int = 1, temperature: float | None = None) -> str:
     """What each finished model in `out` answers: its likeliest answer, or several at temperature 1 or another."""
-    cfg, found = finished_models(out)
+    cfg, names = finished_stages(out)
     if temperature is None:
         temperature = float(samples > 1)
     try:
@@ -373,8 +373,8 @@ def ask(out: Path, text: str, samples: int = 1, temperature: float | None = None
     except ValueError as error:
         raise UsageError(f"--ask: {error}") from None
     lines, prompt = [f"{problem.question} = {problem.answer or '?'}"], task.encode_prompt(problem)
-    for name, content in found.items():
-        model = build_model(content)
+    for name in names:
+        model = build_model(load_checkpoint(out / f"{name}.pt", name))
         room = min(cfg.rl_max_new_tokens, model.config.block_size - len(prompt))
         if room < 1:
             raise UsageError(f"--ask: the prompt is too long, {len(prompt)} tokens")
@@ -387,19 +387,21 @@ def ask(out: Path, text: str, samples: int = 1, temperature: float | None = None
 
 def evaluate_file(out: Path, path: str) -> str:
     """What each finished model in `out` reaches on a file of problems (see data/own.py), as Markdown."""
-    cfg, found = finished_models(out)
+    cfg, names = finished_stages(out)
     try:
         task = make_task(cfg)
         problems = read_problems(path)
     except ValueError as error:
         raise UsageError(f"--evaluate: {error}") from None
-    room = max(content["shape"]["block_size"] for content in found.values()) - cfg.rl_max_new_tokens
+    room = cfg.block_size - cfg.rl_max_new_tokens
     fitting = [problem for problem in problems if len(task.encode_prompt(problem)) <= room]
     if len(fitting) < 2:
         raise UsageError(f"--evaluate: {path} has {len(fitting)} problems of at most {room} tokens, 2 are the least")
     lines = [f"{path}: {len(fitting)} of {len(problems)} problems, those of at most {room} tokens", "", *TABLE]
-    for name, content in found.items():
-        model, generator = build_model(content), torch.Generator().manual_seed(cfg.seed)
+    device = cfg.device if has(cfg.device) else "cpu"
+    for name in names:
+        model = build_model(load_checkpoint(out / f"{name}.pt", name)).to(device)
+        generator = torch.Generator(device).manual_seed(cfg.seed)
         figures = evaluate(model, fitting, task, max_new_tokens=cfg.rl_max_new_tokens, generator=generator)
         lines.append(table_row(name, model.n_params(), Path(path).stem, figures))
     return "\n".join(lines)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from data.arithmetic import Problem
-from data.pretrained import Encoding, read_json
+from data.bpe import Encoding, read_json
 from data.tokenizer import END_OF_TEXT
 
 # DeepSeek-R1 (arXiv 2501.12948v2), table 1, without the question.
@@ -49,8 +49,8 @@ def fill_template(template: str, messages: list[dict], names: dict[str, str]) ->
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                 extensions=["jinja2.ext.loopcontrols"])
     try:
-        return environment.from_string(template).render(messages=messages, add_generation_prompt=True,
-                                                        raise_exception=raise_exception, **names)
+        return environment.from_string(template).render(messages=messages, add_generation_prompt=True, tools=None,
+                                                        documents=None, raise_exception=raise_exception, **names)
     except Exception as error:  # whatever foreign code raises
         raise ValueError(f"the chat template fails: {error}") from None
 
@@ -60,12 +60,12 @@ class Pretrained:
     for a tokenizer or a template that cannot be used."""
 
     def __init__(self, task, folder: str, instruction: str):
-        self.task, self.instruction, path = task, instruction, Path(folder)
-        self.encoding, config = Encoding(path), {}
+        self.task, self.instruction, path, config = task, instruction, Path(folder), {}
         for name in ("config.json", "generation_config.json", "tokenizer_config.json"):  # what is read later rules
             if (path / name).exists():
                 config |= {key: value for key, value in read_json(path, name).items() if value is not None}
         self.template = read_template(path, config)
+        self.encoding = Encoding(path, self.template or "")
         self.names = {key: token if isinstance(token, str) else token["content"] for key, token in config.items()
                       if key in ("bos_token", "eos_token", "pad_token", "unk_token")}
         stop = config.get("eos_token_id", self.encoding.specials.get(self.names.get("eos_token"), []))
@@ -73,8 +73,8 @@ class Pretrained:
         if self.template:  # also the token that the template puts after an answer
             text = fill_template(self.template, [{"role": "user", "content": "?"},
                                                  {"role": "assistant", "content": chr(SLOT)}], self.names)
-            end = re.match(rf"\s*({self.encoding.special_pattern})", text.partition(chr(SLOT))[2])
-            self.stop_ids = tuple(dict.fromkeys([*self.stop_ids, *(self.encoding.specials[e[1]] for e in [end] if e)]))
+            if end := re.match(rf"\s*({self.encoding.special_pattern})", text.partition(chr(SLOT))[2]):
+                self.stop_ids = tuple(dict.fromkeys([*self.stop_ids, self.encoding.specials[end[1]]]))
         if not self.stop_ids or not all(isinstance(i, int) and 0 <= i < self.encoding.n_tokens for i in self.stop_ids):
             raise ValueError(f"{folder}: eos_token_id {stop!r} names no token that ends an answer")
         self.show([])
@@ -93,6 +93,10 @@ class Pretrained:
             if self.instruction:
                 messages.insert(0, {"role": "system", "content": slots[0]})
             text = fill_template(self.template, messages, self.names)
+            if any(text.count(slot) != 1 for slot in slots[not self.instruction:]):
+                raise ValueError("the chat template leaves a text out, perhaps the --instruction, or repeats one")
+            # Some templates begin the thought. Here the model does, as the rewards ask for both of its tags.
+            text = re.sub(r"<think>\s*$", "", text)
         else:
             end = self.encoding.decode(self.stop_ids[:1])
             turns = [f"User: {q}\nAssistant: {a}{end}\n" for q, a in zip(slots[1::2], slots[2::2])]

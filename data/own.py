@@ -127,7 +127,8 @@ class OwnProblems:
             raise ValueError(f'{path}: {len(examples)} training problems have a "solution", fewer than --shots={shots}')
         if examples:
             task.show(examples)
-        rows = [row for row in rows if row[3] not in examples]
+        shown = {normalize(problem.question) for problem in examples}
+        rows = [row for row in rows if row[2] not in shown]
         for side, line_no, prompt, problem in sorted(rows):  # "test" first: a prompt on both sides is not trained on
             answer_tokens = len(task.encoding.encode_ordinary(problem.answer))
             if (prompt and prompt not in self.by_prompt and len(task.encode_prompt(problem)) <= max_prompt_tokens

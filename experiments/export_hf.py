@@ -20,9 +20,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data.bpe import byte_letters
 from data.chat import Pretrained
 from data.own import path_of
-from data.pretrained import byte_letters, tensor_name
+from data.pretrained import tensor_name
 from data.tokenizer import END_OF_TEXT, PIECES, get_tokenizer
 from model import GPTConfig
 from run import UsageError, load_checkpoint
@@ -107,7 +108,7 @@ def main(argv: list[str]) -> int:
         return 0
     except ImportError:
         print("export_hf.py: pip install -r experiments/requirements.txt first", file=sys.stderr)
-    except (UsageError, OSError) as error:
+    except (ValueError, OSError) as error:  # UsageError is a ValueError
         print(f"export_hf.py: {error}", file=sys.stderr)
     return 2
 

@@ -1,21 +1,24 @@
 """Models from elsewhere: what --init reads is what transformers reads. The tests build their own tiny models of each
 family with transformers, from experiments/requirements.txt, which CI has. Nothing is downloaded."""
 import json
+import pickle
 import random
+import sys
 
 import pytest
 import torch
 
 import export_hf
 import model as model_module
+import run as run_module
 from data.arithmetic import Arithmetic, Problem
+from data.bpe import Encoding
 from data.chat import SLOT, Pretrained
-from data.pretrained import Encoding, load_model, same_tokenizer
-from model import GPTConfig, generate, token_logprobs
-from run import load_checkpoint
-from train import main
-
-from conftest import results, rows, weights_equal
+from data.pretrained import load_model
+from model import GPT, GPTConfig, generate, token_logprobs
+from run import Config, load_checkpoint, parse_args
+from tests.conftest import results, rows, weights_equal
+from train import main, make_task
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -26,7 +29,8 @@ QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{
 LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 CHATML = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n"
           "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-TEXTS = ["a", "the", " ", "  ", "\n", "\r\n", "\t", "1", "23", " 4567", "don't", "'S", "é", "e\u0301", "日本", "😀",
+TEXTS = ["a", "the", "!\x04!", "\u0338", "\U000e0041", " ", "  ", "\n", "\r\n", "\t", "1", "23", " 4567", "don't",
+         "'S", "é", "e\u0301", "日本", "😀",
          "<|im_end|>", "<|im_start|>", "<think>", "</answer>", "٣", "²", "!", "?!", "...", "\x00", "ß", "ſ", "_", "-3",
          "\u00a0", " world", "\ue000", "\ufeff"]
 SIZES = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
@@ -42,6 +46,27 @@ FAMILIES = {
 }
 
 
+TEXT = "User: 8*7-19\nAssistant: <think>56-19=37</think> the answer is it isn't 1234 !!! ..."
+
+
+def llama3_tokenizer(folder):
+    """A tokenizer.json as Llama 3 has it: transformers makes it of a file of tiktoken, and every pair that joins to a
+    token is listed as a merge."""
+    import base64
+
+    from tiktoken._educational import bpe_train
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+    ranks = bpe_train(TEXT * 3 + " aaaa aaaaaaaa", 280, LLAMA3, None)
+    path = folder / "tokenizer.model"
+    path.write_bytes(b"".join(base64.b64encode(piece) + b" %d\n" % rank for piece, rank in ranks.items()))
+    tokenizer = TikTokenConverter(str(path), pattern=LLAMA3,
+                                  extra_special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"]).converted()
+    tokenizer.add_tokens([tokenizers.AddedToken("<think>", special=False, normalized=False)])
+    path.unlink()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>",
+                                                clean_up_tokenization_spaces=False)
+
+
 def make_tokenizer(pre_tokenizer: str = "digits"):
     """A byte-level BPE of 300 tokens and 4 added ones, trained on a little text, that splits as a published family."""
     from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
@@ -49,18 +74,18 @@ def make_tokenizer(pre_tokenizer: str = "digits"):
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre_tokenizer in ("digits", "gpt2"))
     first = {"gpt2": [], "digits": [pre_tokenizers.Digits(individual_digits=True)],
              "qwen2": [pre_tokenizers.Split(Regex(QWEN2), "isolated")],
-             "llama3": [pre_tokenizers.Split(Regex(LLAMA3), "isolated")]}[pre_tokenizer]
+             "words": [pre_tokenizers.Split(Regex("[a-z]+"), "isolated")]}[pre_tokenizer]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*first, level]) if first else level
     tokenizer.decoder = decoders.ByteLevel()
     if pre_tokenizer == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=sorted(alphabet)[:250] if pre_tokenizer == "gpt2"
-                                  else alphabet, show_progress=False)
-    tokenizer.train_from_iterator(["User: 8*7-19\nAssistant: <think>56-19=37</think> the answer is it isn't 1234"] * 9,
-                                  trainer)
+    lacking = "Ħąĵ" if pre_tokenizer == "gpt2" else ""  # the letters of three bytes, \x04 among them
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=[a for a in alphabet if a not in lacking],
+                                  show_progress=False)
+    tokenizer.train_from_iterator([TEXT] * 9, trainer)
     tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    tokenizer.add_tokens([AddedToken("<think>", special=False)])
+    tokenizer.add_tokens([AddedToken("<think>", special=False, normalized=False)])
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>",
                                                 clean_up_tokenization_spaces=False)
 
@@ -194,11 +219,11 @@ def test_shapes_that_do_not_fit(sizes):
 # The tokenizer
 
 
-@pytest.mark.parametrize("pre_tokenizer", ["gpt2", "digits", "qwen2", "llama3"])
+@pytest.mark.parametrize("pre_tokenizer", ["gpt2", "digits", "qwen2", "llama3", "words"])
 def test_tokenizers_agree(tmp_path, pre_tokenizer):
-    """Another split, another order of merges, a special token found in a text, bytes that the vocabulary lacks, or a
-    letter and its accent that are not joined first."""
-    tokenizer = make_tokenizer(pre_tokenizer)
+    """Another split, another order of merges, a special token found in a text, bytes that the vocabulary lacks, a
+    letter and its accent that are not joined first, or text that no part of the split matches."""
+    tokenizer = llama3_tokenizer(tmp_path) if pre_tokenizer == "llama3" else make_tokenizer(pre_tokenizer)
     tokenizer.save_pretrained(tmp_path)
     encoding, rng = Encoding(tmp_path), random.Random(0)
     for n in range(2500):
@@ -223,11 +248,22 @@ def test_ids_without_a_name_decode(folder, tmp_path):
     assert all(encoding.decode([i]) for i in range(encoding.n_tokens - 3, encoding.n_tokens))
 
 
-def test_same_tokenizer(folder, tmp_path):
+def test_the_task_travels_to_other_ranks(folder):
+    """Rank 0 sends the task to the others. A tiktoken.Encoding is pickled by what its own constructor takes."""
+    task = Pretrained(Arithmetic(), str(folder), "Go.")
+    copied, problem = pickle.loads(pickle.dumps(task)), Problem("8*7<think>", "")
+    assert copied.encode_prompt(problem) == task.encode_prompt(problem) and copied.stop_ids == task.stop_ids
+
+
+def test_equal_tokenizers(folder, tmp_path):
+    """A file may spell its merges in two ways."""
     to = copy_of(folder, tmp_path)
-    assert same_tokenizer(folder, to)
+    content = json.loads((to / "tokenizer.json").read_text())
+    content["model"]["merges"] = [" ".join(merge) for merge in content["model"]["merges"]]
+    (to / "tokenizer.json").write_text(json.dumps(content))
+    assert Encoding(folder) == Encoding(to)
     make_tokenizer("gpt2").save_pretrained(to)
-    assert not same_tokenizer(folder, to)
+    assert Encoding(folder) != Encoding(to)
 
 
 # The prompt
@@ -246,6 +282,40 @@ def test_the_prompt_is_the_templates(folder):
     theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     assert task.encode_prompt(Problem("8*7-19", "37")) == theirs
     assert len(theirs) <= task.max_prompt_tokens
+
+
+def test_tokens_of_the_template_are_special(folder, tmp_path):
+    """Some chat models do not mark the ends of their turns as special. A question could then end its own turn, and an
+    answer would not stop."""
+    to = copy_of(folder, tmp_path)
+    content = json.loads((to / "tokenizer.json").read_text())
+    for token in content["added_tokens"]:
+        token["special"] = False
+    (to / "tokenizer.json").write_text(json.dumps(content))
+    task, usual = (Pretrained(Arithmetic(), str(path), "Go.") for path in (to, folder))
+    problem = Problem("<|im_end|> and <think>", "")
+    assert task.encode_prompt(problem) == usual.encode_prompt(problem)
+    assert task.stop_ids[-1] == usual.stop_ids[-1] == usual.encoding.specials["<|im_end|>"]
+
+
+@pytest.mark.parametrize("template, words", [
+    ("{{ messages[-1]['content'] }}", "instruction"), ("{{ messages[0]['content'] }}", "instruction"),
+    ("{% for m in messages %}{{ m['content'][0]['text'] }}{% endfor %}", "instruction"),
+    ("{% for m in messages %}{{ m['content'] + m['content'] }}{% endfor %}", "repeats")])
+def test_a_template_that_leaves_a_text_out(folder, tmp_path, template, words):
+    """A template without a system role drops the instruction, and RL would train on another prompt than was asked."""
+    to = copy_of(folder, tmp_path)
+    (to / "chat_template.jinja").write_text(template)
+    with pytest.raises(ValueError, match=words):
+        Pretrained(Arithmetic(), str(to), "Think.")
+
+
+def test_the_model_begins_the_thought_itself(folder, tmp_path):
+    """Templates of reasoning models end in "<think>". A completion would lack that tag, and never be rewarded."""
+    to = copy_of(folder, tmp_path)
+    (to / "chat_template.jinja").write_text(CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"))
+    task, usual = (Pretrained(Arithmetic(), str(path), "Go.") for path in (to, folder))
+    assert task.encode_prompt(Problem("1+1", "2")) == usual.encode_prompt(Problem("1+1", "2"))
 
 
 @pytest.mark.parametrize("template", [CHATML, None])
@@ -300,7 +370,8 @@ def test_stop_ids(folder, tmp_path):
     "{% for i in range(10**9) %}{% endfor %}",
     "{{ raise_exception('only user and assistant') }}", "{% if %}"])
 def test_templates_run_in_a_sandbox(folder, tmp_path, template):
-    """A template is foreign code: it may not reach Python, change what it is given, or loop for ever."""
+    """A template is foreign code: it may not reach Python or change what it is given. One that fails, or asks for a
+    huge range, is refused in a line."""
     to = copy_of(folder, tmp_path)
     (to / "chat_template.jinja").write_text(template)
     with pytest.raises(ValueError, match="chat template fails"):
@@ -372,15 +443,20 @@ UP = "model.layers.1.mlp.up_proj.weight"
     (change_config(use_sliding_window=True), "use_sliding_window"),
     (change_config(layer_types=["sliding_attention"] * 3), "layer_types"),
     (change_config(hidden_size="drop"), "hidden_size"), (change_config(max_position_embeddings=32), "max_position"),
+    (change_config(vocab_size=5000), "vocab_size"), (change_config(vocab_size=200), "vocab_size"),
     (change_config(hidden_size=64), "model.embed_tokens.weight"), (change_config(num_hidden_layers=4), "layers.3"),
     (change_config(num_hidden_layers=2), "layers.2"), (change_config(num_key_value_heads=4), "k_proj"),
     (change_config(tie_word_embeddings=False), "lm_head.weight is missing"),
+    (change_config(model_type="qwen2"), "q_proj.bias is missing"), (change_config(rope_parameters="x"), "cannot load"),
+    (change_config(num_attention_heads="4"), "cannot load"), (change_config(model_type="qwen3"), "q_norm"),
     (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
     (lambda folder: (folder / "config.json").write_text("[1]"), "config.json is not"),
     (change_tensors(lambda tensors: tensors.pop(UP)), UP),
     (change_tensors(lambda tensors: tensors.update({UP: tensors[UP].to(torch.int8)})), "int8"),
     (change_tensors(lambda tensors: tensors.update(more=torch.zeros(2))), "tensor more"),
-    (cut_off, "cannot load"), (pickled, "*.safetensors"), (lose_a_shard, "model-2.safetensors"),
+    (cut_off, "cannot load"), (pickled, "model.safetensors is missing"), (lose_a_shard, "model-2.safetensors"),
+    (change_tokenizer(post_processor={"type": "Sequence", "processors": [3]}), "cannot read"),
+    (change_tokenizer(pre_tokenizer={"type": "Sequence", "pretokenizers": []}), "cannot read"),
     (sentence_piece, "SentencePiece"), (change_tokenizer(model={"byte_fallback": True}), "SentencePiece"),
     (change_tokenizer(model={"type": "Unigram"}), "SentencePiece"),
     (change_tokenizer(normalizer={"type": "NFKC"}), "NFKC"),
@@ -402,6 +478,7 @@ def test_no_folder(tmp_path, refused):
 def test_settings_that_need_init(refused, tmp_path, folder):
     assert "--init" in refused("--shots=2", f"--out={tmp_path}")
     assert "--n_layer" in refused(f"--init={folder}", "--n_layer=9", f"--out={tmp_path}")
+    assert "--preset" in refused(f"--init={folder}", "--preset=tiny", f"--out={tmp_path}")
 
 
 # A run
@@ -486,9 +563,8 @@ def test_own_problems_with_shots(folder, tmp_path, refused):
     """The first training problems with a solution are the examples, and RL never asks them."""
     path, solved = tmp_path / "own.jsonl", ' "solution": "2 and 2 is 4",'
     path.write_text("".join(f'{{"prompt": "{n} and 2?",{solved * (n == 2)} "answer": {n + 2}, "split": "{side}"}}\n'
-                            for n, side in enumerate(["train", "test", "train", "train", "test", "train"])))
-    from train import make_task
-    from run import parse_args
+                            for n, side in enumerate(["train", "test", "train", "train", "test", "train"]))
+                    + '{"prompt": "2 AND 2?", "answer": 4, "split": "train"}\n')
     cfg, _ = parse_args([f"--init={folder}", f"--problems={path}", "--shots=1", "--instruction="])
     task = make_task(cfg)
     text = task.encoding.decode(task.encode_prompt(task.parse("0 and 2?")))
@@ -532,7 +608,7 @@ def test_student_init(folder, tmp_path, refused):
 
 def test_pretraining_further(folder, tmp_path):
     assert main([f"--init={folder}", *TINY, "--base_tokens=2048", "--base_batch=8", "--stage=base",
-                 f"--out={tmp_path}"]) == 0
+                 "--base_adam_lr=0.01", f"--out={tmp_path}"]) == 0
     losses = [row["loss"] for row in rows(tmp_path)]
     assert len(losses) == 4 and losses[-1] < losses[0]
 
@@ -557,3 +633,31 @@ def test_the_best_model_is_kept(folder, tmp_path, monkeypatch):
     assert main([f"--init={folder}", *TINY, "--stage=zero", f"--out={tmp_path}"]) == 0
     best, last = (load_checkpoint(tmp_path / f"{name}.pt") for name in ("zero_best", "zero"))
     assert best["step"] == 2 and last["step"] == 4 and best["stage"] == "zero"
+
+
+def test_safetensors_is_asked_for(folder, tmp_path, refused, monkeypatch):
+    """Without the package, which is none of the four that everything else needs, a traceback would say nothing of
+    what to do."""
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    assert "pip install safetensors" in refused(f"--init={folder}", f"--out={tmp_path / 'out'}", *TINY)
+
+
+def test_saving_takes_a_twentieth_of_the_time(tmp_path, monkeypatch):
+    """The checkpoint of a large model takes seconds, and saving it every save_every seconds would take most of the
+    run."""
+    now, saved = [0.0], []
+
+    def save(path, content):
+        now[0] += 2.0
+        saved.append(path.name)
+
+    def step(number):
+        now[0] += 1.0
+        return {"loss": 0.0, "tokens": 1}
+
+    monkeypatch.setattr(run_module, "save_checkpoint", save)
+    monkeypatch.setattr(run_module.time, "perf_counter", lambda: now[0])
+    model = GPT(GPTConfig(11, n_layer=1, n_head=1, n_embd=8))
+    a_run = run_module.Run(Config(save_every=3.0), None, tmp_path, {"models": {}, "seconds": {}})
+    run_module.train_stage(a_run, "base", 200, {"model": model}, step)
+    assert saved == ["resume.pt"] * 6 + ["base.pt"]  # after 3 steps, and then after 38 each
