@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grpo import micro_batches, random_minibatches, rollout_means, sample_rollout
-from model import GPT, Optimizer
+from model import LARGE_VOCABULARY, GPT, Optimizer
 from parallel import all_reduce
 
 DIVERGENCES = ("forward", "reverse", "jsd")
@@ -81,6 +81,12 @@ def sft_loss(student_logits: Tensor, target: Tensor, mask: Tensor, denominator: 
     return total / (denominator or max(int(mask.sum()), 1))
 
 
+def wanted(x: Tensor, mask: Tensor, model: GPT) -> Tensor:
+    """x (n, T, ..), or with a large vocabulary, whose logits are most of the work, its masked positions alone,
+    (1, tokens, ..)."""
+    return x[mask][None] if model.config.vocab_size > LARGE_VOCABULARY else x
+
+
 def distill_step(student: GPT, teacher: GPT, optimizer: Optimizer, problems: list, reward_fn, task, cfg,
                  generator: torch.Generator | None = None, lr_scale: float = 1.0) -> dict[str, float | None]:
     """Sample one completion of each problem, then update the student on each minibatch of them, `distill_epochs` times.
@@ -107,17 +113,19 @@ def distill_step(student: GPT, teacher: GPT, optimizer: Optimizer, problems: lis
         if n_tokens:
             for batch in micro_batches(rollout, rows, cfg.micro_batch, student.embedding.weight.device):
                 hidden = None if cfg.divergence == "sft" else teacher.hidden(batch.idx[:, :-1]).detach()  # (n, T-1, C)
-                batches.append((batch, hidden))
+                batches.append((batch, hidden if hidden is None else wanted(hidden, batch.mask, teacher)))
             minibatches.append((n_tokens, batches))
     # 4) update the student; each epoch takes the same minibatches
     for n_tokens, batches in minibatches * cfg.distill_epochs:
-        for batch, hidden in batches:
-            student_logits = student(batch.idx[:, :-1])  # (n, T-1, V)
+        for batch, teacher_hidden in batches:
+            hidden, target, mask = (wanted(x, batch.mask, student) for x in (
+                student.hidden(batch.idx[:, :-1]), batch.idx[:, 1:], batch.mask))
+            student_logits = student.logits(hidden)  # (n, T-1, V)
             if cfg.divergence == "sft":
-                loss = sft_loss(student_logits, batch.idx[:, 1:], batch.mask, n_tokens)
+                loss = sft_loss(student_logits, target, mask, n_tokens)
             else:
-                teacher_logits = teacher.logits(hidden).detach()  # (n, T-1, V)
-                loss = distill_loss(student_logits, teacher_logits, batch.mask, divergence=cfg.divergence,
+                teacher_logits = teacher.logits(teacher_hidden).detach()  # (n, T-1, V)
+                loss = distill_loss(student_logits, teacher_logits, mask, divergence=cfg.divergence,
                                     temperature=cfg.distill_temperature, denominator=n_tokens)
             loss.backward()
             means.add("loss", loss.detach() * n_tokens, batch.mask.sum())  # the sum of its tokens' losses, their number

@@ -155,7 +155,7 @@ PRESETS = {
 OF_INIT = dict(micro_batch=512, save_every=120.0, block_size=1024, base_tokens=0, student_base_tokens=0,
                base_muon_lr=0.0, base_adam_lr=2e-5, rl_steps=50, rl_prompts=8, rl_minibatches=1, rl_max_new_tokens=64,
                rl_lr=1e-5, eval_every=10, eval_problems=64, distill_steps=25, distill_prompts=64,
-               distill_minibatches=2, distill_epochs=1, distill_muon_lr=0.0, distill_adam_lr=3e-4)
+               distill_minibatches=2, distill_epochs=1, distill_muon_lr=5e-3, distill_adam_lr=3e-4)
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 
 

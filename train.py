@@ -24,6 +24,7 @@ imported from them does what its name says.
 import copy
 import dataclasses
 import functools
+import gc
 import math
 import os
 import random
@@ -434,6 +435,7 @@ def train(run: Run, chosen: str) -> None:
             run.began = time.perf_counter()
             print(f"\n{name}: {machine(run.cfg)}", flush=True)
             stage(run, name, *map(run.load_model, DEPENDS[name]))
+            gc.collect()  # compiled models refer to themselves, and would stay in memory for a while
         if run.path(name).exists() and name not in run.results["models"]:
             evaluate_stage(run, name)
     text = report(run)

