@@ -130,13 +130,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        c = self.config = config
+        c = config
+        # subtle: as attributes of the module these are constants to the compiler; read from config, they would vary.
+        self.n_head, self.n_kv_head, self.head_size = c.n_head, c.n_kv_head, c.head_size
         self.norm1, self.norm2 = nn.RMSNorm(c.n_embd, eps=c.eps), nn.RMSNorm(c.n_embd, eps=c.eps)
         self.q, self.k, self.v = (nn.Linear(c.n_embd, heads * c.head_size, bias=c.qkv_bias)
                                   for heads in (c.n_head, c.n_kv_head, c.n_kv_head))
         self.o = nn.Linear(c.n_head * c.head_size, c.n_embd, bias=False)
-        if c.qk_norm:
-            self.q_norm, self.k_norm = nn.RMSNorm(c.head_size, eps=c.eps), nn.RMSNorm(c.head_size, eps=c.eps)
+        self.q_norm, self.k_norm = (nn.RMSNorm(c.head_size, eps=c.eps) if c.qk_norm else None for _ in range(2))
         self.gate, self.up = (nn.Linear(c.n_embd, c.n_hidden, bias=False) for _ in range(2))
         self.down = nn.Linear(c.n_hidden, c.n_embd, bias=False)
 
@@ -159,13 +160,12 @@ class Block(nn.Module):
         cos, sin and mask have the type of the matrix products; x, the sum of all blocks so far, is float32.
         """
         qkv, o, gate_up, down = self.weights(mask.dtype) if cache is None else cache.weights[layer]
-        c = self.config
         h = F.linear(self.norm1(x).to(mask.dtype), qkv)  # (B, T, (H + 2 n_kv_head) D)
-        if c.qkv_bias:
+        if self.q.bias is not None:
             h = (h + torch.cat((self.q.bias, self.k.bias, self.v.bias))).to(mask.dtype)
-        q, k, v = (y.transpose(1, 2) for y in h.unflatten(-1, (-1, c.head_size)).split(
-            (c.n_head, c.n_kv_head, c.n_kv_head), dim=2))  # (B, H, T, D), (B, n_kv_head, T, D) twice
-        if c.qk_norm:
+        q, k, v = (y.transpose(1, 2) for y in h.unflatten(-1, (-1, self.head_size)).split(
+            (self.n_head, self.n_kv_head, self.n_kv_head), dim=2))  # (B, H, T, D), (B, n_kv_head, T, D) twice
+        if self.q_norm is not None:
             q, k = self.q_norm(q.float()).to(mask.dtype), self.k_norm(k.float()).to(mask.dtype)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:

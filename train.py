@@ -51,7 +51,7 @@ from grpo import grpo_step, sample_rollout
 from model import GPT, GPTConfig, Optimizer, generate
 from parallel import all_reduce, broadcast, end, init, per_rank, rank, world_size
 from rewards import accuracy_reward, extract_answer, format_reward, reflects
-from run import (BASE, DEEP, DEPENDS, FIELDS, STUDENT, STUDENT_BASE, STUDENT_RL, ZERO, Config, Run, UsageError,
+from run import (BASE, DEPENDS, FIELDS, STUDENT, STUDENT_BASE, STUDENT_RL, ZERO, Config, Run, UsageError,
                  build_model, check, compiled, forecast, has, load_checkpoint, lock, lr_schedule, open_run, parse_args,
                  seeded, train_stage, tune_libraries, write_file)
 
@@ -257,17 +257,18 @@ def majority(answers: list[str | None]) -> str | None:
     return votes.most_common(1)[0][0] if votes else None
 
 
-def evaluate(model: GPT, problems: list, task, *, max_new_tokens: int, generator: torch.Generator) -> dict[str, float]:
+def evaluate(model: GPT, problems: list, task, *, max_new_tokens: int, generator: torch.Generator,
+             size: int = 32) -> dict[str, float]:
     """Sample EVAL_SAMPLES completions of each problem at temperature 1 -> the figures of results.json for one model and
     one kind of problems.
 
     pass@1 is the share of right completions, pass@1_se its standard error over problems, maj@16 the share of problems
     that the most frequent answer solves, pass@16 the share that any of the 16 solves. format, length (tokens, with the
-    stop token) and reflection are means over completions. The ranks divide the problems among themselves.
+    stop token) and reflection are means over completions. The ranks divide the problems among themselves, and sample
+    answers to `size` of them at a time: keys and values of a model from elsewhere need room.
     """
     n, mine = EVAL_SAMPLES, range(rank(), len(problems), world_size())
     counts = torch.zeros(len(problems), 5, dtype=torch.float64)  # of each problem's completions
-    size = 32 if len(model.blocks) <= DEEP else 8  # problems at a time: a deep model's keys and values need room
     for at in range(0, len(mine), size):
         rollout = sample_rollout(model, [problems[i] for i in mine[at:at + size]], task.reward, task, samples=n,
                                  max_new_tokens=max_new_tokens, generator=generator)
@@ -297,7 +298,7 @@ def evaluate_stage(run: Run, name: str) -> None:
     found = {"params": model.n_params()}
     for kind in run.task.held_out:
         found[kind] = evaluate(model, run.task.heldout_problems(cfg.eval_problems, kind, cfg.seed), run.task,
-                               max_new_tokens=cfg.rl_max_new_tokens,
+                               max_new_tokens=cfg.rl_max_new_tokens, size=8 if cfg.init else 32,
                                generator=seeded(cfg, f"evaluate {name} {kind}", 0)[1])
         print(f"{name} on {kind}: " + "  ".join(f"{key} {value:.3g}" for key, value in found[kind].items()), flush=True)
     run.results["models"][name] = found
@@ -403,7 +404,8 @@ def evaluate_file(out: Path, path: str) -> str:
     for name in names:
         model = build_model(load_checkpoint(out / f"{name}.pt", name)).to(device)
         generator = torch.Generator(device).manual_seed(cfg.seed)
-        figures = evaluate(model, fitting, task, max_new_tokens=cfg.rl_max_new_tokens, generator=generator)
+        figures = evaluate(model, fitting, task, max_new_tokens=cfg.rl_max_new_tokens, generator=generator,
+                           size=8 if cfg.init else 32)
         lines.append(table_row(name, model.n_params(), Path(path).stem, figures))
     return "\n".join(lines)
 
