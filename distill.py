@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grpo import micro_batches, random_minibatches, rollout_means, sample_rollout
+from grpo import MicroBatch, micro_batches, random_minibatches, rollout_means, sample_rollout
 from model import LARGE_VOCABULARY, GPT, Optimizer
 from parallel import all_reduce
 
@@ -81,10 +81,12 @@ def sft_loss(student_logits: Tensor, target: Tensor, mask: Tensor, denominator: 
     return total / (denominator or max(int(mask.sum()), 1))
 
 
-def wanted(x: Tensor, mask: Tensor, model: GPT) -> Tensor:
-    """x (n, T, ..), or with a large vocabulary, whose logits are most of the work, its masked positions alone,
-    (1, tokens, ..)."""
-    return x[mask][None] if model.config.vocab_size > LARGE_VOCABULARY else x
+def read(model: GPT, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """The model reads a micro-batch -> what it makes logits of, (n, T-1, C), the tokens that come next and their mask,
+    (n, T-1) each. With a large vocabulary, whose logits are most of the work, these are the masked positions alone:
+    (1, tokens, C) and (1, tokens)."""
+    parts = model.hidden(batch.idx[:, :-1]), batch.idx[:, 1:], batch.mask
+    return tuple(x[batch.mask][None] for x in parts) if model.config.vocab_size > LARGE_VOCABULARY else parts
 
 
 def distill_step(student: GPT, teacher: GPT, optimizer: Optimizer, problems: list, reward_fn, task, cfg,
@@ -105,21 +107,19 @@ def distill_step(student: GPT, teacher: GPT, optimizer: Optimizer, problems: lis
                 if cfg.on_policy or score["accuracy"] == 1 and score.get("format", 1) == 1]
     means = rollout_means(rollout)
     means.add("accepted", len(accepted), len(rollout.scores))
-    # 3) the teacher reads them, once for all epochs; what it read is kept, because its logits would be far larger
+    # 3) the teacher reads them, once for all epochs. Its hidden states are kept; its logits would be far larger
     minibatches = []
     for picks in random_minibatches(len(accepted), cfg.distill_minibatches, generator):
         rows, batches = [accepted[i] for i in picks], []
         n_tokens = int(all_reduce(torch.tensor(sum(len(rollout.completions[i]) for i in rows))))
         if n_tokens:
             for batch in micro_batches(rollout, rows, cfg.micro_batch, student.embedding.weight.device):
-                hidden = None if cfg.divergence == "sft" else teacher.hidden(batch.idx[:, :-1]).detach()  # (n, T-1, C)
-                batches.append((batch, hidden if hidden is None else wanted(hidden, batch.mask, teacher)))
+                batches.append((batch, None if cfg.divergence == "sft" else read(teacher, batch)[0].detach()))
             minibatches.append((n_tokens, batches))
     # 4) update the student; each epoch takes the same minibatches
     for n_tokens, batches in minibatches * cfg.distill_epochs:
         for batch, teacher_hidden in batches:
-            hidden, target, mask = (wanted(x, batch.mask, student) for x in (
-                student.hidden(batch.idx[:, :-1]), batch.idx[:, 1:], batch.mask))
+            hidden, target, mask = read(student, batch)
             student_logits = student.logits(hidden)  # (n, T-1, V)
             if cfg.divergence == "sft":
                 loss = sft_loss(student_logits, target, mask, n_tokens)

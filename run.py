@@ -34,6 +34,8 @@ from data.chat import R1_ZERO
 from model import GPT, GPTConfig, generate, token_logprobs
 from parallel import barrier, check_launcher, rank
 
+EVAL_SAMPLES = 16  # completions of each evaluated problem, for maj@16 and pass@16
+LOOK_PROBLEMS, LOOK_SAMPLES = 32, 4  # what --eval_every asks a policy, and how often
 DEEP = 12  # sampling by a model of more layers is not compiled: one step is all layers, at 3 s each
 PRETRAIN_PRINT = 20  # pretraining steps between lines on the terminal; log.jsonl has them all
 SHOWN = ("loss", "heldout_loss", "heldout_accuracy", "reward", "accuracy", "format", "length", "reflection", "kl",
@@ -190,6 +192,7 @@ def check(cfg: Config) -> None:
     """Raises ValueError where settings that are each right do not go together."""
     for prefix in ("", "student_"):
         GPTConfig(1, cfg.block_size, *(getattr(cfg, prefix + key) for key in ("n_layer", "n_head", "n_embd")))
+
     def changed(*names: str) -> bool:
         return any(getattr(cfg, name) != FIELDS[name].default for name in names)
 
@@ -377,8 +380,8 @@ def forecast(model: GPT, cfg: Config, task) -> str:
     sampling = (one + (nine - one) / 8 * cfg.rl_max_new_tokens) / rows  # seconds of a completion
     learning = seconds(update) / len(idx) * (4 / 3 if cfg.kl_coef else 1)  # the reference reads it too
     learnt = cfg.rl_steps * rows + cfg.distill_steps * cfg.distill_prompts * cfg.distill_epochs
-    evaluated = 4 * cfg.eval_problems * 16 * len(task.held_out)
-    evaluated += cfg.rl_steps // cfg.eval_every * 128 if cfg.eval_every else 0
+    evaluated = 4 * cfg.eval_problems * EVAL_SAMPLES * len(task.held_out)
+    evaluated += cfg.rl_steps // cfg.eval_every * LOOK_PROBLEMS * LOOK_SAMPLES if cfg.eval_every else 0
     minutes = (learnt * (sampling + learning) + evaluated * sampling) / 60
     # 4 bytes a weight in base, zero, zero_best, student_base and student, and three times in resume.pt
     return (f"{model.n_params():,} parameters: all stages take up to about {minutes:.0f} minutes here and "
@@ -589,8 +592,9 @@ def train_stage(run: Run, name: str, steps: int, parts: dict, train_step: Callab
             if metrics.get("heldout_accuracy", 0.0) > best:
                 best = metrics["heldout_accuracy"]
                 save(run.path(f"{name}_best"))
-            # with save_every=0 each step is saved, however long it takes
-            if time.perf_counter() - saved_at >= max(run.cfg.save_every, bool(run.cfg.save_every) * 19 * save_seconds):
+            # with save_every=0 each step is saved, however long that takes
+            pause = max(run.cfg.save_every, 19 * save_seconds) if run.cfg.save_every else 0.0
+            if time.perf_counter() - saved_at >= pause:
                 began_saving = time.perf_counter()
                 save(resume, parts={key: part.state_dict() for key, part in parts.items()})
                 saved_at, saved_step, save_seconds = time.perf_counter(), step, time.perf_counter() - began_saving

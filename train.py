@@ -51,11 +51,9 @@ from grpo import grpo_step, sample_rollout
 from model import GPT, GPTConfig, Optimizer, generate
 from parallel import all_reduce, broadcast, end, init, per_rank, rank, world_size
 from rewards import accuracy_reward, extract_answer, format_reward, reflects
-from run import (BASE, DEPENDS, FIELDS, STUDENT, STUDENT_BASE, STUDENT_RL, ZERO, Config, Run, UsageError,
-                 build_model, check, compiled, forecast, has, load_checkpoint, lock, lr_schedule, open_run, parse_args,
-                 seeded, train_stage, tune_libraries, write_file)
-
-EVAL_SAMPLES = 16  # completions of each evaluated problem, for maj@16 and pass@16
+from run import (BASE, DEPENDS, EVAL_SAMPLES, FIELDS, LOOK_PROBLEMS, LOOK_SAMPLES, STUDENT, STUDENT_BASE, STUDENT_RL,
+                 ZERO, Config, Run, UsageError, build_model, check, compiled, forecast, has, load_checkpoint, lock,
+                 lr_schedule, open_run, parse_args, seeded, train_stage, tune_libraries, write_file)
 
 
 # What a run is about
@@ -201,8 +199,6 @@ def train_zero(run: Run, name: str, policy: GPT) -> None:
     # AdamW alone: its steps get smaller where the gradient is noisy, as in RL. Muon's steps always have one size.
     optimizer = Optimizer(policy, cfg.rl_lr, beta2=0.999)
     parts = {"model": policy, "optimizer": optimizer} | ({"reference": reference} if cfg.ref_every else {})
-    kind, *_ = task.held_out
-    heldout = task.heldout_problems(min(32, cfg.eval_problems), kind, cfg.seed + 1)[rank()::world_size()]
 
     def step(number: int) -> dict:
         rng, generator = seeded(cfg, name, number)  # by step and rank, so that each rank draws problems of its own
@@ -212,15 +208,22 @@ def train_zero(run: Run, name: str, policy: GPT) -> None:
         if cfg.ref_every and number % cfg.ref_every == 0:  # check() in run.py demands a reference for it
             reference.load_state_dict(policy.state_dict())
         if cfg.eval_every and (number % cfg.eval_every == 0 or number == steps):
-            answers = sample_rollout(policy, heldout, task.reward, task, samples=4, generator=generator,
-                                     max_new_tokens=cfg.rl_max_new_tokens).column("accuracy")
-            right, n = all_reduce(torch.tensor([answers.sum(), len(answers)])).tolist()
-            metrics["heldout_accuracy"] = right / n
+            metrics["heldout_accuracy"] = heldout_accuracy(policy, task, cfg, generator)
         if number in (1, 5, 10) or number % 20 == 0:
             print(f"    {problems[0].question}  ->  {rollout.texts[0]}   reward {rollout.scores[0]['reward']:.1f}")
         return metrics | {"tokens": metrics["length"] * prompts * cfg.rl_samples}
 
     train_stage(run, name, steps, parts, step)
+
+
+def heldout_accuracy(policy: GPT, task, cfg: Config, generator: torch.Generator) -> float:
+    """A quick look at a policy under way: its accuracy on a few held-out problems, which the ranks divide."""
+    kind, *_ = task.held_out
+    problems = task.heldout_problems(min(LOOK_PROBLEMS, cfg.eval_problems), kind, cfg.seed + 1)[rank()::world_size()]
+    answers = sample_rollout(policy, problems, task.reward, task, samples=LOOK_SAMPLES, generator=generator,
+                             max_new_tokens=cfg.rl_max_new_tokens).column("accuracy")
+    right, n = all_reduce(torch.tensor([answers.sum(), len(answers)])).tolist()
+    return right / n
 
 
 def train_student(run: Run, name: str, teacher: GPT, student: GPT) -> None:
@@ -410,13 +413,14 @@ def evaluate_file(out: Path, path: str) -> str:
     return "\n".join(lines)
 
 
-def prepare(cfg: Config) -> tuple[Config, object]:
+def prepare(cfg: Config, out: Path) -> tuple[Config, object]:
     """Check the settings and the files that they name -> (the settings, the task). Raises UsageError."""
     try:
         check(cfg)
         task = make_task(cfg)
-        for folder in filter(None, (cfg.init, cfg.student_init)):  # what cannot be loaded is refused before any work
-            load_model(path_of(folder), task.encoding.n_tokens, cfg.block_size)
+        for name, folder in ((BASE, cfg.init), (STUDENT_BASE, cfg.student_init)):
+            if folder and not (out / f"{name}.pt").exists():  # what cannot be loaded is refused before any work
+                load_model(path_of(folder), task.encoding.n_tokens, cfg.block_size)
     except ValueError as error:
         raise UsageError(str(error)) from None
     # a fingerprint is the path and a checksum of the file, so that a changed file is noticed
@@ -460,7 +464,7 @@ def main(argv: list[str]) -> int:
         init()
         if rank():
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
-        prepared = None if rank() else prepare(cfg)  # rank 0 reads the files for all
+        prepared = None if rank() else prepare(cfg, out)  # rank 0 reads the files for all
         with lock(out):
             run = broadcast(None if rank() else open_run(*prepared, out))
             train(run, options.stage or "")

@@ -17,6 +17,7 @@ import numpy as np
 
 from data.arithmetic import Problem
 from data.bpe import Encoding, read_json
+from data.own import OwnProblems
 from data.tokenizer import END_OF_TEXT
 
 # DeepSeek-R1 (arXiv 2501.12948v2), table 1, without the question.
@@ -79,8 +80,7 @@ class Pretrained:
             raise ValueError(f"{folder}: eos_token_id {stop!r} names no token that ends an answer")
         self.show([])
 
-    def __getattr__(self, name: str):
-        return getattr(vars(self).get("task"), name)  # subtle: while an object is unpickled it has no task yet
+    __getattr__ = OwnProblems.__getattr__
 
     def show(self, examples: list) -> None:
         """Put these problems before every question from now on, each with its working and its answer."""

