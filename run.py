@@ -592,8 +592,7 @@ def train_stage(run: Run, name: str, steps: int, parts: dict, train_step: Callab
             if metrics.get("heldout_accuracy", 0.0) > best:
                 best = metrics["heldout_accuracy"]
                 save(run.path(f"{name}_best"))
-            # with save_every=0 each step is saved, however long that takes
-            pause = max(run.cfg.save_every, 19 * save_seconds) if run.cfg.save_every else 0.0
+            pause = max(run.cfg.save_every, 19 * save_seconds) if run.cfg.save_every else 0.0  # 0 saves every step
             if time.perf_counter() - saved_at >= pause:
                 began_saving = time.perf_counter()
                 save(resume, parts={key: part.state_dict() for key, part in parts.items()})
