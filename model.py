@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from parallel import all_reduce_gradients
 
+LOOK_EVERY = 8  # on a GPU, sampled tokens between two looks at which rows have ended: a look waits for the GPU
 LARGE_VOCABULARY = 4_096    # above this many tokens, token_logprobs computes the logits in parts
 LOGITS_AT_A_TIME = 2**24    # as many logits as a part has, 64 MB
 
@@ -310,16 +311,18 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, tempe
     rows = torch.arange(N, device=device)                   # row of `out` that each row of the batch writes
     done = torch.zeros(N, dtype=torch.bool, device=device)  # which rows of the batch have ended
     token, token_logp = sample(logits, temperature, torch.rand(N, 1, generator=generator, device=device))
+    look_every = LOOK_EVERY if device.type == "cuda" else 1
     for t in range(max_new_tokens):
         out[rows, t], logp[rows, t] = token, token_logp
         done |= (token[:, None] == stop).any(dim=1)
-        n_live = len(done) - int(done.sum())
+        n_live = int((~done).sum()) if t % look_every == 0 else len(done)
         if not n_live or t == max_new_tokens - 1:
             break
-        # Rows that have ended leave, but not one by one: each new batch size costs a CPU's library a new kernel. So the
-        # sizes are 2^k and 3/4 of it, and rows that go on (late) move to the places of rows that have ended (free).
+        # Rows that have ended leave, but not one by one: each new batch size costs a CPU's library a new kernel, and a
+        # GPU a new graph. So the sizes are 2^k and (CPU) 3/4 of it, and rows that go on (late) move to the places of
+        # rows that have ended (free).
         size = max(8, 2 ** (n_live - 1).bit_length())
-        size = size * 3 // 4 if n_live <= size * 3 // 4 else size
+        size = size * 3 // 4 if n_live <= size * 3 // 4 and device.type == "cpu" else size
         if size < len(done):
             late = (~done[size:]).nonzero()[:, 0] + size
             free = done[:size].nonzero()[:len(late), 0]
@@ -372,24 +375,25 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            params, momentum = group["params"], group["momentum"]
+            params, (rows, columns) = group["params"], group["params"][0].shape
             grad = torch.stack([p.grad for p in params])  # (n, rows, columns)
             average = self.state[params[0]].setdefault("average", torch.zeros_like(grad))
-            average.lerp_(grad, 1 - momentum)
-            update = orthogonalize(grad.lerp(average, momentum), self.dtype).float()  # Nesterov's
-            rows, columns = params[0].shape
+            update = self.direction(grad, average)
             torch._foreach_add_(params, update.unbind(), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
 
-
-def orthogonalize(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Nearly U V' of each matrix U S V', by five Newton-Schulz steps in dtype: (n, rows, columns) -> the same."""
-    if x.size(1) > x.size(2):
-        return orthogonalize(x.mT, dtype).mT
-    x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
-    for _ in range(5):  # each singular value s -> 3.4445 s - 4.7750 s^3 + 2.0315 s^5, which takes it near to 1
-        a = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return x
+    def direction(self, grad: Tensor, average: Tensor) -> Tensor:
+        """Move the average of the gradients of n matrices, (n, rows, columns), towards `grad` -> nearly U V' of what
+        Nesterov's momentum makes of the two, U S V', by five Newton-Schulz steps; of the same shape, float32."""
+        momentum = self.defaults["momentum"]
+        average.lerp_(grad, 1 - momentum)
+        x = grad.lerp(average, momentum)
+        tall = x.size(1) > x.size(2)
+        x = x.mT if tall else x  # so that x x' is the smaller of its two products
+        x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(self.dtype)
+        for _ in range(5):  # each singular value s -> 3.4445 s - 4.7750 s^3 + 2.0315 s^5, which takes it near to 1
+            a = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        return (x.mT if tall else x).float()
 
 
 class Optimizer:

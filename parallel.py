@@ -29,11 +29,16 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def init() -> None:
-    """Meet the other ranks, if torchrun started this process."""
+def init(device: str) -> None:
+    """Meet the other ranks, if torchrun started this process. Raises ValueError if there are fewer GPUs than ranks: nccl
+    has two ranks share none."""
     if dist.is_torchelastic_launched():
-        if (gpu := int(os.environ["LOCAL_RANK"])) < torch.cuda.device_count():
-            torch.cuda.set_device(gpu)
+        n_ranks, n_gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if device in ("auto", "cuda") and 0 < n_gpus < n_ranks:
+            raise ValueError(f"{n_ranks} processes need {n_ranks} GPUs, and torch sees {n_gpus}: start fewer, or take "
+                             "--device=cpu")
+        if int(os.environ["LOCAL_RANK"]) < n_gpus:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
 

@@ -29,14 +29,17 @@ from pathlib import Path
 from typing import BinaryIO, Literal, get_args
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from data.chat import R1_ZERO
-from model import GPT, GPTConfig, generate, token_logprobs
+from model import GPT, GPTConfig, KVCache, Muon, Optimizer, generate, token_logprobs
 from parallel import barrier, check_launcher, rank
 
 EVAL_SAMPLES = 16  # completions of each evaluated problem, for maj@16 and pass@16
 LOOK_PROBLEMS, LOOK_SAMPLES = 32, 4  # what --eval_every asks a policy, and how often
 DEEP = 12  # sampling by a model of more layers is not compiled: one step is all layers, at 3 s each
+LAUNCH_BOUND = 4_000_000  # up to so many parameters, a GPU's kernels take less time to run than to start
 PRETRAIN_PRINT = 20  # pretraining steps between lines on the terminal; log.jsonl has them all
 SHOWN = ("loss", "heldout_loss", "heldout_accuracy", "reward", "accuracy", "format", "length", "reflection", "kl",
          "entropy", "no_signal", "accepted", "tokens_per_s")  # the metrics on a terminal line; log.jsonl has them all
@@ -72,9 +75,11 @@ class Config:
     # the machine: these shape no weights
     device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "auto takes a GPU if there is one")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of matrix products; auto: bfloat16 if it is native")
-    compile: Literal["auto", "on", "off"] = option("auto", "torch.compile; auto: on a CPU with a C++ compiler")
+    compile: Literal["auto", "on", "off"] = option("auto", "torch.compile on a CPU with a C++ compiler, CUDA graphs on a "
+                                                   "GPU")
     threads: int = option(0, "CPU threads of a process; 0 takes torch's own choice", low=0)
-    micro_batch: int = option(4_096, "tokens computed at a time in training, which bounds the memory")
+    micro_batch: int = option(0, "tokens computed at a time in training, which bounds the memory; 0: 4,096 (65,536 on "
+                              "a GPU), with --init 512 (16,384)", low=0)
     save_every: float = option(20.0, "seconds between checkpoints within a stage; 0 saves every step", low=0)
     student_rl: bool = option(False, "also train the control: RL on the student's base")
     eval_every: int = option(0, "RL steps between two looks at held-out problems; 0: never", low=0)
@@ -143,7 +148,7 @@ class Config:
 
 PRESETS = {
     # For one data-centre GPU: 14 million parameters, problems of up to 8 operations with parentheses and two digits.
-    "gpu": dict(micro_batch=65_536, max_ops=6, max_number=99, max_factor=20, parentheses=True, block_size=256,
+    "gpu": dict(max_ops=6, max_number=99, max_factor=20, parentheses=True, block_size=256,
                 n_layer=8, n_head=6, n_embd=384, base_tokens=60_000_000, base_batch=256, rl_prompts=128, rl_samples=16,
                 rl_max_new_tokens=160, rl_lr=2e-4, student_n_layer=4, student_n_embd=128,
                 student_base_tokens=40_000_000, student_base_batch=128, distill_prompts=2048),
@@ -154,7 +159,7 @@ PRESETS = {
                  distill_steps=8, distill_prompts=128, eval_problems=32, on_policy=True),
 }
 # What --init brings with it: a published model learns in small steps, and each of its samples is dear.
-OF_INIT = dict(micro_batch=512, save_every=120.0, block_size=1024, base_tokens=0, student_base_tokens=0,
+OF_INIT = dict(save_every=120.0, block_size=1024, base_tokens=0, student_base_tokens=0,
                base_muon_lr=0.0, base_adam_lr=2e-5, rl_steps=50, rl_prompts=8, rl_minibatches=1, rl_max_new_tokens=64,
                rl_lr=1e-5, eval_every=10, eval_problems=64, distill_steps=25, distill_prompts=64,
                distill_minibatches=2, distill_epochs=1, distill_muon_lr=5e-3, distill_adam_lr=3e-4)
@@ -308,7 +313,10 @@ def settle(cfg: Config, stored: dict) -> Config:
     if cfg.dtype == "auto":
         cfg.dtype = "bfloat16" if has_bfloat16(cfg.device) else "float32"
     if cfg.compile == "auto":
-        cfg.compile = "on" if cfg.device == "cpu" and can_compile() else "off"
+        cfg.compile = "on" if cfg.device == "cuda" or cfg.device == "cpu" and can_compile() else "off"
+    # subtle: the compiler writes other code for more than 4,096 tokens.
+    small, large = (65_536, 16_384) if cfg.device == "cuda" else (4_096, 512)  # for a small model and a real one
+    cfg.micro_batch = cfg.micro_batch or (large if cfg.init else small)
     return cfg
 
 
@@ -317,11 +325,12 @@ def tune_libraries() -> None:
 
     oneDNN would keep its compiled kernels for 1,024 shapes, which costs memory; 256 cost no time. torch.compile is told
     to call its kernels from C++ instead of Python, and to believe the CPU about its vector units, which it would spend
-    6 s on trying one by one.
+    6 s on trying one by one. cuDNN's attention is off, because it plans anew for every length.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     os.environ.setdefault("TORCHINDUCTOR_CPP_WRAPPER", "1")
     os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def can_compile() -> bool:
@@ -335,8 +344,14 @@ def can_compile() -> bool:
 
 
 def compiled(model: GPT, cfg: Config, training: bool = False, sampling: bool = False) -> GPT:
-    """The model, with its passes for training and for sampling compiled if the run compiles: once, for all sizes."""
-    if cfg.compile == "on":
+    """The model, with its passes for training and for sampling compiled if the run compiles: on a GPU as CUDA graphs,
+    one for each size, else by torch.compile, once for all sizes."""
+    if cfg.compile == "on" and cfg.device == "cuda":
+        if training and model.n_params() <= LAUNCH_BOUND:
+            model.hidden = GraphedTraining(model)
+        if sampling:
+            model.next_token = GraphedSampling(model)
+    elif cfg.compile == "on":
         # subtle: code that was compiled for another size rounds differently. So everything is compiled here, at a fixed
         # size, and nothing later; what does not fit (a batch of one row) runs as it is. No other dimension has these
         # sizes, or the compiler would take the two for one.
@@ -345,7 +360,6 @@ def compiled(model: GPT, cfg: Config, training: bool = False, sampling: bool = F
         if training:
             for block in model.blocks:
                 block.compile(dynamic=True)
-            # The compiler writes other code for more than 4,096 tokens, which is why micro_batch is 4,096.
             length = min(model.config.block_size, cfg.micro_batch // 2) - 3
             idx = torch.zeros(max(2, cfg.micro_batch // length - 1), length, dtype=torch.long, device=cfg.device)
             model.hidden(idx).float().sum().backward()
@@ -355,6 +369,187 @@ def compiled(model: GPT, cfg: Config, training: bool = False, sampling: bool = F
             generate(model, [[0] * 11], 3, eos_id=-1, samples=509)
         torch.compiler.set_stance("eager_on_recompile")
     return model
+
+
+class Graph:
+    """The kernels that `action` starts on a GPU, recorded without running them: a CUDA graph. replay() starts them
+    together, on the memory that they were recorded with.
+
+    The kernels of a small model run for a shorter time than it takes to start them one by one.
+    """
+    stream = None  # the stream that all graphs are recorded on
+
+    def __init__(self, action: Callable[[], None], pool):
+        Graph.stream = Graph.stream or torch.cuda.Stream()
+        self.graph = torch.cuda.CUDAGraph()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            # subtle: `with torch.cuda.graph` would give all free memory back first, which takes longer than this.
+            self.graph.capture_begin(pool=pool)
+            action()
+            self.graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        self.replay = self.graph.replay
+
+
+class GraphedSampling:
+    """GPT.next_token on a GPU, one graph for each size (rows, tokens in the cache), recorded the second time that it
+    comes up. A graph works in fixed memory, so each new cache is moved there. It has room for `rows` rows of
+    `columns` tokens."""
+
+    def __init__(self, model: GPT):
+        self.model, self.rows, self.columns, self.cache, self.pad = model, 0, 0, None, None
+        self.seen, self.graphs, self.pool = set(), {}, torch.cuda.graph_pool_handle()
+
+    def __call__(self, token: Tensor, cache: KVCache, temperature: float, u: Tensor) -> tuple[Tensor, Tensor]:
+        n = len(token)
+        if cache is not self.cache:
+            self.move_in(cache)
+        if cache.pad is not self.pad:  # rows have left: see KVCache.replace
+            self.pads[:n], self.masks[:n, :cache.mask.size(1)] = cache.pad, cache.mask
+            self.pad = cache.pad = self.pads[:n]
+            cache.mask = self.masks[:n]
+        self.token[:n], self.u[:n] = token, u
+
+        def step() -> None:
+            self.token[:n], self.logp[:n] = GPT.next_token(self.model, self.token[:n], cache, temperature, self.u[:n])
+
+        size = n, cache.length, temperature
+        if size not in self.seen:
+            self.seen.add(size)
+            step()
+        else:
+            if size not in self.graphs:
+                self.graphs[size] = Graph(step, self.pool)
+            cache.length = size[1] + 1
+            self.graphs[size].replay()
+        return self.token[:n], self.logp[:n]
+
+    def move_in(self, cache: KVCache) -> None:
+        """Move a cache to the memory that the graphs work in."""
+        self.cache, self.pad, n = cache, None, len(cache.pad)
+        if n > self.rows or cache.max_len > self.columns:
+            self.rows, self.columns = max(n, self.rows), max(-(-cache.max_len // 64) * 64, self.columns)
+            self.seen.clear(), self.graphs.clear()
+            self.weights, self.output = cache.weights, cache.output
+            self.kv = {layer: [x.new_empty(self.rows, x.size(1), self.columns, x.size(3)) for x in pair]
+                       for layer, pair in cache.kv.items()}
+            self.masks, self.u = (cache.mask.new_zeros(self.rows, width) for width in (self.columns, 1))
+            self.pads, self.token = (cache.pad.new_zeros(self.rows) for _ in range(2))
+            self.logp = cache.mask.new_zeros(self.rows)
+        else:  # the weights may have changed
+            for mine, new in zip(self.weights, cache.weights):
+                torch._foreach_copy_(list(mine), list(new))
+            self.output.copy_(cache.output)
+            cache.weights, cache.output = self.weights, self.output
+        for mine, new in zip(self.kv.values(), cache.kv.values()):
+            for i, x in enumerate(mine):
+                x[:n, :, :cache.length] = new[i][:, :, :cache.length]
+                new[i] = x[:n]
+
+
+class GraphedTraining:
+    """GPT.hidden on a GPU with its backward pass, two graphs for each size, recorded the second time that it comes up.
+    Sizes are rounded up to a few. The backward graph itself adds the gradients to those of the parameters."""
+
+    def __init__(self, model: GPT):
+        self.model, self.seen, self.passes, self.pool = model, set(), {}, torch.cuda.graph_pool_handle()
+        self.parameters = list(model.parameters())
+        self.grads = [torch.zeros_like(p) for p in self.parameters]
+
+    def __call__(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        if cache is not None:
+            return GPT.hidden(self.model, idx, cache)
+        if self.parameters[0].grad is None:  # an update begins
+            torch._foreach_zero_(self.grads)
+            for p, grad in zip(self.parameters, self.grads):
+                p.grad = grad
+        n, T = idx.shape
+        size = -(-n // 32) * 32, min(-(-T // 32) * 32, self.model.config.block_size)
+        idx = F.pad(idx, (0, size[1] - T, 0, size[0] - n))
+        if size not in self.seen:
+            self.seen.add(size)
+            return GPT.hidden(self.model, idx)[:n, :T]
+        if size not in self.passes:
+            self.passes[size] = Passes(Twin(self.model), idx, self.grads, self.pool)
+        return Replay.apply(self.passes[size], idx, self.parameters[0])[:n, :T]
+
+
+class Twin(GPT):
+    """A model in the memory of another. Autograd knows its parameters as others, because a recording may not meet what
+    autograd keeps for those of the first: a loss that is still at hand ties them to another stream."""
+
+    def __init__(self, model: GPT):
+        with torch.device("meta"):
+            super().__init__(model.config, model.dtype)
+        self.load_state_dict(model.state_dict(), assign=True)
+        self.cos, self.sin = model.cos, model.sin
+
+
+class Passes:
+    """The recorded forward and backward pass of a model on one size: idx -> out, and the gradient of `out` -> `grads`
+    of the parameters, to which it is added."""
+
+    def __init__(self, model: GPT, idx: Tensor, grads: list[Tensor], pool):
+        self.idx = idx
+
+        def forward() -> None:
+            with torch.enable_grad():
+                self.live = model.hidden(idx)
+
+        def backward() -> None:
+            found = torch.autograd.grad(self.live, list(model.parameters()), self.grad, allow_unused=True)
+            torch._foreach_add_(*zip(*((grad, new) for grad, new in zip(grads, found) if new is not None)))
+
+        self.forward = Graph(forward, pool)
+        self.out, self.grad = self.live.detach(), torch.empty_like(self.live)
+        self.backward = Graph(backward, pool)
+        del self.live
+
+
+class Replay(torch.autograd.Function):
+    """How autograd meets recorded passes. `weight` is a parameter, without which it would see no need to go back."""
+
+    @staticmethod
+    def forward(ctx, passes: Passes, idx: Tensor, weight: Tensor) -> Tensor:
+        ctx.passes = passes
+        passes.idx.copy_(idx)
+        passes.forward.replay()
+        return passes.out.clone()  # the next replay writes over it
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[None, None, None]:
+        ctx.passes.grad.copy_(grad)
+        ctx.passes.backward.replay()
+        return None, None, None
+
+
+class GraphedMuon:
+    """Muon.direction on a GPU, one graph for each shape, recorded the second time that it comes up."""
+
+    def __init__(self, direction: Callable[[Tensor, Tensor], Tensor]):
+        self.direction, self.graphs, self.pool = direction, {}, torch.cuda.graph_pool_handle()
+
+    def __call__(self, grad: Tensor, average: Tensor) -> Tensor:
+        if grad.shape not in self.graphs:
+            self.graphs[grad.shape] = None
+            return self.direction(grad, average)
+        if self.graphs[grad.shape] is None:
+            given, found = grad.clone(), []
+            graph = Graph(lambda: found.append(self.direction(given, average)), self.pool)
+            self.graphs[grad.shape] = graph, given, *found
+        graph, given, update = self.graphs[grad.shape]
+        given.copy_(grad)
+        graph.replay()
+        return update
+
+
+def graphed(optimizer: Optimizer, cfg: Config) -> Optimizer:
+    """The optimizer, with Muon's many small products as graphs, if the run records any."""
+    for part in optimizer.parts:
+        if isinstance(part, Muon) and cfg.compile == "on" and cfg.device == "cuda":
+            part.direction = GraphedMuon(part.direction)
+    return optimizer
 
 
 def forecast(model: GPT, cfg: Config, task) -> str:

@@ -52,8 +52,8 @@ from model import GPT, GPTConfig, Optimizer, generate
 from parallel import all_reduce, broadcast, end, init, per_rank, rank, world_size
 from rewards import accuracy_reward, extract_answer, format_reward, reflects
 from run import (BASE, DEPENDS, EVAL_SAMPLES, FIELDS, LOOK_PROBLEMS, LOOK_SAMPLES, STUDENT, STUDENT_BASE, STUDENT_RL,
-                 ZERO, Config, Run, UsageError, build_model, check, compiled, forecast, has, load_checkpoint, lock,
-                 lr_schedule, open_run, parse_args, seeded, train_stage, tune_libraries, write_file)
+                 ZERO, Config, Run, UsageError, build_model, check, compiled, forecast, graphed, has, load_checkpoint,
+                 lock, lr_schedule, open_run, parse_args, seeded, train_stage, tune_libraries, write_file)
 
 
 # What a run is about
@@ -159,7 +159,7 @@ def train_base(run: Run, name: str) -> None:
     corpus, starts = made.result()
     heldout, heldout_starts = load_corpus(run.task, 2 * batch, cfg.seed, length, heldout=True)
     order = torch.randperm(steps * batch, generator=torch.Generator().manual_seed(cfg.seed))
-    optimizer = Optimizer(model, cfg.base_adam_lr, cfg.base_muon_lr)
+    optimizer = graphed(Optimizer(model, cfg.base_adam_lr, cfg.base_muon_lr), cfg)
 
     def next_token_loss(corpus: Tensor, starts: Tensor) -> float:
         """The mean over the rows of all ranks. Where autograd is on, it also adds the gradient to the parameters'."""
@@ -231,7 +231,8 @@ def train_student(run: Run, name: str, teacher: GPT, student: GPT) -> None:
     cfg, task = run.cfg, run.task
     teacher = compiled(teacher, cfg, training=cfg.divergence != "sft", sampling=not cfg.on_policy)
     student = compiled(student, cfg, training=True, sampling=cfg.on_policy)
-    optimizer = Optimizer(student, cfg.distill_adam_lr, cfg.distill_muon_lr)  # a Muon of rate 0 is none
+    # a Muon of rate 0 is none
+    optimizer = graphed(Optimizer(student, cfg.distill_adam_lr, cfg.distill_muon_lr), cfg)
 
     def step(number: int) -> dict:
         rng, generator = seeded(cfg, name, number)
@@ -295,13 +296,14 @@ def evaluate(model: GPT, problems: list, task, *, max_new_tokens: int, generator
 def evaluate_stage(run: Run, name: str) -> None:
     """Evaluate a stage's model on the held-out problems, into results.json."""
     cfg, start = run.cfg, time.perf_counter()
-    # Sampling by base and zero is compiled: RL and distillation need that code anyway, and models of one shape share
-    # it. For a student, compiling would take longer than its evaluation.
-    model = compiled(run.load_model(name), cfg, sampling=not name.startswith("student"))
+    # On a CPU sampling by base and zero is compiled: RL and distillation need that code anyway, and models of one shape
+    # share it. For a student, compiling would take longer than its evaluation, and on a GPU large batches are quicker.
+    model = compiled(run.load_model(name), cfg, sampling=cfg.device == "cpu" and not name.startswith("student"))
+    size = 8 if cfg.init else 256 if cfg.device == "cuda" else 32  # problems at a time
     found = {"params": model.n_params()}
     for kind in run.task.held_out:
         found[kind] = evaluate(model, run.task.heldout_problems(cfg.eval_problems, kind, cfg.seed), run.task,
-                               max_new_tokens=cfg.rl_max_new_tokens, size=8 if cfg.init else 32,
+                               max_new_tokens=cfg.rl_max_new_tokens, size=size,
                                generator=seeded(cfg, f"evaluate {name} {kind}", 0)[1])
         print(f"{name} on {kind}: " + "  ".join(f"{key} {value:.3g}" for key, value in found[kind].items()), flush=True)
     run.results["models"][name] = found
@@ -461,7 +463,10 @@ def main(argv: list[str]) -> int:
         if options.evaluate is not None:
             print(evaluate_file(out, options.evaluate))
             return 0
-        init()
+        try:
+            init(cfg.device)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
         if rank():
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
         prepared = None if rank() else prepare(cfg, out)  # rank 0 reads the files for all

@@ -19,10 +19,15 @@ line of a document or a prompt in RL. (A textbook page may hold a single step of
     python experiments/styles.py    prints each style with its share, how often it is right, and an example
 """
 import functools
+import math
+import multiprocessing
 import operator
+import os
 import random
 import re
+import sys
 import zlib
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +39,7 @@ SLIP = 0.03          # probability that a step of somebody's working is wrong
 RECHECK_SLIP = 0.15  # the same for authors who check their steps, and who then correct the slip
 BLURT_RIGHT = 0.3    # probability that a number blurted out is right
 PAGE_SHARE = 0.3     # share of the documents that are textbook pages (a page is longer than a thread)
+CORPUS_PART = 1_000_000  # tokens that are written from one seed
 STYLES = {           # share of the forum's answers that are in each style
     "blurt": 0.34,         # 37
     "answer tag": 0.10,    # <answer>37</answer>
@@ -320,12 +326,25 @@ class Arithmetic:
     def make_corpus(self, n_tokens: int, seed: int, heldout: bool = False) -> np.ndarray:
         """At least n_tokens token ids, uint16 (n,): documents in random order, each followed by end of text. The
         held-out corpus of a seed has other documents."""
-        return write_corpus(self, n_tokens, random.Random(f"corpus/{seed}" + "/heldout" * heldout))
+        return write_corpus(self, n_tokens, f"corpus/{seed}" + "/heldout" * heldout)
 
 
-def write_corpus(task, n_tokens: int, rng: random.Random) -> np.ndarray:
-    """At least n_tokens token ids, uint16 (n,), of a task's pages and threads."""
-    parts, size = [], 0
+def write_corpus(task, n_tokens: int, seed: str) -> np.ndarray:
+    """At least n_tokens token ids, uint16 (n,), of a task's pages and threads. They are written in parts of up to
+    CORPUS_PART tokens, each from a seed of its own, by half as many processes as there are CPUs."""
+    n_parts = math.ceil(n_tokens / CORPUS_PART)
+    parts = [task] * n_parts, [math.ceil(n_tokens / n_parts)] * n_parts, [f"{seed}/{i}" for i in range(n_parts)]
+    if (n_processes := min(n_parts, (os.cpu_count() or 1) // 2)) < 2:
+        return np.concatenate(list(map(write_corpus_part, *parts)))
+    # A forked process has all that it needs. A spawned one would import torch first, which takes longer than the corpus.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with ProcessPoolExecutor(n_processes, context) as pool:
+        return np.concatenate(list(pool.map(write_corpus_part, *parts)))
+
+
+def write_corpus_part(task, n_tokens: int, seed: str) -> np.ndarray:
+    """At least n_tokens of them, by this process."""
+    parts, size, rng = [], 0, random.Random(seed)
     while size < n_tokens:
         documents = [task.write_page(rng) if rng.random() < PAGE_SHARE else task.write_thread(rng)[0]
                      for _ in range(1000)]

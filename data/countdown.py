@@ -235,4 +235,4 @@ class Countdown:
 
     def make_corpus(self, n_tokens: int, seed: int, heldout: bool = False) -> np.ndarray:
         """At least n_tokens token ids, uint16 (n,), in documents as in data/arithmetic.py."""
-        return write_corpus(self, n_tokens, random.Random(f"countdown/corpus/{seed}" + "/heldout" * heldout))
+        return write_corpus(self, n_tokens, f"countdown/corpus/{seed}" + "/heldout" * heldout)

@@ -73,7 +73,7 @@ from grpo import grpo_step
 from model import GPT, GPTConfig, Optimizer, generate
 from run import Config, Parser, UsageError, compiled, number, tune_libraries
 
-CFG, ENCODING = Config(), get_tokenizer()
+CFG, ENCODING = Config(micro_batch=65_536 if torch.cuda.is_available() else 4_096), get_tokenizer()
 VOCAB = ENCODING.n_vocab
 TEACHER = GPTConfig(VOCAB, CFG.block_size, CFG.n_layer, CFG.n_head, CFG.n_embd)
 STUDENT = GPTConfig(VOCAB, CFG.block_size, CFG.student_n_layer, CFG.student_n_head, CFG.student_n_embd)
@@ -113,7 +113,7 @@ class Turns:
 
     def __init__(self, pipe, device: str):
         self.pipe, self.device, self.start = pipe, device, time.perf_counter()
-        self.steps = self.left = 1  # the first turn warms up
+        self.steps = self.left = 3  # the first turn warms up: CUDA graphs are recorded in the second step
 
     def next(self) -> bool:
         """Call after a step -> whether to take another."""
@@ -513,7 +513,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False)
     parser.add_argument("--reps", type=number(int, None, None), default=5, help="turns of each side")
-    parser.add_argument("--only", choices=("sampling", "real", "pretrain", "grpo", "distill"), default="")
+    parser.add_argument("--only", choices=(*dict.fromkeys(case.group for case in CASES.values()), *CASES), default="",
+                        help="a group of cases, or one case")
     parser.add_argument("--dtype", choices=("best", "float32", "bfloat16"), default="best")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--beside", metavar="PATH", type=Path, help="another checkout of nanoR1, instead of the peers")
@@ -529,7 +530,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def compare(reps: int, only: str, dtype: str, device: str, beside: Path | None) -> None:
     """Measure the chosen cases and print the tables."""
     dtypes = ["float32", "bfloat16"] if dtype == "best" else [dtype]
-    chosen = [name for name, case in CASES.items() if only in ("", case.group) and not (beside and "peer" in name)]
+    chosen = [name for name, case in CASES.items()
+              if only in ("", case.group, name) and not (beside and "peer" in name)]
     sides = [(ROOT, "ours"), (beside.resolve(), "ours") if beside else (ROOT, "peer")]
     shapes = {(config.n_embd, rows): config for name in chosen for config, rows, _ in CASES[name].work}
     keys = [(width, rows, dtype) for width, rows in sorted(shapes) for dtype in dtypes]

@@ -478,7 +478,7 @@ def test_compiling_is_settled_by_trying(capsys):
 
 def test_a_compiled_block_is_the_same_block(make_gpt):
     """A compiler's pass that differs from the one that samples, or that is compiled again for each size of a batch."""
-    plain, model, cfg = make_gpt(), make_gpt(), Config(device="cpu", compile="on")
+    plain, model, cfg = make_gpt(), make_gpt(), Config(device="cpu", compile="on", micro_batch=4_096)
     compiled(model, cfg, training=True)
     with torch.compiler.set_stance("fail_on_recompile"):
         for shape in ((3, 20), (85, 48), (2, 3)):
@@ -494,7 +494,7 @@ def test_a_compiled_block_is_the_same_block(make_gpt):
 def test_compiled_sampling_is_the_same_distribution(make_gpt):
     """The compiled step has another attention, padding or rotation than training, keeps the weights from before an
     update, or is compiled again for each batch size, length or model."""
-    plain, cfg, prompts = make_gpt(), Config(device="cpu", compile="on"), [[1], [2, 3, 4], [5, 6]]
+    plain, cfg, prompts = make_gpt(), Config(device="cpu", compile="on", micro_batch=4_096), [[1], [2, 3, 4], [5, 6]]
     for model in (compiled(make_gpt(), cfg, sampling=True), compiled(make_gpt(seed=1), cfg, sampling=True)):
         with torch.no_grad():
             for p, other in zip(model.parameters(), plain.parameters()):
