@@ -30,8 +30,8 @@ def world_size() -> int:
 
 
 def init(device: str) -> None:
-    """Meet the other ranks, if torchrun started this process. Raises ValueError if there are fewer GPUs than ranks: nccl
-    has two ranks share none."""
+    """Meet the other ranks, if torchrun started this process. Raises ValueError if the machine has a GPU, but not one
+    for each rank: nccl does not let two ranks share one."""
     if dist.is_torchelastic_launched():
         n_ranks, n_gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         if device in ("auto", "cuda") and 0 < n_gpus < n_ranks:

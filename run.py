@@ -75,8 +75,7 @@ class Config:
     # the machine: these shape no weights
     device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "auto takes a GPU if there is one")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of matrix products; auto: bfloat16 if it is native")
-    compile: Literal["auto", "on", "off"] = option("auto", "torch.compile on a CPU with a C++ compiler, CUDA graphs on a "
-                                                   "GPU")
+    compile: Literal["auto", "on", "off"] = option("auto", "torch.compile; on a GPU, CUDA graphs; auto: if they work")
     threads: int = option(0, "CPU threads of a process; 0 takes torch's own choice", low=0)
     micro_batch: int = option(0, "tokens computed at a time in training, which bounds the memory; 0: 4,096 (65,536 on "
                               "a GPU), with --init 512 (16,384)", low=0)

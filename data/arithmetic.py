@@ -39,7 +39,7 @@ SLIP = 0.03          # probability that a step of somebody's working is wrong
 RECHECK_SLIP = 0.15  # the same for authors who check their steps, and who then correct the slip
 BLURT_RIGHT = 0.3    # probability that a number blurted out is right
 PAGE_SHARE = 0.3     # share of the documents that are textbook pages (a page is longer than a thread)
-CORPUS_PART = 1_000_000  # tokens that are written from one seed
+CORPUS_PART = 10_000_000  # tokens that are written from one seed
 STYLES = {           # share of the forum's answers that are in each style
     "blurt": 0.34,         # 37
     "answer tag": 0.10,    # <answer>37</answer>
@@ -330,15 +330,15 @@ class Arithmetic:
 
 
 def write_corpus(task, n_tokens: int, seed: str) -> np.ndarray:
-    """At least n_tokens token ids, uint16 (n,), of a task's pages and threads. They are written in parts of up to
-    CORPUS_PART tokens, each from a seed of its own, by half as many processes as there are CPUs."""
+    """At least n_tokens token ids, uint16 (n,), of a task's pages and threads. A large corpus is written by several
+    processes, in parts of up to CORPUS_PART tokens, each from a seed of its own."""
     n_parts = math.ceil(n_tokens / CORPUS_PART)
+    if n_parts == 1:
+        return write_corpus_part(task, n_tokens, seed)
     parts = [task] * n_parts, [math.ceil(n_tokens / n_parts)] * n_parts, [f"{seed}/{i}" for i in range(n_parts)]
-    if (n_processes := min(n_parts, (os.cpu_count() or 1) // 2)) < 2:
-        return np.concatenate(list(map(write_corpus_part, *parts)))
-    # A forked process has all that it needs. A spawned one would import torch first, which takes longer than the corpus.
+    # A forked process has all that it needs. A spawned one would first import torch, which takes seconds.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(n_processes, context) as pool:
+    with ProcessPoolExecutor(min(n_parts, os.cpu_count() or 1), context) as pool:
         return np.concatenate(list(pool.map(write_corpus_part, *parts)))
 
 

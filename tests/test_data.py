@@ -326,3 +326,16 @@ def test_text_from_outside_cannot_end_itself():
         tokens = encoding.encode_ordinary(text)
         assert encoding.eot_token not in tokens and encoding.decode(tokens) == text
     assert encoding.special_tokens_set == {END_OF_TEXT} and encoding.decode([encoding.eot_token]) == END_OF_TEXT
+
+
+def test_a_large_corpus_is_written_by_several_processes(monkeypatch):
+    """All processes write the same documents, or what they write depends on how many there are."""
+    monkeypatch.setattr("data.arithmetic.CORPUS_PART", 30_000)
+    task, found = Arithmetic(), []
+    for n_cpus in (1, 3):
+        monkeypatch.setattr("os.cpu_count", lambda: n_cpus)
+        found.append(task.make_corpus(80_000, 0))
+    assert len(found[0]) >= 80_000 and np.array_equal(*found)
+    documents = task.encoding.decode(found[0].tolist()).split(END_OF_TEXT)
+    pages = [document for document in documents if document.startswith("Facts:")]
+    assert len(set(pages)) > 0.99 * len(pages) > 1000

@@ -20,7 +20,7 @@ import train
 from data.arithmetic import Arithmetic, parse
 from grpo import Rollout, group_advantages
 from model import GPT, GPTConfig, Optimizer
-from parallel import Means, per_rank, rank, world_size
+from parallel import Means, init, per_rank, rank, world_size
 from run import Config, UsageError, lock
 from tests.conftest import NAMES, QUICK, ROOT, copy, results, rows
 
@@ -264,3 +264,22 @@ if __name__ == "__main__":  # rank 1
     torch.save(found, f"{sys.argv[1]}/rank1.pt")
     sys.stdout.flush()
     os._exit(0)  # see parallel.end
+
+
+@pytest.mark.parametrize("device, gpus, refused", (("auto", 1, True), ("cuda", 1, True), ("cpu", 1, False),
+                                                   ("auto", 2, False), ("auto", 0, False)))
+def test_two_ranks_do_not_share_a_gpu(monkeypatch, device, gpus, refused):
+    """nccl ends both ranks with forty lines, after a minute."""
+    met = []
+    for name, value in (("is_torchelastic_launched", lambda: True), ("init_process_group", met.append)):
+        monkeypatch.setattr(dist, name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: None)
+    for name, value in (("LOCAL_WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    if refused:
+        with pytest.raises(ValueError, match="2 processes need 2 GPUs, and torch sees 1"):
+            init(device)
+    else:
+        init(device)
+    assert bool(met) != refused
