@@ -26,6 +26,8 @@ A completion that loses its last tag earns neither reward, although its sum may 
     {'accuracy': 0.0, 'format': 0.0, 'reflection': 0.0}
 """
 import re
+from collections import Counter
+from collections.abc import Callable
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 MAX_CHARS = 100_000  # a longer completion gets no reward; no model here can sample one
@@ -99,3 +101,26 @@ def rule_rewards(completion: str, problem) -> dict[str, float]:
     """Both rewards, 0.0 or 1.0 each, and for the log whether the completion reflects."""
     return {"accuracy": accuracy_reward(completion, problem), "format": format_reward(completion),
             "reflection": float(reflects(completion))}
+
+
+def language_reward(completion: str, in_language: Callable[[str], bool]) -> float:
+    """The share of the thought's steps that are in the question's language, from 0 to 1 (DeepSeek-R1, eq. 7, counts
+    words). It is paid to a well-formed completion only, and not for repetition: a step that stands there three times
+    makes it 0. A step is a part of the thought between commas that holds a digit.
+
+    >>> from data.bilingual import Problem
+    >>> def reward(thought):
+    ...     completion = f"<think>{thought}</think><answer>7 minus 19</answer>"
+    ...     return language_reward(completion, Problem("8*7-19", "37", words=False).in_language)
+    >>> reward("8*7=56, 56-19=37"), reward("8*7=54, wait, 8*7=56, 56 minus 19 is 37, 1+1=2")
+    (1.0, 0.75)
+    >>> reward("8*7=56, 56 minus 19 is 37"), reward("8*7 is 56"), reward("so, hmm"), reward("8*7=56, " * 1000)
+    (0.5, 0.0, 0.0, 0.0)
+    """
+    if not format_reward(completion):
+        return 0.0
+    parts = (part.strip() for part in split_completion(completion)[1].split(","))
+    steps = Counter(part for part in parts if any(character.isdigit() for character in part))
+    if not steps or max(steps.values()) > 2:
+        return 0.0
+    return sum(n for step, n in steps.items() if in_language(step)) / steps.total()

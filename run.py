@@ -52,11 +52,13 @@ class UsageError(ValueError):
 # Settings
 
 BASE, ZERO, STUDENT_BASE, STUDENT, STUDENT_RL = "base", "zero", "student_base", "student", "student_rl"
+DEV1, DEV2, DEV3, R1, STUDENT_SFT = "dev1", "dev2", "dev3", "r1", "student_sft"  # the further stages of r1.py
 EVALUATION = "evaluation"  # no stage: what it shapes are the figures in results.json
 # The stages in their order, each with the stages whose models it starts from.
 DEPENDS = {BASE: [], ZERO: [BASE], STUDENT_BASE: [], STUDENT: [ZERO, STUDENT_BASE], STUDENT_RL: [STUDENT_BASE]}
-BASES, RL = (BASE, STUDENT_BASE), (ZERO, STUDENT_RL)
-TASK, SAMPLES = (*BASES, EVALUATION), (*RL, STUDENT, EVALUATION)
+BASES, RL, SFT = (BASE, STUDENT_BASE), (ZERO, DEV2, R1, STUDENT_RL), (DEV1, DEV3)
+TAUGHT = (STUDENT, STUDENT_SFT)
+TASK, SAMPLES = (*BASES, EVALUATION), (*RL, *SFT, *TAUGHT, EVALUATION)
 
 
 def option(default, help: str, *stages: str, low: float | None = None, high: float | None = None, absent=None):
@@ -84,7 +86,7 @@ class Config:
     eval_every: int = option(0, "RL steps between two looks at held-out problems; 0: never", low=0)
     # the task: see data/arithmetic.py and data/countdown.py, or data/own.py for files of your own
     seed: int = option(0, "decides weights, corpus, problems and samples", *TASK, low=0)
-    task: Literal["arithmetic", "countdown"] = option("arithmetic", "the built-in problems and their corpus", *TASK)
+    task: Literal["arithmetic", "countdown", "bilingual"] = option("arithmetic", "built-in problems and corpus", *TASK)
     max_ops: int = option(4, "most operations of a problem in RL and in test; hard has 1 or 2 more", *TASK, low=2)
     max_number: int = option(20, "largest number that is added or subtracted", *TASK, high=999)
     max_factor: int = option(9, "largest factor", *TASK, low=2, high=999)
@@ -131,16 +133,28 @@ class Config:
     student_init: str = option("", "the student's base; by default every second layer of --init", STUDENT_BASE)
     student_base_tokens: int = option(6_000_000, "tokens that the student's base is trained on", STUDENT_BASE, low=0)
     student_base_batch: int = option(32, "rows of block_size tokens in an update", STUDENT_BASE)
-    distill_longer: bool = option(True, "also ask problems longer than those of RL", STUDENT, STUDENT_RL, absent=False)
-    distill_steps: int = option(50, "steps, each with new completions", STUDENT, STUDENT_RL)
-    distill_prompts: int = option(512, "problems of a step, one completion each", STUDENT, STUDENT_RL)
-    distill_minibatches: int = option(8, "updates in an epoch over a step's completions", STUDENT, STUDENT_RL)
-    distill_epochs: int = option(3, "epochs over a step's completions", STUDENT, STUDENT_RL, absent=1)
-    distill_muon_lr: float = option(7e-3, "learning rate of Muon; 0: AdamW alone", STUDENT, low=0)
-    distill_adam_lr: float = option(1.5e-3, "learning rate of AdamW", STUDENT)
-    divergence: Literal["forward", "reverse", "jsd", "sft"] = option("forward", "the loss: see distill.py", STUDENT)
-    distill_temperature: float = option(2.0, "temperature at which both distributions are compared", STUDENT)
-    on_policy: bool = option(False, "learn on the student's own completions, not the teacher's", STUDENT)
+    distill_longer: bool = option(True, "also ask problems longer than those of RL", *TAUGHT, STUDENT_RL, absent=False)
+    distill_steps: int = option(50, "steps, each with new completions", *TAUGHT, STUDENT_RL)
+    distill_prompts: int = option(512, "problems of a step, one completion each", *TAUGHT, STUDENT_RL)
+    distill_minibatches: int = option(8, "updates in an epoch over a step's completions", *TAUGHT, STUDENT_RL)
+    distill_epochs: int = option(3, "epochs over a step's completions", *TAUGHT, STUDENT_RL, absent=1)
+    distill_muon_lr: float = option(7e-3, "learning rate of Muon; 0: AdamW alone", *TAUGHT, low=0)
+    distill_adam_lr: float = option(1.5e-3, "learning rate of AdamW", *TAUGHT)
+    divergence: Literal["forward", "reverse", "jsd", "sft"] = option("forward", "the loss: see distill.py", *TAUGHT)
+    distill_temperature: float = option(2.0, "temperature at which both distributions are compared", *TAUGHT)
+    on_policy: bool = option(False, "learn on the student's own completions, not the teacher's", *TAUGHT)
+    # r1.py: R1's further stages
+    language_weight: float = option(1.0, "the reward's part for a thought in the question's language", DEV2, R1, low=0)
+    cold_start: bool = option(True, "RL begins from dev1; False: from the base", DEV2)
+    cold_steps: int = option(4, "steps of the cold start", DEV1)
+    cold_prompts: int = option(192, "problems of such a step, one completion of zero each", DEV1)
+    sft_steps: int = option(16, "steps of rejection sampling and fine-tuning", DEV3)
+    sft_epochs: int = option(2, "epochs over a step's completions", DEV3)
+    sft_muon_lr: float = option(2e-3, "learning rate of Muon in fine-tuning; 0: AdamW alone", *SFT, low=0)
+    sft_adam_lr: float = option(1e-3, "learning rate of AdamW in fine-tuning", *SFT)
+    dev2_steps: int = option(100, "rollouts", DEV2)
+    r1_steps: int = option(60, "rollouts", R1)
+    everyday_share: float = option(0.25, "share of everyday questions in r1's RL and its students", R1, low=0, high=1)
     # evaluation
     eval_problems: int = option(256, "problems of each held-out kind", EVALUATION, high=10_000)
 
@@ -201,8 +215,8 @@ def check(cfg: Config) -> None:
         return any(getattr(cfg, name) != FIELDS[name].default for name in names)
 
     for wrong, line in (
-        (cfg.task != "arithmetic" and changed("max_ops", "max_factor", "parentheses"),
-         "--max_ops, --max_factor and --parentheses are settings of --task=arithmetic"),
+        (cfg.task == "countdown" and changed("max_ops", "max_factor", "parentheses"),
+         "--max_ops, --max_factor and --parentheses are not settings of --task=countdown"),
         (not cfg.accuracy_weight and not cfg.format_weight, "--accuracy_weight and --format_weight cannot both be 0"),
         (cfg.corpus_share < 1 and not cfg.corpus, "--corpus_share needs a --corpus"),
         (cfg.block_size % 8, "--block_size must be a multiple of 8, as the lengths of micro-batches are"),
@@ -262,7 +276,8 @@ def parse_args(argv: list[str], description: str = "") -> tuple[Config, argparse
     parser = Parser(prog="train.py", usage="python train.py [--key=value ...]", description=description,
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--preset", choices=PRESETS, help="a set of values for the settings below")
-    parser.add_argument("--stage", choices=(BASE, ZERO, STUDENT), help="train one stage alone")
+    stages = [name for name in DEPENDS if name not in (STUDENT_BASE, STUDENT_RL)]
+    parser.add_argument("--stage", choices=stages, help="train one stage alone")
     parser.add_argument("--ask", metavar="PROBLEM", help="print what each model in --out answers")
     parser.add_argument("--samples", type=number(int, None, None), default=1, metavar="N", help="answers to --ask")
     parser.add_argument("--temperature", type=number(float, 0, None), metavar="T",

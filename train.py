@@ -41,6 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.arithmetic import Arithmetic
+from data.bilingual import Bilingual
 from data.bpe import Encoding
 from data.chat import Pretrained
 from data.countdown import Countdown
@@ -67,8 +68,8 @@ def make_task(cfg: Config):
     if cfg.task == "countdown":
         task = Countdown(cfg.max_number, cfg.worked_share, cfg.wait_share)
     else:
-        task = Arithmetic(cfg.max_ops, cfg.max_number, cfg.max_factor, cfg.parentheses, cfg.worked_share,
-                          cfg.wait_share)
+        task = {"arithmetic": Arithmetic, "bilingual": Bilingual}[cfg.task](
+            cfg.max_ops, cfg.max_number, cfg.max_factor, cfg.parentheses, cfg.worked_share, cfg.wait_share)
     if cfg.init:
         task, rng = Pretrained(task, path_of(cfg.init), cfg.instruction), random.Random(f"{cfg.seed}/shots")
         task.show([task.make_problem(rng) for _ in range(0 if cfg.problems else cfg.shots)])
@@ -194,6 +195,13 @@ def train_zero(run: Run, name: str, policy: GPT) -> None:
         steps = math.ceil(updates / cfg.rl_minibatches)
         prompts = math.ceil(completions * cfg.rl_minibatches / cfg.rl_samples)
     longer = cfg.distill_longer and name == STUDENT_RL  # the problems that the student is taught on
+    reinforce(run, name, policy, steps, prompts, lambda rng: task.make_problem(rng, longer), reward_function(cfg, task))
+
+
+def reinforce(run: Run, name: str, policy: GPT, steps: int, prompts: int, make_problem: Callable,
+              reward_fn: Callable) -> None:
+    """A stage of GRPO: steps of `prompts` problems each, which make_problem(rng) makes."""
+    cfg, task = run.cfg, run.task
     reference = compiled(copy.deepcopy(policy), cfg, training=True) if cfg.kl_coef else None  # shares the policy's code
     policy = compiled(policy, cfg, training=True, sampling=True)
     # AdamW alone: its steps get smaller where the gradient is noisy, as in RL. Muon's steps always have one size.
@@ -202,9 +210,9 @@ def train_zero(run: Run, name: str, policy: GPT) -> None:
 
     def step(number: int) -> dict:
         rng, generator = seeded(cfg, name, number)  # by step and rank, so that each rank draws problems of its own
-        problems = [task.make_problem(rng, longer) for _ in range(per_rank(prompts))]
-        metrics, rollout = grpo_step(policy, reference, optimizer, problems, reward_function(cfg, task), task, cfg,
-                                     generator, lr_schedule(number, steps, hold=0.0))
+        problems = [make_problem(rng) for _ in range(per_rank(prompts))]
+        metrics, rollout = grpo_step(policy, reference, optimizer, problems, reward_fn, task, cfg, generator,
+                                     lr_schedule(number, steps, hold=0.0))
         if cfg.ref_every and number % cfg.ref_every == 0:  # check() in run.py demands a reference for it
             reference.load_state_dict(policy.state_dict())
         if cfg.eval_every and (number % cfg.eval_every == 0 or number == steps):
@@ -229,19 +237,29 @@ def heldout_accuracy(policy: GPT, task, cfg: Config, generator: torch.Generator)
 def train_student(run: Run, name: str, teacher: GPT, student: GPT) -> None:
     """Distillation: the teacher, zero, into the student's base."""
     cfg, task = run.cfg, run.task
-    teacher = compiled(teacher, cfg, training=cfg.divergence != "sft", sampling=not cfg.on_policy)
+    distil(run, name, [(teacher, lambda rng: task.make_problem(rng, cfg.distill_longer))], student, cfg.distill_steps,
+           cfg, reward_function(cfg, task))
+
+
+def distil(run: Run, name: str, turns: list[tuple[GPT, Callable]], student: GPT, steps: int, cfg: Config,
+           reward_fn: Callable) -> None:
+    """A stage of distillation. A turn is a teacher and the make_problem(rng) of what it is asked; each step is the next
+    turn's."""
+    for teacher in dict.fromkeys(teacher for teacher, _ in turns):
+        compiled(teacher, cfg, training=cfg.divergence != "sft", sampling=not cfg.on_policy)
     student = compiled(student, cfg, training=True, sampling=cfg.on_policy)
     # a Muon of rate 0 is none
     optimizer = graphed(Optimizer(student, cfg.distill_adam_lr, cfg.distill_muon_lr), cfg)
 
     def step(number: int) -> dict:
         rng, generator = seeded(cfg, name, number)
-        problems = [task.make_problem(rng, cfg.distill_longer) for _ in range(per_rank(cfg.distill_prompts))]
-        metrics = distill_step(student, teacher, optimizer, problems, reward_function(cfg, task), task, cfg, generator,
-                               lr_schedule(number, cfg.distill_steps))
+        teacher, make_problem = turns[number % len(turns)]
+        problems = [make_problem(rng) for _ in range(per_rank(cfg.distill_prompts))]
+        metrics = distill_step(student, teacher, optimizer, problems, reward_fn, run.task, cfg, generator,
+                               lr_schedule(number, steps))
         return metrics | {"tokens": metrics["length"] * cfg.distill_prompts}
 
-    train_stage(run, name, cfg.distill_steps, {"model": student, "optimizer": optimizer}, step)
+    train_stage(run, name, steps, {"model": student, "optimizer": optimizer}, step)
 
 
 # Each stage's function is called with the run, the stage's name, and the models of the stages in DEPENDS[name].
@@ -269,10 +287,12 @@ def evaluate(model: GPT, problems: list, task, *, max_new_tokens: int, generator
     pass@1 is the share of right completions, pass@1_se its standard error over problems, maj@16 the share of problems
     that the most frequent answer solves, pass@16 the share that any of the 16 solves. format, length (tokens, with the
     stop token) and reflection are means over completions. The ranks divide the problems among themselves, and sample
-    answers to `size` of them at a time: keys and values of a model from elsewhere need room.
+    answers to `size` of them at a time: keys and values of a model from elsewhere need room. What else the task's
+    reward returns ("language", say) is a mean over completions, too.
     """
     n, mine = EVAL_SAMPLES, range(rank(), len(problems), world_size())
-    counts = torch.zeros(len(problems), 5, dtype=torch.float64)  # of each problem's completions
+    others = [key for key in task.reward("", problems[0]) if key not in ("reward", "accuracy", "format", "reflection")]
+    counts = torch.zeros(len(problems), 5 + len(others), dtype=torch.float64)  # of each problem's completions
     for at in range(0, len(mine), size):
         rollout = sample_rollout(model, [problems[i] for i in mine[at:at + size]], task.reward, task, samples=n,
                                  max_new_tokens=max_new_tokens, generator=generator)
@@ -285,11 +305,12 @@ def evaluate(model: GPT, problems: list, task, *, max_new_tokens: int, generator
                 sum(score["accuracy"] for score in rollout.scores[rows]), vote is not None and problem.check(vote),
                 # read from the text, because the reward of your own task may report neither
                 sum(map(format_reward, rollout.texts[rows])), sum(map(reflects, rollout.texts[rows])),
-                sum(map(len, rollout.completions[rows]))])
-    right, votes, well_formed, reflecting, tokens = all_reduce(counts).unbind(dim=1)
+                sum(map(len, rollout.completions[rows])),
+                *(sum(score[key] for score in rollout.scores[rows]) for key in others)])
+    right, votes, well_formed, reflecting, tokens, *sums = all_reduce(counts).unbind(dim=1)
     found = {"pass@1": right.mean() / n, "pass@1_se": right.std() / n / len(problems) ** 0.5, f"maj@{n}": votes.mean(),
              f"pass@{n}": (right > 0).double().mean(), "format": well_formed.mean() / n, "length": tokens.mean() / n,
-             "reflection": reflecting.mean() / n}
+             "reflection": reflecting.mean() / n} | {key: x.mean() / n for key, x in zip(others, sums)}
     return {key: value.item() for key, value in found.items()} | {"n_problems": len(problems)}
 
 
@@ -327,23 +348,24 @@ def machine(cfg: Config) -> str:
     return f"{cfg.device}, {cfg.dtype}, {world_size()} x {cfg.threads} threads"
 
 
-TABLE = ("| model | parameters | problems | pass@1 | maj@16 | pass@16 | format | length | reflection |",
-         "|---|---|---|---|---|---|---|---|---|")
+COLUMNS = {"pass@1": "", "maj@16": ".1%", "pass@16": ".1%", "format": ".1%", "length": ".1f", "reflection": ".1%"}
 
 
-def table_row(name: str, params: int, kind: str, m: dict[str, float]) -> str:
-    """What `evaluate` found of a model on one kind of problems, as a row of TABLE."""
-    return (f"| {name} | {params:,} | {kind} | {m['pass@1']:.1%} ± {m['pass@1_se']:.1%} | {m['maj@16']:.1%} | "
-            f"{m['pass@16']:.1%} | {m['format']:.1%} | {m['length']:.1f} | {m['reflection']:.1%} |")
+def table(rows: list[tuple[str, int, str, dict[str, float]]]) -> list[str]:
+    """Rows of (model, its parameters, kind of problems, what `evaluate` found) as lines of Markdown."""
+    figures = rows[0][3] if rows else {}
+    columns = COLUMNS | {key: ".1%" for key in figures if key not in (*COLUMNS, "pass@1_se", "n_problems")}
+    lines = [f"| model | parameters | problems | {' | '.join(columns)} |", "|---" * (3 + len(columns)) + "|"]
+    for name, params, kind, m in rows:
+        cells = [f"{m['pass@1']:.1%} ± {m['pass@1_se']:.1%}", *(f"{m[key]:{columns[key]}}" for key in [*columns][1:])]
+        lines.append(f"| {name} | {params:,} | {kind} | {' | '.join(cells)} |")
+    return lines
 
 
 def report(run: Run) -> str:
     """results.json and the RL stage's rows as Markdown."""
-    lines = list(TABLE)
-    for name in (stage for stage in STAGES if stage in run.results["models"]):
-        found = run.results["models"][name]
-        for kind in run.task.held_out:
-            lines.append(table_row(name, found["params"], kind, found[kind]))
+    models = {name: run.results["models"][name] for name in STAGES if name in run.results["models"]}
+    lines = table([(name, m["params"], kind, m[kind]) for name, m in models.items() for kind in run.task.held_out])
     lines.append("")
     if rows := [row for row in run.log_rows() if row["stage"] == ZERO]:
         for key in ("accuracy", "length"):
@@ -404,15 +426,15 @@ def evaluate_file(out: Path, path: str) -> str:
     fitting = [problem for problem in problems if len(task.encode_prompt(problem)) <= room]
     if len(fitting) < 2:
         raise UsageError(f"--evaluate: {path} has {len(fitting)} problems of at most {room} tokens, 2 are the least")
-    lines = [f"{path}: {len(fitting)} of {len(problems)} problems, those of at most {room} tokens", "", *TABLE]
-    device = cfg.device if has(cfg.device) else "cpu"
+    rows, device = [], cfg.device if has(cfg.device) else "cpu"
     for name in names:
         model = build_model(load_checkpoint(out / f"{name}.pt", name)).to(device)
         generator = torch.Generator(device).manual_seed(cfg.seed)
         figures = evaluate(model, fitting, task, max_new_tokens=cfg.rl_max_new_tokens, generator=generator,
                            size=8 if cfg.init else 32)
-        lines.append(table_row(name, model.n_params(), Path(path).stem, figures))
-    return "\n".join(lines)
+        rows.append((name, model.n_params(), Path(path).stem, figures))
+    first = f"{path}: {len(fitting)} of {len(problems)} problems, those of at most {room} tokens"
+    return "\n".join([first, "", *table(rows)])
 
 
 def prepare(cfg: Config, out: Path) -> tuple[Config, object]:
@@ -451,11 +473,11 @@ def train(run: Run, chosen: str) -> None:
     print("\n" + text)
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], program: str = "train.py", description: str = __doc__) -> int:
     """Run the command line -> exit code."""
     try:
         tune_libraries()
-        cfg, options = parse_args(argv, __doc__)
+        cfg, options = parse_args(argv, description)
         out = Path(options.out or f"out/{options.preset or Path(path_of(cfg.init)).name}")
         if options.ask is not None:
             print(ask(out, options.ask, options.samples, options.temperature))
@@ -475,10 +497,10 @@ def main(argv: list[str]) -> int:
             train(run, options.stage or "")
         return 0
     except (UsageError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ntrain.py: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(f"\n{program}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
 
 

@@ -43,6 +43,8 @@ SHAPES = {
     "skip_no_signal ref_every normalize scale": "zero student student_rl",
     "distill_longer distill_steps distill_prompts distill_minibatches distill_epochs": "student student_rl",
     "distill_muon_lr distill_adam_lr divergence distill_temperature on_policy": "student",
+    "language_weight cold_start cold_steps cold_prompts sft_steps sft_epochs sft_muon_lr sft_adam_lr dev2_steps "
+    "r1_steps everyday_share": "",  # see r1.py
     "eval_problems": "evaluation",
 }
 
@@ -187,7 +189,7 @@ def test_bfloat16_of_the_cpu_is_what_its_flags_say():
     ("--rl_max_new_tokens=1000", "do not fit"), ("--max_ops=60", "do not fit --block_size=128"),
     ("--base_tokens=100", "one batch"), ("--corpus_share=0.5", "needs a --corpus"),
     ("--accuracy_weight=0 --format_weight=0", "both"), ("--kl_coef=0 --ref_every=3", "--kl_coef"),
-    ("--on_policy=True --divergence=sft", "--on_policy"), ("--task=countdown --max_ops=5", "--task=arithmetic"),
+    ("--on_policy=True --divergence=sft", "--on_policy"), ("--task=countdown --max_ops=5", "--task=countdown"),
     ("--task=countdown --max_number=100", "at most 99"), ("--problems=nowhere.jsonl", "nowhere.jsonl"),
     ("--corpus=nowhere.txt", "nowhere.txt"), ("--ask=8*7", "no model"), ("--ask=hello", "no model"),
     # So easy a task that its test side lacks problems: found out after pretraining, or by a search without end.
