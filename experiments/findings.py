@@ -26,23 +26,32 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS, OUT, PAGE = (ROOT / name for name in ("experiments/results", "out/findings", "experiments/findings.md"))
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
+from r1 import PIPELINE  # noqa: E402
 from rows import ROWS, Known, table  # noqa: E402
-from run import (BASE, DEPENDS, EVALUATION, FIELDS, STUDENT, ZERO, Config, Parser, UsageError, change,  # noqa: E402
-                 number, parse_args, shaped_by, write_file)
+from run import (BASE, DEPENDS, DEV1, DEV2, DEV3, EVALUATION, FIELDS, R1, STUDENT, STUDENT_BASE,  # noqa: E402
+                 STUDENT_SFT, ZERO, Config, Parser, UsageError, change, number, parse_args, shaped_by, write_file)
 
 SEEDS = (0, 1, 2)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A run of train.py for each seed."""
+    """A run of train.py, or r1.py, for each seed."""
     trains: tuple[str, ...]         # the models that it makes
     flags: str = ""                 # what differs from train.py's defaults
     start: str | None = None        # the cell whose checkpoints it starts from
     measures: tuple[str, ...] = ()  # functions of measures.py, which measure what train.py does not
+    program: str = "train.py"       # or r1.py
+
+    def starts_from(self) -> list[str]:
+        """The models that its first stage starts from."""
+        return (DEPENDS if self.program == "train.py" else {name: models for name, (_, models) in PIPELINE.items()})[
+            self.trains[0]]
 
     def stages(self) -> list[str]:
-        """The --stage flags to run train.py with, one after the other. An empty flag runs all stages."""
+        """The --stage flags to run the program with, one after the other. An empty flag runs all stages."""
+        if self.program == "r1.py":
+            return [f"--stage={self.trains[0]}"] if self.start else [""]
         stages = [stage for stage in (BASE, ZERO, STUDENT) if any(name.startswith(stage) for name in self.trains)]
         return [""] if len(stages) == 3 else [f"--stage={stage}" for stage in stages]
 
@@ -89,6 +98,12 @@ CELLS = {
     "tokens 1/2": Cell(("base", "zero"), f"{NO_KL} --base_tokens=3250000", measures=("signal",)),
     "worked 0": Cell(("base", "zero"), f"{NO_KL} --worked_share=0", measures=("signal",)),
     "worked 1/2": Cell(("base", "zero"), f"{NO_KL} --worked_share=0.5", measures=("signal",)),
+    # row 11
+    "R1": Cell((BASE, ZERO, DEV1, DEV2, DEV3, R1, STUDENT_BASE, STUDENT, STUDENT_SFT), "--task=bilingual",
+               program="r1.py"),
+    "no cold start": Cell((DEV2,), "--task=bilingual --cold_start=False", "R1", program="r1.py"),
+    "language 0": Cell((DEV2,), "--task=bilingual --language_weight=0", "R1", program="r1.py"),
+    "language 1/4": Cell((DEV2,), "--task=bilingual --language_weight=0.25", "R1", program="r1.py"),
 }
 
 
@@ -134,28 +149,28 @@ def stored(name: str, seed: int) -> dict | None:
 
 
 def train(name: str, seed: int, threads: int) -> None:
-    """Have train.py make a cell's models, from the checkpoints of its start. Raises UsageError if that fails."""
+    """Have the program make a cell's models, from the checkpoints of its start. Raises UsageError if that fails."""
     cell, out = CELLS[name], folder(name, seed)
     out.mkdir(parents=True, exist_ok=True)
     flags = [f"--seed={seed}", f"--threads={threads}", f"--out={out}", *cell.flags.split()]
     if cell.start:
         parent = folder(cell.start, seed)
-        for needed in DEPENDS[cell.trains[0]]:
+        for needed in cell.starts_from():
             if not (out / f"{needed}.pt").exists():
                 shutil.copy(parent / f"{needed}.pt", out / "copying")
                 os.replace(out / "copying", out / f"{needed}.pt")
     for stage in cell.stages():
         with open(out / "output.txt", "a") as output:
-            command = [sys.executable, str(ROOT / "train.py"), *stage.split(), *flags]
+            command = [sys.executable, str(ROOT / cell.program), *stage.split(), *flags]
             if subprocess.run(command, stdout=output, stderr=output).returncode:
-                raise UsageError(f"{name}, seed {seed}: train.py failed; {out / 'output.txt'} says why")
+                raise UsageError(f"{name}, seed {seed}: {cell.program} failed; {out / 'output.txt'} says why")
 
 
 def curve(rows: list[dict]) -> dict[str, list[float]]:
     """The metrics that an RL run logged, averaged over each tenth of its steps."""
     tenths = [rows[i * len(rows) // 10:(i + 1) * len(rows) // 10] for i in range(10)]
     means = {}
-    for key in ("accuracy", "format", "length", "length_wrong", "reflection", "no_signal"):
+    for key in ("accuracy", "format", "length", "length_wrong", "reflection", "no_signal", "language", "consistent"):
         values = [[row[key] for row in tenth if row.get(key) is not None] for tenth in tenths]
         means[key] = [round(statistics.fmean(v), 4) if v else None for v in values]
     return means
@@ -199,7 +214,7 @@ def collect(name: str, seed: int, threads: int) -> None:
         "machine": {key: getattr(cfg, key) for key in ("device", "dtype", "compile", "threads")},
         "seconds": round(sum(s for key, s in results["seconds"].items() if key.split()[-1] in cell.trains)),
         "models": {trained: results["models"][trained] for trained in cell.trains},
-        "curves": {"zero": curve(of["zero"])} if "zero" in of else {},
+        "curves": {trained: curve(of[trained]) for trained in ("zero", DEV2, R1) if trained in of},
         "work": {trained: work(of[trained], cfg, trained) for trained in of if name == "default"
                  and trained in ("student", "student_rl")},
         "measures": measures,
@@ -288,7 +303,7 @@ def page(k: Known) -> str:
         rows.append([n, row.claim, row.paper, row.bar, line, "**pass**" if passed else "**fail**"])
         details += [f"## {n}. {row.claim}", "", f"`python experiments/findings.py --only={n}` takes "
                     f"{minutes(k, row.cells):.0f} minutes of one thread, for these runs with seeds 0, 1 and 2:", "",
-                    *(f"    python train.py {CELLS[cell].flags}" for cell in row.cells)]
+                    *(f"    python {CELLS[cell].program} {CELLS[cell].flags}".rstrip() for cell in row.cells)]
         if row.note:
             details += ["", textwrap.fill(" ".join(row.note.split()), 119)]
         details += lines

@@ -317,6 +317,71 @@ def row_10(k: Known) -> tuple[str, bool, list[str]]:
         table(["model", *found[0]["student"]], rows)
 
 
+PIPELINE = ("base", "zero", "dev1", "dev2", "dev3", "r1", "student", "student_sft")
+SHOWN = ("pass@1 on test", "pass@1 on hard", "format", "language", "consistent", "everyday", "length")
+
+
+def pipeline_values(k: Known, model: str, cell: str = "R1") -> dict[str, list[float]]:
+    """What row 11 compares, for each seed. Language and consistency are those of well-formed answers."""
+    value = lambda kind, what: k.values(cell, "models", model, kind, what)
+    of_well_formed = lambda what: [x / n if n else 0.0 for x, n in zip(value("test", what), value("test", "format"))]
+    return {"pass@1 on test": value("test", "pass@1"), "pass@1 on hard": value("hard", "pass@1"),
+            "format": value("test", "format"), "language": of_well_formed("language"),
+            "consistent": of_well_formed("consistent"), "everyday": value("everyday", "pass@1"),
+            "length": value("test", "length")}
+
+
+def row_11(k: Known) -> tuple[str, bool, list[str]]:
+    of = {model: pipeline_values(k, model) for model in PIPELINE}
+    ablations = {"language 0": "the same, the language reward's weight 0", "language 1/4": "weight 0.25",
+                 "no cold start": "weight 1, from the base instead of dev1"}
+    without = {cell: pipeline_values(k, "dev2", cell) for cell in ablations}
+
+    def gain(before: dict, after: dict, what: str) -> Figure:
+        return figure([b - a for a, b in zip(before[what], after[what])])
+
+    mixing, learnt = gain(of["base"], of["zero"], "consistent"), gain(of["base"], of["zero"], "pass@1 on test")
+    consistent, cost = figure(of["dev2"]["consistent"]), gain(of["dev2"], without["language 0"], "pass@1 on test")
+    behind, lost = gain(of["dev2"], of["zero"], "pass@1 on test"), gain(of["dev3"], of["base"], "everyday")
+    forgotten = [gain(of[model], of["base"], "everyday") for model in ("zero", "dev2")]
+    below = []  # the columns in which r1 is not the best, by more than the spread
+    for what in SHOWN[:-1]:
+        best = max(PIPELINE[:6], key=lambda model: statistics.fmean(of[model][what]))
+        if (short := gain(of["r1"], of[best], what)).mean > max(short.spread, 0.001):
+            below.append(f"{what} ({short} points behind {best})")
+    cold = [gain(of["base"], of["dev1"], what).mean for what in ("format", "consistent")]
+    claims = {
+        f"(a) of zero's well-formed answers {figure(of['zero']['consistent'])} % are wholly in the question's "
+        f"language, of the base's {figure(of['base']['consistent'])} %, while pass@1 rises by {learnt} points":
+            mixing.mean <= 0.1 and learnt.mean > 0.5,
+        f"(b) the language reward brings it to {consistent} %, and costs {cost} points of pass@1":
+            consistent.mean >= 0.97 and cost.mean <= 0.03,
+        f"(c) the cold start alone: format {figure(of['dev1']['format'])} %, consistent "
+        f"{figure(of['dev1']['consistent'])} %, pass@1 {figure(of['dev1']['pass@1 on test'])} %":
+            min(cold) > 0 and gain(of["dev1"], of["zero"], "pass@1 on test").mean > 0,
+        f"(d) dev2 is {behind} points behind zero": behind.mean <= 0.02,
+        f"(e) everyday questions: zero loses {forgotten[0]} points, dev2 {forgotten[1]}; dev3 is {lost} points behind "
+        "the base": min(loss.mean - loss.spread for loss in forgotten) > 0 and lost.mean <= lost.spread,
+        f"(f) r1 is behind the best in {', '.join(below) or 'nothing'}": not below}
+    line = "; ".join(f"{claim}: {'yes' if holds else 'no'}" for claim, holds in claims.items()) + "."
+
+    def cells(values: dict) -> list:
+        return [format(figure(values[what]), ".1f" if what == "length" else "") for what in SHOWN]
+
+    tenths = [[curve["consistent"] for curve in k.values(cell, "curves", "dev2")] for cell in ("R1", *ablations)]
+    names = ("dev2", *ablations.values())
+    return line, all(claims.values()), [
+        *table(["model", *SHOWN], [[model, *cells(of[model])] for model in PIPELINE]),
+        "What dev2 hangs on, after 100 RL steps:",
+        *table(["dev2", *SHOWN], [[name, *cells(values)] for name, values in
+                                  zip(names, (of["dev2"], *without.values()))]),
+        "The share of all answers that are well formed and wholly consistent, in each tenth of these steps, in % (the "
+        "mean of the seeds):",
+        *table(["dev2", *(f"{10 * (i + 1)}" for i in range(10))],
+               [[name, *(f"{100 * statistics.fmean(values):.0f}" for values in zip(*curves))]
+                for name, curves in zip(names, tenths)])]
+
+
 ROWS = {
     1: Row("RL alone lifts pass@1", "AIME 2024: 15.6 -> 77.9 % (R1-Zero; 2501.12948v2)",
            "Zero is at least 50 points above the base; RL with shuffled rewards gains at most 5 points; RL with the "
@@ -395,4 +460,17 @@ ROWS = {
             """Problems "trained on" are those of the last step of distillation, of 2 to 4 operations as in test.
             "Hard" ones are longer, but of lengths that distillation asks too. "Larger numbers" are unseen problems
             of as many operations as in test, with operands up to 99 instead of 20."""),
+    11: Row("Each stage of R1 does what the paper says",
+            "R1-Zero mixes languages. A cold start makes it readable and costs accuracy (AIME 2024: 77.9 -> 59.0 %), "
+            "RL with a language reward brings that back (74.0), fine-tuning the base on accepted samples and general "
+            "data adds more (78.1), as does RL for all scenarios (79.8; Nature 645, table 2)",
+            "(a) Among well-formed answers zero's share of wholly consistent ones is at most 10 points above the "
+            "base's, while pass@1 rises by over 50; (b) the language reward brings it to 97 % or more and costs at "
+            "most 3 points; (c) dev1 is above the base in format and consistency, and below zero in pass@1; (d) dev2 "
+            "is within 2 points of zero on test; (e) zero and dev2 lose everyday accuracy against the base, and dev3 "
+            "has it back; (f) r1 is best or within the spread of the best in every column",
+            ("R1", "language 0", "language 1/4", "no cold start"), row_11,
+            """docs/r1.md explains the stages. Language is the share of a thought's steps that are in the question's
+            language, consistent the share of answers that are wholly in it; both are of well-formed answers to test
+            problems. Everyday is pass@1 on questions that want no working, such as "larger 37 52"."""),
 }
