@@ -83,10 +83,10 @@ def fine_tune(run: Run, name: str, turns: list[tuple[GPT, Callable]], model: GPT
 
 
 def train_dev1(run: Run, name: str, base: GPT, zero: GPT) -> None:
-    """The cold start: a few hundred good answers of zero, each learnt once."""
+    """The cold start: a few hundred good answers of zero."""
     cfg = run.cfg
     fine_tune(run, name, [(zero, run.task.make_problem)], base, cfg.cold_steps, distill_prompts=cfg.cold_prompts,
-              distill_minibatches=4, distill_epochs=1)
+              distill_minibatches=4, distill_epochs=cfg.cold_epochs)
 
 
 def train_dev2(run: Run, name: str, base: GPT, dev1: GPT) -> None:

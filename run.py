@@ -148,6 +148,7 @@ class Config:
     cold_start: bool = option(True, "RL begins from dev1; False: from the base", DEV2)
     cold_steps: int = option(4, "steps of the cold start", DEV1)
     cold_prompts: int = option(192, "problems of such a step, one completion of zero each", DEV1)
+    cold_epochs: int = option(3, "epochs over a step's completions", DEV1)
     sft_steps: int = option(16, "steps of rejection sampling and fine-tuning", DEV3)
     sft_epochs: int = option(2, "epochs over a step's completions", DEV3)
     sft_muon_lr: float = option(2e-3, "learning rate of Muon in fine-tuning; 0: AdamW alone", *SFT, low=0)

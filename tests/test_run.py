@@ -43,7 +43,7 @@ SHAPES = {
     "skip_no_signal ref_every normalize scale": "zero student student_rl",
     "distill_longer distill_steps distill_prompts distill_minibatches distill_epochs": "student student_rl",
     "distill_muon_lr distill_adam_lr divergence distill_temperature on_policy": "student",
-    "language_weight cold_start cold_steps cold_prompts sft_steps sft_epochs sft_muon_lr sft_adam_lr dev2_steps "
+    "language_weight cold_start cold_steps cold_prompts cold_epochs sft_steps sft_epochs sft_muon_lr sft_adam_lr dev2_steps "
     "r1_steps everyday_share": "",  # see r1.py
     "eval_problems": "evaluation",
 }
