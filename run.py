@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.chat import R1_ZERO
+from grpo import group_advantages, sample_rollout
 from model import GPT, GPTConfig, KVCache, Muon, Optimizer, generate, token_logprobs
 from parallel import barrier, check_launcher, rank
 
@@ -740,6 +741,33 @@ def seeded(cfg: Config, name: str, step: int) -> tuple[random.Random, torch.Gene
     process draws."""
     rng = random.Random(f"{cfg.seed}/{name}/{step}" + f"/{rank()}" * (rank() > 0))
     return rng, torch.Generator(cfg.device).manual_seed(rng.getrandbits(63))
+
+
+def keep_samples(run: Run, name: str, step: int, steps: int, models: dict[str, GPT], make_problem: Callable,
+                 reward_fn: Callable) -> None:
+    """At steps 0 (before the first), 1, 2, 5, 10, 20, 50, ... and the last, let the models answer the same four
+    training problems eight times each, with the same random numbers, into samples.jsonl. A row is one model's answers
+    to one problem: {"stage", "step", "model", "question", "completions", "rewards": {name: one a completion},
+    "advantages", "logprobs": one a token}."""
+    if rank() or not (step in (0, steps) or f"{step}".rstrip("0") in ("1", "2", "5")):
+        return
+    rows, (rng, _) = [], seeded(run.cfg, f"samples {name}", 0)
+    problems = [make_problem(rng) for _ in range(4)]
+    for model_name, model in models.items():
+        _, generator = seeded(run.cfg, f"samples {name}", 0)
+        found = sample_rollout(model, problems, reward_fn, run.task, samples=8, generator=generator,
+                               max_new_tokens=run.cfg.rl_max_new_tokens)
+        advantages = group_advantages(found.column("reward").view(-1, 8), run.cfg.scale).tolist()
+        for i, problem in enumerate(problems):
+            group = slice(8 * i, 8 * i + 8)
+            rows.append({"stage": name, "step": step, "model": model_name, "question": problem.question,
+                         "completions": found.texts[group], "advantages": advantages[i],
+                         "rewards": {key: [score[key] for score in found.scores[group]] for key in found.scores[0]},
+                         "logprobs": [[round(x, 4) for x in logp] for logp in found.sampler_logp[group]]})
+    path = run.out / "samples.jsonl"
+    kept = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    kept = [row for row in kept if row["stage"] != name or row["step"] < step]  # an attempt that was killed left more
+    write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept + rows).encode())
 
 
 def lr_schedule(step: int, steps: int, hold: float = 0.4) -> float:

@@ -17,9 +17,9 @@
     torchrun --standalone --nproc_per_node=2 train.py    in several processes: see parallel.py
 
 It writes into --out (out/, or out/PRESET): NAME.pt for each finished stage, resume.pt for the stage under way,
-log.jsonl (one row a step), results.json, report.md. The same command goes on from the last checkpoint. Settings, files
-and torch.compile are the business of run.py, several processes that of parallel.py. A reader may skip both: what is
-imported from them does what its name says.
+log.jsonl (one row a step), samples.jsonl (how the answers to four problems change), results.json, report.md. The same
+command goes on from the last checkpoint. Settings, files and torch.compile are the business of run.py, several
+processes that of parallel.py. A reader may skip both: what is imported from them does what its name says.
 """
 import copy
 import dataclasses
@@ -53,8 +53,9 @@ from model import GPT, GPTConfig, Optimizer, generate
 from parallel import all_reduce, broadcast, end, init, per_rank, rank, world_size
 from rewards import accuracy_reward, extract_answer, format_reward, reflects
 from run import (BASE, DEPENDS, EVAL_SAMPLES, FIELDS, LOOK_PROBLEMS, LOOK_SAMPLES, STUDENT, STUDENT_BASE, STUDENT_RL,
-                 ZERO, Config, Run, UsageError, build_model, check, compiled, forecast, graphed, has, load_checkpoint,
-                 lock, lr_schedule, open_run, parse_args, seeded, train_stage, tune_libraries, write_file)
+                 ZERO, Config, Run, UsageError, build_model, check, compiled, forecast, graphed, has, keep_samples,
+                 load_checkpoint, lock, lr_schedule, open_run, parse_args, seeded, train_stage, tune_libraries,
+                 write_file)
 
 
 # What a run is about
@@ -209,6 +210,8 @@ def reinforce(run: Run, name: str, policy: GPT, steps: int, prompts: int, make_p
     parts = {"model": policy, "optimizer": optimizer} | ({"reference": reference} if cfg.ref_every else {})
 
     def step(number: int) -> dict:
+        if number == 1:
+            keep_samples(run, name, 0, steps, {name: policy}, make_problem, reward_fn)
         rng, generator = seeded(cfg, name, number)  # by step and rank, so that each rank draws problems of its own
         problems = [make_problem(rng) for _ in range(per_rank(prompts))]
         metrics, rollout = grpo_step(policy, reference, optimizer, problems, reward_fn, task, cfg, generator,
@@ -219,6 +222,7 @@ def reinforce(run: Run, name: str, policy: GPT, steps: int, prompts: int, make_p
             metrics["heldout_accuracy"] = heldout_accuracy(policy, task, cfg, generator)
         if number in (1, 5, 10) or number % 20 == 0:
             print(f"    {problems[0].question}  ->  {rollout.texts[0]}   reward {rollout.scores[0]['reward']:.1f}")
+        keep_samples(run, name, number, steps, {name: policy}, make_problem, reward_fn)
         return metrics | {"tokens": metrics["length"] * prompts * cfg.rl_samples}
 
     train_stage(run, name, steps, parts, step)
@@ -253,10 +257,13 @@ def distil(run: Run, name: str, turns: list[tuple[GPT, Callable]], student: GPT,
 
     def step(number: int) -> dict:
         rng, generator = seeded(cfg, name, number)
+        if number == 1:
+            keep_samples(run, name, 0, steps, {name: student, "teacher": turns[0][0]}, turns[0][1], reward_fn)
         teacher, make_problem = turns[number % len(turns)]
         problems = [make_problem(rng) for _ in range(per_rank(cfg.distill_prompts))]
         metrics = distill_step(student, teacher, optimizer, problems, reward_fn, run.task, cfg, generator,
                                lr_schedule(number, steps))
+        keep_samples(run, name, number, steps, {name: student}, turns[0][1], reward_fn)
         return metrics | {"tokens": metrics["length"] * cfg.distill_prompts}
 
     train_stage(run, name, steps, {"model": student, "optimizer": optimizer}, step)
