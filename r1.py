@@ -54,10 +54,12 @@ def language_reward_function(cfg: Config, task) -> Callable:
     return reward_fn
 
 
-def good(task) -> Callable:
+def good(cfg: Config, task) -> Callable:
     """Rejection sampling by more than distil's two rules: accuracy and format are 1 if an answer is good, else 0."""
+    plain = reward_function(cfg, task)
+
     def reward_fn(completion: str, problem) -> dict[str, float]:
-        scores = task.reward(completion, problem)
+        scores = plain(completion, problem)
         accepted = float(scores["accuracy"] and (isinstance(problem, Everyday) or scores["consistent"]))
         return scores | {"accuracy": accepted, "format": accepted}
     return reward_fn
@@ -79,7 +81,7 @@ def fine_tune(run: Run, name: str, turns: list[tuple[GPT, Callable]], model: GPT
     """Supervised fine-tuning of the model on good answers, prompts masked. The turns are those of train.distil."""
     cfg = dataclasses.replace(run.cfg, divergence="sft", on_policy=False, distill_muon_lr=run.cfg.sft_muon_lr,
                               distill_adam_lr=run.cfg.sft_adam_lr, **settings)
-    distil(run, name, turns, model, steps, cfg, good(run.task))
+    distil(run, name, turns, model, steps, cfg, good(cfg, run.task))
 
 
 def train_dev1(run: Run, name: str, base: GPT, zero: GPT) -> None:
@@ -114,7 +116,7 @@ def train_r1(run: Run, name: str, dev3: GPT) -> None:
 def train_student(run: Run, name: str, r1: GPT, student: GPT) -> None:
     """r1 into the student's base: by its probabilities (ours), or by its answers alone (the paper's way)."""
     cfg = dataclasses.replace(run.cfg, divergence="sft") if name == STUDENT_SFT else run.cfg
-    distil(run, name, [(r1, mixed(run, cfg.distill_longer))], student, cfg.distill_steps, cfg, good(run.task))
+    distil(run, name, [(r1, mixed(run, cfg.distill_longer))], student, cfg.distill_steps, cfg, good(cfg, run.task))
 
 
 # Each stage's function, and the stages whose models it is called with

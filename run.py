@@ -19,6 +19,7 @@ import json
 import math
 import os
 import random
+import shutil
 import sqlite3
 import time
 import warnings
@@ -42,8 +43,8 @@ LOOK_PROBLEMS, LOOK_SAMPLES = 32, 4  # what --eval_every asks a policy, and how 
 DEEP = 12  # sampling by a model of more layers is not compiled: one step is all layers, at 3 s each
 LAUNCH_BOUND = 4_000_000  # up to so many parameters, a GPU's kernels take less time to run than to start
 PRETRAIN_PRINT = 20  # pretraining steps between lines on the terminal; log.jsonl has them all
-SHOWN = ("loss", "heldout_loss", "heldout_accuracy", "reward", "accuracy", "format", "length", "reflection", "kl",
-         "entropy", "no_signal", "accepted", "tokens_per_s")  # the metrics on a terminal line; log.jsonl has them all
+SHOWN = ("heldout_accuracy", "reward", "accuracy", "accepted", "format", "length", "loss", "heldout_loss", "kl",
+         "entropy", "no_signal", "reflection")  # the metrics on a terminal line, as many as fit; log.jsonl has them all
 
 
 class UsageError(ValueError):
@@ -780,6 +781,24 @@ def lr_schedule(step: int, steps: int, hold: float = 0.4) -> float:
     return min(1.0, step / max(1, steps // 20)) * (0.03 + 0.97 * min(1.0, (steps + 1 - step) / (steps * (1 - hold))))
 
 
+def fitting(fields: list[str], last: str = "") -> str:
+    """A line for the terminal: the fields in their order, without those that would make it wrap, and the last one.
+
+    >>> fitting(["zero 1/200", "reward 0.459", "a longer field " * 9], "60 s to go")
+    'zero 1/200  reward 0.459  60 s to go'
+    """
+    line, width = fields[0], shutil.get_terminal_size((120, 24)).columns
+    for field in fields[1:]:
+        line += f"  {field}" if len(line) + len(field) + len(last) + 4 <= width else ""
+    return f"{line}  {last}".rstrip()
+
+
+def clipped(text: str, room: int = 0) -> str:
+    """The text, cut off where it would make a line of the terminal wrap, with `room` for what follows."""
+    width = shutil.get_terminal_size((120, 24)).columns - room
+    return text if len(text) <= width else text[:width - 3] + "..."
+
+
 def train_stage(run: Run, name: str, steps: int, parts: dict, train_step: Callable[[int], dict]) -> None:
     """Run train_step(1..steps) -> metrics, from resume.pt if it is this stage's, and leave NAME.pt.
 
@@ -825,8 +844,8 @@ def train_stage(run: Run, name: str, steps: int, parts: dict, train_step: Callab
             log.flush()
             if "reward" in metrics or step % PRETRAIN_PRINT == 0 or step in (1, steps):
                 eta = (steps - step) * (time.perf_counter() - looping) / (step + 1 - first)
-                shown = "  ".join(f"{key} {metrics[key]:.4g}" for key in SHOWN if metrics.get(key) is not None)
-                print(f"{name} {step}/{steps}  {shown}  eta {eta:.0f} s", flush=True)
+                shown = [f"{key} {metrics[key]:.3g}" for key in SHOWN if metrics.get(key) is not None]
+                print(fitting([f"{name} {step}/{steps}", *shown], f"{eta:.0f} s to go"), flush=True)
             if metrics.get("heldout_accuracy", 0.0) > best:
                 best = metrics["heldout_accuracy"]
                 save(run.path(f"{name}_best"))

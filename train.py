@@ -29,6 +29,7 @@ import math
 import os
 import random
 import sys
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -53,9 +54,9 @@ from model import GPT, GPTConfig, Optimizer, generate
 from parallel import all_reduce, broadcast, end, init, per_rank, rank, world_size
 from rewards import accuracy_reward, extract_answer, format_reward, reflects
 from run import (BASE, DEPENDS, EVAL_SAMPLES, FIELDS, LOOK_PROBLEMS, LOOK_SAMPLES, STUDENT, STUDENT_BASE, STUDENT_RL,
-                 ZERO, Config, Run, UsageError, build_model, check, compiled, forecast, graphed, has, keep_samples,
-                 load_checkpoint, lock, lr_schedule, open_run, parse_args, seeded, train_stage, tune_libraries,
-                 write_file)
+                 ZERO, Config, Run, UsageError, build_model, check, clipped, compiled, fitting, forecast, graphed, has,
+                 keep_samples, load_checkpoint, lock, lr_schedule, open_run, parse_args, seeded, train_stage,
+                 tune_libraries, write_file)
 
 
 # What a run is about
@@ -155,6 +156,7 @@ def train_base(run: Run, name: str) -> None:
         if name == BASE:
             print(forecast(model, cfg, run.task), flush=True)
         return train_stage(run, name, 0, {"model": model}, None)
+    print(f"a corpus of {rows * length:,} tokens" + ", and torch.compile" * (cfg.compile == "on"), flush=True)
     with ThreadPoolExecutor(1) as pool:  # the corpus is made while the C++ compiler works for torch.compile
         made = pool.submit(load_corpus, run.task, rows, cfg.seed, length)
         model = compiled(model, cfg, training=True)
@@ -221,7 +223,8 @@ def reinforce(run: Run, name: str, policy: GPT, steps: int, prompts: int, make_p
         if cfg.eval_every and (number % cfg.eval_every == 0 or number == steps):
             metrics["heldout_accuracy"] = heldout_accuracy(policy, task, cfg, generator)
         if number in (1, 5, 10) or number % 20 == 0:
-            print(f"    {problems[0].question}  ->  {rollout.texts[0]}   reward {rollout.scores[0]['reward']:.1f}")
+            answer = clipped(f"    {problems[0].question}  ->  {rollout.texts[0]}", room=14)
+            print(f"{answer}   reward {rollout.scores[0]['reward']:.1f}")
         keep_samples(run, name, number, steps, {name: policy}, make_problem, reward_fn)
         return metrics | {"tokens": metrics["length"] * prompts * cfg.rl_samples}
 
@@ -329,11 +332,13 @@ def evaluate_stage(run: Run, name: str) -> None:
     model = compiled(run.load_model(name), cfg, sampling=cfg.device == "cpu" and not name.startswith("student"))
     size = 8 if cfg.init else 256 if cfg.device == "cuda" else 32  # problems at a time
     found = {"params": model.n_params()}
+    print(f"{name} answers {cfg.eval_problems} problems of each kind {EVAL_SAMPLES} times", flush=True)
     for kind in run.task.held_out:
         found[kind] = evaluate(model, run.task.heldout_problems(cfg.eval_problems, kind, cfg.seed), run.task,
                                max_new_tokens=cfg.rl_max_new_tokens, size=size,
                                generator=seeded(cfg, f"evaluate {name} {kind}", 0)[1])
-        print(f"{name} on {kind}: " + "  ".join(f"{key} {value:.3g}" for key, value in found[kind].items()), flush=True)
+        figures = [f"{key} {value:.3g}" for key, value in found[kind].items() if key not in ("pass@1_se", "n_problems")]
+        print(fitting([f"{name} on {kind}: {figures[0]}", *figures[1:]]), flush=True)
     run.results["models"][name] = found
     run.results["seconds"][f"evaluate {name}"] = round(time.perf_counter() - start, 1)
     run.save_results()
@@ -377,12 +382,12 @@ def report(run: Run) -> str:
     if rows := [row for row in run.log_rows() if row["stage"] == ZERO]:
         for key in ("accuracy", "length"):
             values = [row[key] for row in rows]
-            chart = f"{values[0]:5.2f} {sparkline(values)} {values[-1]:.2f}"
-            lines.append(f"    {key:8} over {len(rows)} RL steps  {chart}")
+            chart = f"{values[0]:5.2f} {sparkline(values, 40)} {values[-1]:.2f}"
+            lines.append(f"    {key:8} over {len(rows)} RL steps {chart}")
     seconds = run.results["seconds"]
-    lines += ["", "Seconds: " + ", ".join(f"{name} {s:.0f}" for name, s in seconds.items())
-              + f"; together {sum(seconds.values()) / 60:.1f} minutes on {machine(run.cfg)}, seed {run.cfg.seed}."]
-    return "\n".join(lines)
+    spent = "Seconds: " + ", ".join(f"{name} {s:.0f}" for name, s in seconds.items())
+    spent += f"; together {sum(seconds.values()) / 60:.1f} minutes on {machine(run.cfg)}, seed {run.cfg.seed}."
+    return "\n".join([*lines, "", textwrap.fill(spent, 80)])
 
 
 # The command line
@@ -465,19 +470,26 @@ def train(run: Run, chosen: str) -> None:
     torch.set_num_threads(run.cfg.threads)
     for note in run.task.notes:  # what was read of your own files, and what was left out
         print(note)
+    wanted = [name for name in STAGES if name.startswith(chosen) and (name != STUDENT_RL or run.cfg.student_rl)]
     for name, stage in STAGES.items():
-        wanted = name.startswith(chosen) and (name != STUDENT_RL or run.cfg.student_rl)
-        if wanted and not run.path(name).exists():
+        if name in wanted and not run.path(name).exists():
             run.results["models"].pop(name, None)  # the figures of a checkpoint that was removed
-            run.began = time.perf_counter()
-            print(f"\n{name}: {machine(run.cfg)}", flush=True)
+            run.began, spent = time.perf_counter(), sum(run.results["seconds"].values()) / 60
+            print(f"\n{name}: stage {wanted.index(name) + 1} of {len(wanted)}, {spent:.1f} minutes so far; "
+                  f"{machine(run.cfg)}", flush=True)
             stage(run, name, *map(run.load_model, DEPENDS[name]))
             gc.collect()  # compiled models refer to themselves, and would stay in memory for a while
         if run.path(name).exists() and name not in run.results["models"]:
             evaluate_stage(run, name)
     text = report(run)
     write_file(run.out / "report.md", (text + "\n").encode())
-    print("\n" + text)
+    problem = run.task.heldout_problems(2, [*run.task.held_out][0], run.cfg.seed)[0]
+    print(f"""\n{text}
+
+{run.out}/ holds the models, report.md, log.jsonl and samples.jsonl. Try next:
+    python train.py --out={run.out} --ask="{problem.question}"
+    python experiments/samples.py --out={run.out}   # how zero's answers changed
+    docs/own.md: problems, tasks and rewards of your own; docs/knobs.md: settings""")
 
 
 def main(argv: list[str], program: str = "train.py", description: str = __doc__) -> int:

@@ -151,7 +151,8 @@ def test_rewards_by_kind():
     right, mixed = complete("8*7=56, 56-19=37"), complete("8*7=56, 56 minus 19 is 37")
     assert [reward_fn(text, SYMBOLS)["reward"] for text in (right, mixed)] == [2.25, 2.125]
     assert reward_fn(complete("so", "52"), everyday("larger 37 52"))["reward"] == 3
-    accept = r1.good(TASK)
+    accept = r1.good(Config(), TASK)
+    assert accept(right, SYMBOLS).keys() == accept("52", everyday("larger 37 52")).keys()
     assert [accept(text, SYMBOLS)["accuracy"] for text in (right, mixed, complete("8*7=56", "38"))] == [1, 0, 0]
     assert accept("52", everyday("larger 37 52"))["format"] == 1
 
