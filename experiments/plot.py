@@ -1,7 +1,8 @@
-"""Draw a run's RL stage as a figure: python experiments/plot.py OUT FIGURE.png, where OUT is a finished run.
+"""Draw a run as a figure: python experiments/plot.py OUT FIGURE.png, where OUT is a finished run.
 
-Four panels show accuracy, format, length and reflection of the answers to training problems over the RL steps, from
-OUT/log.jsonl. Horizontal lines show the levels of base, zero and student on test problems, from OUT/results.json.
+Three panels show the answers to training problems over the RL steps, from OUT/log.jsonl: accuracy, format and length;
+in countdown reflection instead of format. Lines at the right show the levels of each model on test problems, from
+OUT/results.json. The fourth panel compares the models on hard problems.
 """
 import json
 import sys
@@ -14,12 +15,12 @@ matplotlib.use("Agg")  # no window
 import matplotlib.pyplot as plt  # noqa: E402
 
 PANELS = {  # the name in log.jsonl: (the name in results.json, the panel's title)
-    "accuracy": ("pass@1", "accuracy"),
-    "format": ("format", "format"),
-    "length": ("length", "length, tokens"),
-    "reflection": ("reflection", "answers that reflect"),
+    "accuracy": ("pass@1", "right answers, %"),
+    "format": ("format", "well-formed answers, %"),
+    "reflection": ("reflection", "answers that reflect, %"),
+    "length": ("length", "length of an answer, tokens"),
 }
-LEVELS = {"base": "tab:gray", "zero": "tab:blue", "student": "tab:orange"}
+MODELS = {"base": "#767676", "zero": "#0b3c6f", "student": "#c8590b", "student_rl": "#2e7d4f"}
 SMOOTH = 2  # the running mean is over so many steps before and after each step
 
 
@@ -33,24 +34,54 @@ def smooth(values: list[float]) -> list[float]:
     return [sum(v) / len(v) for v in near]
 
 
-def plot(rows: list[dict], models: dict[str, dict], path: Path) -> None:
+def spread(values: list[float], distance: float) -> list[float]:
+    """The values, moved apart so that labels at them do not overlap.
+
+    >>> spread([1.0, 1.5, 5.0], 2.0)
+    [0.25, 2.25, 5.0]
+    """
+    order, groups = sorted(range(len(values)), key=values.__getitem__), []
+    for i in order:
+        groups.append([i])
+        while len(groups) > 1:  # a group of labels is centred on the mean of its values
+            low, high = ([values[j] for j in group] for group in groups[-2:])
+            gap = sum(high) / len(high) - sum(low) / len(low)
+            if gap >= distance * (len(low) + len(high)) / 2:
+                break
+            groups[-2:] = [groups[-2] + groups[-1]]
+    placed = {j: sum(values[i] for i in group) / len(group) + distance * (k - (len(group) - 1) / 2)
+              for group in groups for k, j in enumerate(group)}
+    return [placed[i] for i in range(len(values))]
+
+
+def plot(rows: list[dict], models: dict[str, dict], path: Path, panels: tuple[str, ...]) -> None:
     """Draw the log rows of the RL stage and the models' results into a PNG file."""
-    figure, axes = plt.subplots(2, 2, figsize=(9, 5.5), layout="constrained", sharex=True)
-    for (key, (measured, title)), ax in zip(PANELS.items(), axes.flat):
-        steps, values = [row["step"] for row in rows], [row[key] for row in rows]
-        ax.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.8)
-        ax.plot(steps, smooth(values), color="tab:blue", label="RL, on training problems")
-        for name, colour in LEVELS.items():
-            if name in models:
-                ax.axhline(models[name]["test"][measured], color=colour, linestyle="--", linewidth=1,
-                           label=f"{name} on test")
-        ax.set_title(title, fontsize=10)
-        ax.set_ylim(bottom=0)
-        ax.grid(alpha=0.3)
-    for ax in axes[1]:
-        ax.set_xlabel("RL step")
-    axes[0, 0].legend(fontsize=8, loc="lower right")
-    figure.savefig(path, dpi=80, metadata={"Software": None})
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+                         "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left"})
+    figure, axes = plt.subplots(2, 2, figsize=(9, 5.4), layout="constrained")
+    shown = {name: colour for name, colour in MODELS.items() if name in models}
+    for key, ax in zip(panels, axes.flat):
+        (measured, title), scale = PANELS[key], 1 if key == "length" else 100
+        steps, values = [row["step"] for row in rows], [scale * row[key] for row in rows]
+        ax.plot(steps, values, color=MODELS["zero"], alpha=0.25, linewidth=0.7)
+        ax.plot(steps, smooth(values), color=MODELS["zero"], linewidth=1.8)
+        levels = [scale * models[name]["test"][measured] for name in shown]
+        top = 1.08 * max(*levels, *values)
+        for level, height, (name, colour) in zip(levels, spread(levels, 0.085 * top), shown.items()):
+            ax.plot([0, steps[-1]], [level, level], color=colour, linewidth=0.8, linestyle=(0, (4, 3)))
+            ax.annotate(f"{name} {level:.0f}" if level >= 10 else f"{name} {level:.1f}", (1, height), color=colour,
+                        xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points", va="center")
+        ax.set(title=title, ylim=(0, top), xlim=(0, steps[-1]), xlabel="RL step")
+    axes[0, 0].text(0.98, 0.44, "curve: training problems\ndashed: test problems", ha="right", fontsize=8,
+                    color=MODELS["base"], transform=axes[0, 0].transAxes)
+    ax, hard = axes.flat[-1], [100 * models[name]["hard"]["pass@1"] for name in shown]
+    bars = ax.barh([*shown], hard, color=[*shown.values()], height=0.62,
+                   xerr=[100 * models[name]["hard"]["pass@1_se"] for name in shown], error_kw={"elinewidth": 0.8})
+    ax.bar_label(bars, [f"{value:.0f}" for value in hard], padding=4)
+    ax.invert_yaxis()
+    ax.set(title="right answers to harder problems, %", xlim=(0, 1.15 * max(hard)))
+    ax.tick_params(axis="y", length=0)
+    figure.savefig(path, dpi=100, metadata={"Software": None})
 
 
 def main(argv: list[str]) -> int:
@@ -59,10 +90,11 @@ def main(argv: list[str]) -> int:
         out, path = map(Path, argv)
         rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         rows = [row for row in rows if row["stage"] == "zero"]
-        models = json.loads((out / "results.json").read_text())["models"]
+        results = json.loads((out / "results.json").read_text())
         if not rows:
             raise ValueError(f"{out} has no RL stage")
-        plot(rows, models, path)
+        countdown = results["config"]["task"] == "countdown"
+        plot(rows, results["models"], path, ("accuracy", "reflection" if countdown else "format", "length"))
         return 0
     except (ValueError, KeyError, OSError) as error:
         print(f"plot.py: {error}; it needs a finished run: python experiments/plot.py OUT FIGURE.png", file=sys.stderr)
