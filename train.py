@@ -52,7 +52,7 @@ from distill import distill_step
 from grpo import grpo_step, sample_rollout
 from model import GPT, GPTConfig, Optimizer, generate
 from parallel import all_reduce, broadcast, end, init, per_rank, rank, world_size
-from rewards import accuracy_reward, extract_answer, format_reward, reflects
+from rewards import extract_answer, format_reward, reflects
 from run import (BASE, DEPENDS, EVAL_SAMPLES, FIELDS, LOOK_PROBLEMS, LOOK_SAMPLES, STUDENT, STUDENT_BASE, STUDENT_RL,
                  ZERO, Config, Run, UsageError, build_model, check, clipped, compiled, fitting, forecast, graphed, has,
                  keep_samples, load_checkpoint, lock, lr_schedule, open_run, parse_args, seeded, train_stage,
@@ -421,7 +421,8 @@ def ask(out: Path, text: str, samples: int = 1, temperature: float | None = None
             raise UsageError(f"--ask: the prompt is too long, {len(prompt)} tokens")
         for ids in generate(model, [prompt], room, temperature=temperature, eos_id=task.stop_ids, samples=samples):
             answer = task.encoding.decode([i for i in ids if i not in task.stop_ids])
-            verdict = "right" if accuracy_reward(answer, problem) else "wrong" if problem.answer else ""
+            right = task.reward(answer, problem)["accuracy"] == 1
+            verdict = "right" if right else "wrong" if problem.answer else ""
             lines.append(f"{name:13} {verdict:5}  {' '.join(answer.split())}")
     return "\n".join(lines)
 

@@ -184,6 +184,10 @@ def test_the_pipeline_runs(pipeline):
     assert [row["stage"] for row in rows(out) if row["step"] == 2 and row["stage"].startswith(("dev", "r1"))] == [
         "dev1", "dev2", "dev3", "r1"]
     assert "| language | consistent |" in printed and "| r1 |" in printed
+    asked = subprocess.run([sys.executable, "r1.py", f"--out={out}", "--ask=larger 37 52", "--samples=8"], cwd=ROOT,
+                           capture_output=True, text=True).stdout.splitlines()
+    assert asked[0] == "larger 37 52 = 52" and len(asked) == 1 + 9 * 8
+    assert all((line[14:19] == "right") == (everyday_answer(line[21:]) == "52") for line in asked[1:])
 
 
 def test_a_stage_that_is_made_again_is_the_same(pipeline):
