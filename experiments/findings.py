@@ -258,7 +258,7 @@ thread ({machines}).
 - **Models.** *base* was pretrained on the corpus, and *zero* is the base after RL. *student_base* is a smaller base,
   and *student* is zero distilled into it. *student_rl* is student_base after RL with as many updates as the student
   had. It is the control for distillation. Rows 6 and 10 are about train.py's default. Rows 1 to 5, 7 and 8, and most
-  of row 9, are about RL without the KL penalty of the default (--kl_coef=0).
+  of row 9, are about RL without the KL penalty of the default (--kl_coef=0). Row 11 is about r1.py.
 - **Problems.** *test* holds unseen problems of 2 to 4 operations, *hard* unseen ones of 5 and 6. RL trains zero on
   problems of 1 to 4 operations, so hard ones are longer than any that zero met in RL. The student and student_rl are
   trained on problems of 1 to 6 in the default. In countdown (row 4) test problems have three numbers, and hard ones
@@ -275,7 +275,7 @@ thread ({machines}).
   error over problems takes the place of the latter if it is larger. Differences are taken seed by seed. A difference
   that is not larger than its spread is called no difference.
 
-The bars of rows 1 to 7 were fixed before measuring. That of row 6 was set anew, again before measuring, when its
+The bars of rows 1 to 7 and of row 11 were fixed before measuring. That of row 6 was set anew, again before measuring, when its
 problems became longer. Those of rows 8 to 10 were made stricter when some of their cells were known.
 """
 
