@@ -223,7 +223,7 @@ def reinforce(run: Run, name: str, policy: GPT, steps: int, prompts: int, make_p
         if cfg.eval_every and (number % cfg.eval_every == 0 or number == steps):
             metrics["heldout_accuracy"] = heldout_accuracy(policy, task, cfg, generator)
         if number in (1, 5, 10) or number % 20 == 0:
-            answer = clipped(f"    {problems[0].question}  ->  {rollout.texts[0]}", room=14)
+            answer = clipped(f"    {problems[0].question}  ->  {' '.join(rollout.texts[0].split())}", room=14)
             print(f"{answer}   reward {rollout.scores[0]['reward']:.1f}")
         keep_samples(run, name, number, steps, {name: policy}, make_problem, reward_fn)
         return metrics | {"tokens": metrics["length"] * prompts * cfg.rl_samples}

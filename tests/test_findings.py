@@ -88,7 +88,7 @@ def test_a_run_that_fails_is_one_line(small):
 
 def test_bad_input(capsys):
     """Hours of training would start with a misspelt flag, or the error would be a traceback."""
-    for arg, words in (("--only=11", "choose from 1, 2"), ("--only=", "invalid int"), ("--rows=3", "--rows=3"),
+    for arg, words in (("--only=12", "choose from 1, 2"), ("--only=", "invalid int"), ("--rows=3", "--rows=3"),
                        ("--jobs=0", "above 0")):
         assert findings.main([arg]) == 2
         line = capsys.readouterr().err

@@ -207,7 +207,7 @@ def test_two_ranks_pass_through_every_stage(quick, by_two):
     assert steps["base"] == list(range(1, 40000 // (4 * 128) + 1)) and steps["zero"] == [1, 2, 3, 4, 5]
     assert steps["student_base"] == list(range(1, 40000 // (16 * 128) + 1)) and steps["student"] == [1, 2]
     for name in NAMES:
-        assert printed.count(f"\n{name} on test: ") == 1 and printed.count(f"\n{name}: cpu") == 1
+        assert printed.count(f"\n{name} on test: ") == 1 and printed.count(f"\n{name}: stage ") == 1
     assert "2 x 1 threads" in printed and "zero" in printed
     for name in ("base", "student_base"):
         of_one, of_two = ([row for row in rows(path) if row["stage"] == name] for path in (quick, out))

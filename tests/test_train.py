@@ -244,7 +244,7 @@ def test_log_has_a_row_for_every_step(tiny):
             "clip_high", "entropy", "no_signal", "reflection", "truncated", "tokens_per_s"} <= set(zero)
     shown = dict(re.findall(r"  ([a-z_]+) ([0-9.e+-]+)", re.search("zero 1/12.*", stdout).group()))
     for key in ("loss", "reward", "accuracy", "format", "length", "entropy", "no_signal"):
-        assert float(shown[key]) == pytest.approx(zero[key], rel=1e-3), key
+        assert float(shown[key]) == pytest.approx(zero[key], rel=5e-3), key  # three digits
 
 
 def test_reference_is_refreshed(tiny, tmp_path):
