@@ -1,4 +1,5 @@
 """The stages, their evaluation and the report: what a run learns, logs and prints."""
+import os
 import re
 import statistics
 import subprocess
@@ -26,7 +27,8 @@ def tiny_under_way(request, tmp_path_factory):
         return (yield)
     out = tmp_path_factory.mktemp("tiny")
     process = subprocess.Popen([sys.executable, "train.py", "--preset=tiny", "--threads=1", f"--out={out}"], cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "COLUMNS": "200"})  # a wide terminal
     yield out, process
     process.kill()
 
