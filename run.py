@@ -616,6 +616,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         temporary.unlink(missing_ok=True)
+        if isinstance(error.__context__, KeyboardInterrupt):  # torch.save makes a RuntimeError of that, too
+            raise KeyboardInterrupt from None
         raise UsageError(f"cannot write {path}: {error}; what was saved before is intact") from None
 
 

@@ -512,3 +512,28 @@ def test_compiled_sampling_is_the_same_distribution(make_gpt):
                 assert torch.allclose(torch.tensor(found), expected, atol=1e-4)
     greedy = [generate(gpt, prompts, 20, eos_id=0, temperature=0) for gpt in (model, plain)]
     assert greedy[0] == greedy[1]
+
+
+def test_ctrl_c_while_saving_is_no_full_disk(tmp_path):
+    """torch.save ends its file when it is interrupted, and fails at that, too: the run would say that it cannot write."""
+    path = tmp_path / "base.pt"
+    path.write_bytes(b"old")
+
+    class Interrupting:
+        """A stage's name that is interrupted while it is pickled."""
+        def __reduce__(self):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.save_checkpoint(path, {"nanor1": 1, "stage": Interrupting()})
+
+    def failing(content, file):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise RuntimeError("unexpected pos")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch, "save", failing)
+        run.save_checkpoint(path, {})
+    assert path.read_bytes() == b"old" and not list(tmp_path.glob("*.tmp"))
