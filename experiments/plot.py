@@ -82,7 +82,7 @@ def plot(rows: list[dict], models: dict[str, dict], path: Path, panels: tuple[st
                    xerr=[100 * models[name]["hard"]["pass@1_se"] for name in shown], error_kw={"elinewidth": 0.8})
     ax.bar_label(bars, [f"{value:.0f}" for value in hard], padding=4)
     ax.invert_yaxis()
-    ax.set(title="right answers to harder problems, %", xlim=(0, 1.15 * max(hard)))
+    ax.set(title="right answers to harder problems, %", xlim=(0, 1.15 * max(1, *hard)))
     ax.tick_params(axis="y", length=0)
     figure.savefig(path, dpi=100, metadata={"Software": None})
 
