@@ -1,7 +1,7 @@
 """DeepSeek-R1's whole pipeline (arXiv 2501.12948v2, section 3), from random weights, in a world of two languages.
 
     base          next-token prediction on the corpus of data/bilingual.py
-    zero          GRPO on the base: accuracy + format. It reasons, but mixes languages, and forgets everyday questions
+    zero          GRPO on the base: accuracy + format. It reasons, but mixes languages
     dev1          cold start: the base, fine-tuned on a few of zero's answers that are right and in one language
     dev2          GRPO on dev1: accuracy + format + language
     dev3          rejection sampling: the base, fine-tuned on dev2's good answers and on everyday questions
@@ -18,9 +18,8 @@ Each stage is an entry of the same table as those of train.py, so it resumes, lo
 
 Where we differ from the paper, and why
 1. Its cold start has thousands of zero's answers that people and a model corrected. Ours are zero's good ones as they
-   are: a third of its answers.
-2. dev3's everyday answers are the base's own, if right. The paper takes them from another pipeline. dev2 has been asked
-   arithmetic alone, and has forgotten most of them.
+   are: two fifths of its answers.
+2. dev3's everyday answers are the base's own, if right. The paper takes them from another pipeline.
 3. Of dev2 longer problems are asked than RL has: fine-tuning on short ones alone would unlearn the long ones
    (docs/r1.md).
 4. r1's reward for everyday questions is a rule. The paper's is a preference model, in the last 400 of 1,700 steps.

@@ -3,6 +3,8 @@
     accuracy  1 if problem.check() accepts the one <answer> that follows the one closed, non-empty <think>, else 0
     format    1 if the completion is exactly <think>...</think><answer>...</answer>, else 0
 
+R1's later stages (r1.py) add a third, `language_reward`.
+
 There is no neural reward model, because a policy that is optimised against one finds its holes. Rules have holes too,
 so this file is strict. A tag that appears twice, an answer inside the thought, an empty thought, or any text before,
 between or after the two blocks is not well formed. The text is never executed, and the parser reads each character a

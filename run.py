@@ -1,4 +1,5 @@
-"""What a reader of the algorithm may skip: settings, command line, files, and the loop that all stages share.
+"""What a reader of the algorithm may skip: settings, command line, torch.compile and CUDA graphs, files, the samples
+that a run keeps, and the loop that all stages share.
 
 A run can be interrupted or killed at any moment, and the same command goes on from the last checkpoint. Whatever a step
 draws at random is seeded by (seed, stage, step, rank), so no generator's state is saved. Every file is written under a
@@ -34,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.chat import R1_ZERO
-from grpo import group_advantages, sample_rollout
+from grpo import group_advantages, round_up, sample_rollout
 from model import GPT, GPTConfig, KVCache, Muon, Optimizer, generate, token_logprobs
 from parallel import barrier, check_launcher, rank
 
@@ -446,7 +447,7 @@ class GraphedSampling:
         """Move a cache to the memory that the graphs work in."""
         self.cache, self.pad, n = cache, None, len(cache.pad)
         if n > self.rows or cache.max_len > self.columns:
-            self.rows, self.columns = max(n, self.rows), max(-(-cache.max_len // 64) * 64, self.columns)
+            self.rows, self.columns = max(n, self.rows), max(round_up(cache.max_len, 64), self.columns)
             self.seen.clear(), self.graphs.clear()
             self.weights, self.output = cache.weights, cache.output
             self.kv = {layer: [x.new_empty(self.rows, x.size(1), self.columns, x.size(3)) for x in pair]
@@ -482,7 +483,7 @@ class GraphedTraining:
             for p, grad in zip(self.parameters, self.grads):
                 p.grad = grad
         n, T = idx.shape
-        size = -(-n // 32) * 32, min(-(-T // 32) * 32, self.model.config.block_size)
+        size = round_up(n, 32), min(round_up(T, 32), self.model.config.block_size)
         idx = F.pad(idx, (0, size[1] - T, 0, size[0] - n))
         if size not in self.seen:
             self.seen.add(size)

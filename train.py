@@ -436,17 +436,17 @@ def evaluate_file(out: Path, path: str) -> str:
     except ValueError as error:
         raise UsageError(f"--evaluate: {error}") from None
     room = cfg.block_size - cfg.rl_max_new_tokens
-    fitting = [problem for problem in problems if len(task.encode_prompt(problem)) <= room]
-    if len(fitting) < 2:
-        raise UsageError(f"--evaluate: {path} has {len(fitting)} problems of at most {room} tokens, 2 are the least")
+    asked = [problem for problem in problems if len(task.encode_prompt(problem)) <= room]
+    if len(asked) < 2:
+        raise UsageError(f"--evaluate: {path} has {len(asked)} problems of at most {room} tokens, 2 are the least")
     rows, device = [], cfg.device if has(cfg.device) else "cpu"
     for name in names:
         model = build_model(load_checkpoint(out / f"{name}.pt", name)).to(device)
         generator = torch.Generator(device).manual_seed(cfg.seed)
-        figures = evaluate(model, fitting, task, max_new_tokens=cfg.rl_max_new_tokens, generator=generator,
+        figures = evaluate(model, asked, task, max_new_tokens=cfg.rl_max_new_tokens, generator=generator,
                            size=8 if cfg.init else 32)
         rows.append((name, model.n_params(), Path(path).stem, figures))
-    first = f"{path}: {len(fitting)} of {len(problems)} problems, those of at most {room} tokens"
+    first = f"{path}: {len(asked)} of {len(problems)} problems, those of at most {room} tokens"
     return "\n".join([first, "", *table(rows)])
 
 

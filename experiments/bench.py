@@ -371,7 +371,7 @@ COMPILE = [dict(compile="not compiled"), dict(compile="compiled")]
 def sampling_case(rows: int, new: int, caches: tuple[str, ...] = ("growing cache", "static cache"),
                   shape: GPTConfig = TEACHER) -> Case:
     size, tokens = dict(shape=shape, rows=rows, new=new), rows * new
-    # a deep model's sampling is never compiled: see `compiled` in run.py
+    # on a CPU a deep model's sampling is never compiled: see `compiled` in run.py
     group, options, steps = (("sampling", COMPILE, max(1, 8_192 // tokens)) if shape == TEACHER
                              else ("real", COMPILE[:1], 1))
     return Case(group, partial(our_sampling, **size), partial(peer_sampling, **size), options,
