@@ -363,22 +363,27 @@ def machine(cfg: Config) -> str:
 COLUMNS = {"pass@1": "", "maj@16": ".1%", "pass@16": ".1%", "format": ".1%", "length": ".1f", "reflection": ".1%"}
 
 
-def table(rows: list[tuple[str, int, str, dict[str, float]]]) -> list[str]:
-    """Rows of (model, its parameters, kind of problems, what `evaluate` found) as lines of Markdown."""
-    figures = rows[0][3] if rows else {}
+def table(rows: list[tuple[str, str, dict[str, float]]]) -> list[str]:
+    """Rows of (model, kind of problems, what `evaluate` found) as Markdown, aligned so that a terminal may show it.
+
+    >>> table([("zero", "hard", {"pass@1": 0.5, "pass@1_se": 0.01, **dict.fromkeys([*COLUMNS][1:], 0.25)})])[2]
+    'zero |hard    |50.0% ± 1.0%| 25.0%|  25.0%| 25.0%|   0.2|     25.0%'
+    """
+    figures = rows[0][2] if rows else {}
     columns = COLUMNS | {key: ".1%" for key in figures if key not in (*COLUMNS, "pass@1_se", "n_problems")}
-    lines = [f"| model | parameters | problems | {' | '.join(columns)} |", "|---" * (3 + len(columns)) + "|"]
-    for name, params, kind, m in rows:
-        cells = [f"{m['pass@1']:.1%} ± {m['pass@1_se']:.1%}", *(f"{m[key]:{columns[key]}}" for key in [*columns][1:])]
-        lines.append(f"| {name} | {params:,} | {kind} | {' | '.join(cells)} |")
-    return lines
+    cells = [["model", "problems", *columns]] + [
+        [name, kind, f"{m['pass@1']:.1%} ± {m['pass@1_se']:.1%}", *(f"{m[key]:{columns[key]}}" for key in [*columns][1:])]
+        for name, kind, m in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ["|".join(cell.ljust(width) if at < 2 else cell.rjust(width)
+                      for at, (cell, width) in enumerate(zip(row, widths))) for row in cells]
+    return [lines[0], "|".join("-" * width for width in widths), *lines[1:]]
 
 
 def report(run: Run) -> str:
     """results.json and the RL stage's rows as Markdown."""
     models = {name: run.results["models"][name] for name in STAGES if name in run.results["models"]}
-    lines = table([(name, m["params"], kind, m[kind]) for name, m in models.items() for kind in run.task.held_out])
-    lines.append("")
+    lines = table([(name, kind, m[kind]) for name, m in models.items() for kind in run.task.held_out]) + [""]
     if rows := [row for row in run.log_rows() if row["stage"] == ZERO]:
         for key in ("accuracy", "length"):
             values = [row[key] for row in rows]
@@ -387,7 +392,8 @@ def report(run: Run) -> str:
     seconds = run.results["seconds"]
     spent = "Seconds: " + ", ".join(f"{name} {s:.0f}" for name, s in seconds.items())
     spent += f"; together {sum(seconds.values()) / 60:.1f} minutes on {machine(run.cfg)}, seed {run.cfg.seed}."
-    return "\n".join([*lines, "", textwrap.fill(spent, 80)])
+    sizes = "Parameters: " + ", ".join(f"{name} {m['params']:,}" for name, m in models.items()) + "."
+    return "\n".join([*lines, "", textwrap.fill(sizes, 80), "", textwrap.fill(spent, 80)])
 
 
 # The command line
@@ -445,7 +451,7 @@ def evaluate_file(out: Path, path: str) -> str:
         generator = torch.Generator(device).manual_seed(cfg.seed)
         figures = evaluate(model, asked, task, max_new_tokens=cfg.rl_max_new_tokens, generator=generator,
                            size=8 if cfg.init else 32)
-        rows.append((name, model.n_params(), Path(path).stem, figures))
+        rows.append((name, Path(path).stem, figures))
     first = f"{path}: {len(asked)} of {len(problems)} problems, those of at most {room} tokens"
     return "\n".join([first, "", *table(rows)])
 
@@ -465,7 +471,7 @@ def prepare(cfg: Config, out: Path) -> tuple[Config, object]:
     return dataclasses.replace(cfg, **files), task
 
 
-def train(run: Run, chosen: str) -> None:
+def train(run: Run, chosen: str, program: str) -> None:
     """Train the stages whose names begin with `chosen` and that are not finished, evaluate each finished stage that has
     no figures yet, then report."""
     torch.set_num_threads(run.cfg.threads)
@@ -488,9 +494,10 @@ def train(run: Run, chosen: str) -> None:
     print(f"""\n{text}
 
 {run.out}/ holds the models, report.md, log.jsonl and samples.jsonl. Try next:
-    python train.py --out={run.out} --ask="{problem.question}"
+    python {program} --out={run.out} --ask="{problem.question}"
     python experiments/samples.py --out={run.out}   # how zero's answers changed
-    docs/own.md: problems, tasks and rewards of your own; docs/knobs.md: settings""")
+    docs/walkthrough.ipynb                          # the recipe, step by step
+    docs/own.md                                     # problems, tasks, rewards of your own""")
 
 
 def main(argv: list[str], program: str = "train.py", description: str = __doc__) -> int:
@@ -514,7 +521,7 @@ def main(argv: list[str], program: str = "train.py", description: str = __doc__)
         prepared = None if rank() else prepare(cfg, out)  # rank 0 reads the files for all
         with lock(out):
             run = broadcast(None if rank() else open_run(*prepared, out))
-            train(run, options.stage or "")
+            train(run, options.stage or "", program)
         return 0
     except (UsageError, OSError) as error:
         print(f"{program}: {error}", file=sys.stderr)

@@ -326,7 +326,7 @@ def test_a_run_on_files(tmp_path, capsys):
     assert " problems to train on" in printed and "400 documents" in printed
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(found["models"]["student"]) == {"params", "test"} and found["models"]["zero"]["test"]["n_problems"] == 8
-    assert "| zero |" in (tmp_path / "out" / "report.md").read_text()
+    assert "\nzero " in (tmp_path / "out" / "report.md").read_text()
     assert re.search(r"Twice \d+\?  ->", printed)
 
     assert main([f"--out={tmp_path / 'out'}", "--ask=Twice 7?"]) == 0

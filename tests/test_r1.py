@@ -183,7 +183,7 @@ def test_the_pipeline_runs(pipeline):
         assert {"language", "consistent"} <= model["test"].keys() and "pass@1" in model["everyday"]
     assert [row["stage"] for row in rows(out) if row["step"] == 2 and row["stage"].startswith(("dev", "r1"))] == [
         "dev1", "dev2", "dev3", "r1"]
-    assert "| language | consistent |" in printed and "| r1 |" in printed
+    assert "|language|consistent" in printed and "\nr1 " in printed and f"python r1.py --out={out} --ask=" in printed
     asked = subprocess.run([sys.executable, "r1.py", f"--out={out}", "--ask=larger 37 52", "--samples=8"], cwd=ROOT,
                            capture_output=True, text=True).stdout.splitlines()
     assert asked[0] == "larger 37 52 = 52" and len(asked) == 1 + 9 * 8
