@@ -14,11 +14,14 @@ again.
 Checkpoints are loaded with weights_only=True, which executes nothing in them.
 """
 import argparse
+import copy
+import ctypes
 import dataclasses
 import difflib
 import json
 import math
 import os
+import platform
 import random
 import shutil
 import sqlite3
@@ -31,6 +34,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal, get_args
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -387,6 +391,26 @@ def compiled(model: GPT, cfg: Config, training: bool = False, sampling: bool = F
             generate(model, [[0] * 11], 3, eos_id=-1, samples=509)
         torch.compiler.set_stance("eager_on_recompile")
     return model
+
+
+def frozen(model: GPT, cfg: Config) -> GPT:
+    """A copy of the model that is never trained, such as GRPO's reference.
+
+    Of a model from elsewhere it keeps the matrices in the type of the products, to which they would be cast at each
+    use: the same values in half the memory. (What is compiled shares its code with the policy, so its type stays.)
+    """
+    model = copy.deepcopy(model)
+    for layer in model.modules():
+        if cfg.init and isinstance(layer, nn.Linear):
+            layer.weight.data = layer.weight.data.to(model.dtype)
+    return compiled(model, cfg, training=True)
+
+
+def return_memory(cfg: Config) -> None:
+    """Give the memory that a large model's step has freed back to the system. glibc would keep it, in pieces that the
+    next step's tensors do not fit into, so that the process grew from step to step."""
+    if cfg.init and platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Graph:
@@ -807,8 +831,8 @@ def train_stage(run: Run, name: str, steps: int, parts: dict, train_step: Callab
 
     parts are the objects with a state_dict that the steps change; parts["model"] is what the stage makes. Each step is
     logged, with tokens_per_s in place of its metric "tokens". The state is saved every save_every seconds, or as often
-    as takes a twentieth of the time. The model of the best heldout_accuracy so far is kept in NAME_best.pt, for RL that
-    gets worse again. Raises UsageError if a metric is no longer finite.
+    as takes a twentieth of the time. NAME_best.pt is the model of the best heldout_accuracy so far, for RL that gets
+    worse again. Raises UsageError if a metric is no longer finite.
     """
     resume, step, seconds, saved_step, save_seconds = run.path("resume"), 0, 0.0, 0, 0.0
 
@@ -838,10 +862,10 @@ def train_stage(run: Run, name: str, steps: int, parts: dict, train_step: Callab
             step_began = time.perf_counter()
             metrics = train_step(step)
             metrics["tokens_per_s"] = metrics.pop("tokens") / (time.perf_counter() - step_began)
-            for key, value in metrics.items():
-                if value is not None and not math.isfinite(value):
-                    raise UsageError(f"{name}: {key} is {value} at step {step}; the last good checkpoint is "
-                                     + (f"{resume}, step {saved_step}" if saved_step else "the stage before's"))
+            return_memory(run.cfg)
+            if wrong := [key for key, value in metrics.items() if value is not None and not math.isfinite(value)]:
+                raise UsageError(f"{name}: {wrong[0]} is {metrics[wrong[0]]} at step {step}; the last good checkpoint "
+                                 "is " + (f"{resume}, step {saved_step}" if saved_step else "the stage before's"))
             seconds = time.perf_counter() - began
             log.write(json.dumps({"stage": name, "step": step, "seconds": round(seconds, 2), **metrics}) + "\n")
             log.flush()

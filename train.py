@@ -21,7 +21,6 @@ log.jsonl (one row a step), samples.jsonl (how the answers to four problems chan
 command goes on from the last checkpoint. Settings, files and torch.compile are the business of run.py, several
 processes that of parallel.py. A reader may skip both: what is imported from them does what its name says.
 """
-import copy
 import dataclasses
 import functools
 import gc
@@ -54,9 +53,9 @@ from model import GPT, GPTConfig, Optimizer, generate
 from parallel import all_reduce, broadcast, end, init, per_rank, rank, world_size
 from rewards import extract_answer, format_reward, reflects
 from run import (BASE, DEPENDS, EVAL_SAMPLES, FIELDS, LOOK_PROBLEMS, LOOK_SAMPLES, STUDENT, STUDENT_BASE, STUDENT_RL,
-                 ZERO, Config, Run, UsageError, build_model, check, clipped, compiled, fitting, forecast, graphed, has,
-                 keep_samples, load_checkpoint, lock, lr_schedule, open_run, parse_args, seeded, train_stage,
-                 tune_libraries, write_file)
+                 ZERO, Config, Run, UsageError, build_model, check, clipped, compiled, fitting, forecast, frozen,
+                 graphed, has, keep_samples, load_checkpoint, lock, lr_schedule, open_run, parse_args, seeded,
+                 train_stage, tune_libraries, write_file)
 
 
 # What a run is about
@@ -205,7 +204,7 @@ def reinforce(run: Run, name: str, policy: GPT, steps: int, prompts: int, make_p
               reward_fn: Callable) -> None:
     """A stage of GRPO: steps of `prompts` problems each, which make_problem(rng) makes."""
     cfg, task = run.cfg, run.task
-    reference = compiled(copy.deepcopy(policy), cfg, training=True) if cfg.kl_coef else None  # shares the policy's code
+    reference = frozen(policy, cfg) if cfg.kl_coef else None
     policy = compiled(policy, cfg, training=True, sampling=True)
     # AdamW alone: its steps get smaller where the gradient is noisy, as in RL. Muon's steps always have one size.
     optimizer = Optimizer(policy, cfg.rl_lr, beta2=0.999)
@@ -371,9 +370,10 @@ def table(rows: list[tuple[str, str, dict[str, float]]]) -> list[str]:
     """
     figures = rows[0][2] if rows else {}
     columns = COLUMNS | {key: ".1%" for key in figures if key not in (*COLUMNS, "pass@1_se", "n_problems")}
-    cells = [["model", "problems", *columns]] + [
-        [name, kind, f"{m['pass@1']:.1%} ± {m['pass@1_se']:.1%}", *(f"{m[key]:{columns[key]}}" for key in [*columns][1:])]
-        for name, kind, m in rows]
+    cells = [["model", "problems", *columns]]
+    for name, kind, m in rows:
+        others = [f"{m[key]:{form}}" for key, form in columns.items() if form]
+        cells.append([name, kind, f"{m['pass@1']:.1%} ± {m['pass@1_se']:.1%}", *others])
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = ["|".join(cell.ljust(width) if at < 2 else cell.rjust(width)
                       for at, (cell, width) in enumerate(zip(row, widths))) for row in cells]

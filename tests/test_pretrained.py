@@ -18,7 +18,7 @@ from data.chat import SLOT, Pretrained
 from data.pretrained import load_model
 from distill import distill_step
 from model import GPT, GPTConfig, generate, token_logprobs
-from run import Config, load_checkpoint, parse_args
+from run import Config, frozen, load_checkpoint, parse_args
 from tests.conftest import Descent, results, rows, weights_equal
 from train import main, make_task
 
@@ -171,6 +171,23 @@ def test_the_sampler_and_the_training_pass_agree(both):
         prompt = prompts[i // 3]
         full = token_logprobs(ours, torch.tensor([prompt + completion]))[0, len(prompt) - 1:]
         assert torch.allclose(full, torch.tensor(values), atol=1e-4)
+
+
+def test_a_frozen_copy_is_the_same_in_less_memory(both):
+    """The reference of a model that has not been trained yet must agree with it bit for bit, or the penalty would pull
+    it towards something else; and neither follows the other."""
+    _, ours = both
+    model = GPT(ours.config, torch.bfloat16)
+    model.load_state_dict(ours.state_dict())
+    copied = frozen(model, Config(init="elsewhere", compile="off"))
+    sizes = [sum(p.nbytes for p in one.parameters()) for one in (copied, model)]
+    assert sizes[0] < 0.75 * sizes[1] and all(p.dtype == torch.float32 for p in model.parameters())
+    idx = torch.randint(ours.config.vocab_size, (3, 40))
+    before = token_logprobs(copied, idx)
+    assert torch.equal(before, token_logprobs(model, idx))
+    with torch.no_grad():
+        model.blocks[0].o.weight.mul_(2)
+    assert torch.equal(before, token_logprobs(copied, idx))
 
 
 def test_the_cache_keeps_the_shared_heads_once(both):
