@@ -357,6 +357,7 @@ def tune_libraries() -> None:
 
 def can_compile() -> bool:
     """Does torch.compile work here? On a CPU it needs a C++ compiler and Python's headers. Prints a line if not."""
+    print("trying out torch.compile", flush=True)
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8))
     except RuntimeError as error:

@@ -326,12 +326,12 @@ def evaluate(model: GPT, problems: list, task, *, max_new_tokens: int, generator
 def evaluate_stage(run: Run, name: str) -> None:
     """Evaluate a stage's model on the held-out problems, into results.json."""
     cfg, start = run.cfg, time.perf_counter()
+    print(f"{name} answers {cfg.eval_problems} problems of each kind {EVAL_SAMPLES} times", flush=True)
     # On a CPU sampling by base and zero is compiled: RL and distillation need that code anyway, and models of one shape
     # share it. For a student, compiling would take longer than its evaluation, and on a GPU large batches are quicker.
     model = compiled(run.load_model(name), cfg, sampling=cfg.device == "cpu" and not name.startswith("student"))
     size = 8 if cfg.init else 256 if cfg.device == "cuda" else 32  # problems at a time
     found = {"params": model.n_params()}
-    print(f"{name} answers {cfg.eval_problems} problems of each kind {EVAL_SAMPLES} times", flush=True)
     for kind in run.task.held_out:
         found[kind] = evaluate(model, run.task.heldout_problems(cfg.eval_problems, kind, cfg.seed), run.task,
                                max_new_tokens=cfg.rl_max_new_tokens, size=size,
@@ -387,7 +387,7 @@ def report(run: Run) -> str:
     if rows := [row for row in run.log_rows() if row["stage"] == ZERO]:
         for key in ("accuracy", "length"):
             values = [row[key] for row in rows]
-            chart = f"{values[0]:5.2f} {sparkline(values, 40)} {values[-1]:.2f}"
+            chart = f"{values[0]:5.2f} {sparkline(values, 36)} {values[-1]:.2f}"
             lines.append(f"    {key:8} over {len(rows)} RL steps {chart}")
     seconds = run.results["seconds"]
     spent = "Seconds: " + ", ".join(f"{name} {s:.0f}" for name, s in seconds.items())
@@ -496,8 +496,8 @@ def train(run: Run, chosen: str, program: str) -> None:
 {run.out}/ holds the models, report.md, log.jsonl and samples.jsonl. Try next:
     python {program} --out={run.out} --ask="{problem.question}"
     python experiments/samples.py --out={run.out}   # how zero's answers changed
-    docs/walkthrough.ipynb                          # the recipe, step by step
-    docs/own.md                                     # problems, tasks, rewards of your own""")
+    docs/walkthrough.ipynb                   # the recipe, step by step
+    docs/own.md                              # problems and rewards of your own""")
 
 
 def main(argv: list[str], program: str = "train.py", description: str = __doc__) -> int:
