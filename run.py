@@ -398,7 +398,7 @@ def frozen(model: GPT, cfg: Config) -> GPT:
     """A copy of the model that is never trained, such as GRPO's reference.
 
     Of a model from elsewhere it keeps the matrices in the type of the products, to which they would be cast at each
-    use: the same values in half the memory. (What is compiled shares its code with the policy, so its type stays.)
+    use: the same values in half the memory. (A model made here keeps its type: its copy runs the code compiled for it.)
     """
     model = copy.deepcopy(model)
     for layer in model.modules():
@@ -503,7 +503,7 @@ class GraphedTraining:
     def __call__(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         if cache is not None:
             return GPT.hidden(self.model, idx, cache)
-        if self.parameters[0].grad is None:  # an update begins
+        if self.parameters[0].grad is None:  # the first update begins; the optimizer keeps this memory
             torch._foreach_zero_(self.grads)
             for p, grad in zip(self.parameters, self.grads):
                 p.grad = grad
