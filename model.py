@@ -421,7 +421,7 @@ class Optimizer:
             for group in part.param_groups:
                 group["lr"] = lr * scale
             part.step()
-            part.zero_grad(set_to_none=False)  # None would free memory, which comes back in pieces
+            part.zero_grad(set_to_none=True)
         return norm
 
     def state_dict(self) -> list[dict]:

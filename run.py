@@ -503,7 +503,7 @@ class GraphedTraining:
     def __call__(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         if cache is not None:
             return GPT.hidden(self.model, idx, cache)
-        if self.parameters[0].grad is None:  # the first update begins; the optimizer keeps this memory
+        if self.parameters[0].grad is None:  # an update begins
             torch._foreach_zero_(self.grads)
             for p, grad in zip(self.parameters, self.grads):
                 p.grad = grad

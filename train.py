@@ -54,8 +54,8 @@ from parallel import all_reduce, broadcast, end, init, per_rank, rank, world_siz
 from rewards import extract_answer, format_reward, reflects
 from run import (BASE, DEPENDS, EVAL_SAMPLES, FIELDS, LOOK_PROBLEMS, LOOK_SAMPLES, STUDENT, STUDENT_BASE, STUDENT_RL,
                  ZERO, Config, Run, UsageError, build_model, check, clipped, compiled, fitting, forecast, frozen,
-                 graphed, has, keep_samples, load_checkpoint, lock, lr_schedule, open_run, parse_args, seeded,
-                 train_stage, tune_libraries, write_file)
+                 graphed, has, keep_samples, load_checkpoint, lock, lr_schedule, open_run, parse_args, return_memory,
+                 seeded, train_stage, tune_libraries, write_file)
 
 
 # What a run is about
@@ -220,6 +220,7 @@ def reinforce(run: Run, name: str, policy: GPT, steps: int, prompts: int, make_p
         if cfg.ref_every and number % cfg.ref_every == 0:  # check() in run.py demands a reference for it
             reference.load_state_dict(policy.state_dict())
         if cfg.eval_every and (number % cfg.eval_every == 0 or number == steps):
+            return_memory(cfg)  # of the update: the answers' keys and values need it in other pieces
             metrics["heldout_accuracy"] = heldout_accuracy(policy, task, cfg, generator)
         if number in (1, 5, 10) or number % 20 == 0:
             answer = clipped(f"    {problems[0].question}  ->  {' '.join(rollout.texts[0].split())}", room=14)
