@@ -1,5 +1,5 @@
-"""What a reader of the algorithm may skip: settings, command line, torch.compile and CUDA graphs, files, the samples
-that a run keeps, and the loop that all stages share.
+"""What a reader of the algorithm may skip: settings, command line, torch.compile, CUDA graphs, memory, files, the
+samples that a run keeps, and the loop that all stages share.
 
 A run can be interrupted or killed at any moment, and the same command goes on from the last checkpoint. Whatever a step
 draws at random is seeded by (seed, stage, step, rank), so no generator's state is saved. Every file is written under a
