@@ -1,133 +1,121 @@
 """Distillation: at every position, a small student learns the RL teacher's whole distribution over the next token.
 
-P is the teacher's distribution at one position of a completion, Q the student's, both softmax(logits / tau), where tau
-is a temperature:
+P is the teacher's distribution at one position of a completion, Q the student's, both softmax(logits / tau):
 
-    "forward"  KL(P || Q) = sum P (log P - log Q)      large where Q lacks what P says; minimised, Q covers all of P
-    "reverse"  KL(Q || P) = sum Q (log Q - log P)      large where Q says what P does not; Q may leave parts of P out
-    "jsd"      1/2 KL(P || M) + 1/2 KL(Q || M), M = (P + Q) / 2      the Jensen-Shannon divergence, between the two
-                                                                     (generalised knowledge distillation, 2306.13649)
+    "forward"  KL(P || Q) = sum P (log P - log Q)   large where Q misses what P says; minimised, Q covers all of P
+    "reverse"  KL(Q || P) = sum Q (log Q - log P)   large where Q says what P does not; Q may leave parts of P out
+    "jsd"      (KL(P || M) + KL(Q || M)) / 2, M = (P + Q) / 2     Jensen-Shannon divergence, as in generalised
+                                                                  knowledge distillation (arXiv 2306.13649)
+    "sft"      -log Q(the token that was sampled)   supervised fine-tuning, the way in which DeepSeek-R1 distils
+                                                    (sequence-level distillation, 1606.07947)
 
-Each is averaged over the tokens of the completions. A temperature above 1 flattens both distributions, so that tokens
-which the teacher holds possible but unlikely count for more. It also makes the gradient about tau^2 times smaller: by
-1/tau because the logits are divided by tau, and by another 1/tau because the flattened P and Q are closer to each
-other. So the loss is multiplied by tau^2 (Hinton et al., 1503.02531, section 2). The temperature is used for this
-comparison only: completions are sampled at temperature 1.
+Each is averaged over the tokens of the completions, which are sampled at temperature 1. A temperature tau above 1
+flattens both distributions, so unlikely tokens count for more. It makes the gradient about tau^2 times smaller: by
+1/tau because the logits are divided by tau, and again because the flattened P and Q are closer to each other. So the
+loss is multiplied by tau^2 (Hinton et al., 1503.02531, section 2).
 
-"sft" (supervised fine-tuning) is sequence-level distillation (Kim & Rush, 1606.07947): the mean of -log Q over the
-tokens that the teacher sampled. DeepSeek-R1 distils in this way.
+The teacher answers, and only what the reward accepts is kept (rejection sampling, as in R1). Or the student answers
+("on policy", as in 2306.13649). Then the teacher corrects the student's own mistakes, so all answers are kept.
 
-The completions are sampled from the teacher, and only those that the reward accepts are kept (rejection sampling, as in
-R1). Or they are sampled from the student ("on policy", as in 2306.13649). Then the teacher corrects the student's own
-mistakes, so all of them are kept.
-
-Where we differ from the paper, and why
-1. R1 distils by "sft" on 800,000 samples. Here the teacher's whole distribution is at hand, and says more than one
-   sample of it. The default is "forward" at temperature 2. Students of the other divergences did as well within the
-   noise (docs/knobs.md); at temperature 1 they learnt more slowly (docs/tried.md).
-2. R1 draws its samples once. Here each step draws new ones, and learns from them `distill_epochs` times: sampling costs
-   more than learning.
-3. The problems are not only those of RL: the teacher also answers longer ones (`distill_longer`), which it can solve
-   although RL never asked it. A student that never sees such answers loses what its base could do with them.
+The student learns from each sample in several epochs, which RL may not do. In RL, samples of an old policy say less and
+less about the current one. Here the target, the teacher's distribution, does not depend on who sampled the tokens.
 """
+import math
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
 
-from grpo import MicroBatch, micro_batches, random_minibatches, rollout_means, sample_rollout
-from model import LARGE_VOCABULARY, GPT, Optimizer
-from parallel import all_reduce
+from grpo import Budget, Metrics, micro_batches, random_minibatches, rollout_metrics, sample_rollout
+from model import GPT, select, token_logprobs
 
 DIVERGENCES = ("forward", "reverse", "jsd")
 
 
-def distill_loss(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, *, divergence: str,
-                 temperature: float = 1.0, denominator: int | None = None) -> Tensor:
-    """A divergence above, as the mean over tokens, times temperature^2 -> scalar, in nats.
+@dataclass
+class DistillConfig(Budget):
+    """The settings of distillation."""
+    distill_steps: int = 50            # steps, each with new completions
+    distill_prompts: int = 512         # problems of a step, one completion each
+    distill_minibatches: int = 8       # updates in an epoch over a step's completions
+    distill_epochs: int = 3            # epochs over a step's completions
+    distill_muon_lr: float = 7e-3      # learning rate of Muon; 0: AdamW alone
+    distill_adam_lr: float = 1.5e-3    # learning rate of AdamW
+    divergence: Literal["forward", "reverse", "jsd", "sft"] = "forward"  # the loss: see distill.py
+    distill_temperature: float = 2.0   # temperature at which both distributions are compared
+    on_policy: bool = False            # learn on the student's own completions, not the teacher's
 
-    Logits are (N, T, V): N rows of T tokens over a vocabulary of V. The mask (N, T) says which tokens count. The sum is
-    divided by `denominator` instead of their number, if it is given, so that the losses of micro-batches add up. No
-    gradient flows to the teacher. Raises ValueError for another divergence.
 
-    >>> logits = torch.tensor([[[2.0, 0.0]]])
-    >>> [abs(distill_loss(logits, logits, torch.ones(1, 1), divergence=d).item()) < 1e-6 for d in DIVERGENCES]
-    [True, True, True]
+def distill_loss(student_logits: Tensor, teacher_logits: Tensor, divergence: str,
+                 temperature: float = 1.0) -> Tensor:
+    """A divergence above at each of M tokens, times temperature^2: logits (M, V) each -> (M,), in nats.
+
+    No gradient flows to the teacher. Raises ValueError for another divergence.
     """
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, not {divergence!r}")
-    mask = mask.bool()
-    log_q = (student_logits[mask].float() / temperature).log_softmax(dim=-1)           # (tokens, V)
-    log_p = (teacher_logits[mask].detach().float() / temperature).log_softmax(dim=-1)  # (tokens, V)
-
-    def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-        """KL(a || b), summed over the tokens. subtle: F.kl_div takes b first."""
-        return F.kl_div(log_b, log_a, reduction="sum", log_target=True)
-
+    log_q = (student_logits.float() / temperature).log_softmax(dim=-1)
+    log_p = (teacher_logits.detach().float() / temperature).log_softmax(dim=-1)
     if divergence == "forward":
-        total = kl(log_p, log_q)
+        loss = kl(log_p, log_q)
     elif divergence == "reverse":
-        total = kl(log_q, log_p)
+        loss = kl(log_q, log_p)
+    elif divergence == "jsd":
+        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+        loss = (kl(log_p, log_m) + kl(log_q, log_m)) / 2
     else:
-        log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0))
-        total = (kl(log_p, log_m) + kl(log_q, log_m)) / 2
-    return total * temperature**2 / (denominator or max(len(log_q), 1))
+        raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, not {divergence!r}")
+    return loss * temperature**2
 
 
-def sft_loss(student_logits: Tensor, target: Tensor, mask: Tensor, denominator: int | None = None) -> Tensor:
-    """The mean of -log Q(target) over the counted tokens: logits (N, T, V), target and mask (N, T) -> scalar, in
-    nats."""
-    mask = mask.bool()
-    total = F.cross_entropy(student_logits[mask].float(), target[mask], reduction="sum")
-    return total / (denominator or max(int(mask.sum()), 1))
+def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """KL(a || b): log-probabilities (M, V) each -> (M,). subtle: F.kl_div takes b first."""
+    return F.kl_div(log_b, log_a, reduction="none", log_target=True).sum(dim=-1)
 
 
-def read(model: GPT, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """The model reads a micro-batch -> what it makes logits of, (n, T-1, C), the tokens that come next and their mask,
-    (n, T-1) each. With a large vocabulary, whose logits are most of the work, these are the masked positions alone:
-    (1, tokens, C) and (1, tokens)."""
-    parts = model.hidden(batch.idx[:, :-1]), batch.idx[:, 1:], batch.mask
-    return tuple(x[batch.mask][None] for x in parts) if model.config.vocab_size > LARGE_VOCABULARY else parts
+def distill_step(student: GPT, teacher: GPT, optimizer, problems: list, reward_fn, task, cfg,
+                 generator: Generator | None = None, lr_scale: float = 1.0) -> Metrics:
+    """Sample one completion of each problem, then update the student on each minibatch, epoch by epoch -> metrics.
 
-
-def distill_step(student: GPT, teacher: GPT, optimizer: Optimizer, problems: list, reward_fn, task, cfg,
-                 generator: torch.Generator | None = None, lr_scale: float = 1.0) -> dict[str, float | None]:
-    """Sample one completion of each problem, then update the student on each minibatch of them, `distill_epochs` times.
-
-    problems, reward_fn, task and generator are those of `grpo.sample_rollout`. cfg holds the hyperparameters:
-    divergence (one of DIVERGENCES, or "sft"), on_policy, rl_max_new_tokens, distill_minibatches, distill_epochs,
-    distill_temperature and micro_batch (see Config in run.py). -> metrics: those of `grpo.rollout_means`, accepted
-    (share of the samples), and loss (mean over tokens) and grad_norm (mean over updates), which are absent if none was
-    accepted.
+    cfg is a DistillConfig, or has its fields. The other arguments are those of grpo.sample_rollout and grpo_update.
     """
-    # 1) sample: the teacher answers, or the student itself
-    rollout = sample_rollout(student if cfg.on_policy else teacher, problems, reward_fn, task, samples=1,
-                             max_new_tokens=cfg.rl_max_new_tokens, generator=generator)
-    # 2) of the teacher's answers, keep those that are right and well formed
-    accepted = [i for i, score in enumerate(rollout.scores)
-                if cfg.on_policy or score["accuracy"] == 1 and score.get("format", 1) == 1]
-    means = rollout_means(rollout)
-    means.add("accepted", len(accepted), len(rollout.scores))
+    # 1) the teacher answers, or the student itself
+    author = student if cfg.on_policy else teacher
+    rollout = sample_rollout(author, problems, reward_fn, task, 1, cfg.rl_max_new_tokens, generator)
+    # 2) of the teacher's answers, keep those that are correct and well formed
+    accepted = [i for i, scores in enumerate(rollout.scores) if cfg.on_policy or is_good(scores)]
+    metrics = rollout_metrics(rollout)
+    metrics.add("accepted", len(accepted), len(rollout.scores))
     # 3) the teacher reads them, once for all epochs. Its hidden states are kept; its logits would be far larger
     minibatches = []
     for picks in random_minibatches(len(accepted), cfg.distill_minibatches, generator):
-        rows, batches = [accepted[i] for i in picks], []
-        n_tokens = int(all_reduce(torch.tensor(sum(len(rollout.completions[i]) for i in rows))))
-        if n_tokens:
-            for batch in micro_batches(rollout, rows, cfg.micro_batch, student.embedding.weight.device):
-                batches.append((batch, None if cfg.divergence == "sft" else read(teacher, batch)[0].detach()))
-            minibatches.append((n_tokens, batches))
+        rows = [accepted[i] for i in picks.tolist()]
+        n_tokens = sum(len(rollout.completions[row]) for row in rows)
+        batches = []
+        for batch in micro_batches(rollout, rows, cfg.micro_batch, student.embedding.weight.device):
+            hidden = None  # (M, C)
+            if cfg.divergence != "sft":
+                hidden = select(teacher.hidden(batch.idx[:, :-1]), batch.mask).detach()
+            batches.append((batch, hidden))
+        minibatches.append((batches, n_tokens))
     # 4) update the student; each epoch takes the same minibatches
-    for n_tokens, batches in minibatches * cfg.distill_epochs:
+    for batches, n_tokens in minibatches * cfg.distill_epochs:
         for batch, teacher_hidden in batches:
-            hidden, target, mask = read(student, batch)
-            student_logits = student.logits(hidden)  # (n, T-1, V)
             if cfg.divergence == "sft":
-                loss = sft_loss(student_logits, target, mask, n_tokens)
+                loss = -token_logprobs(student, batch.idx, batch.mask)  # (M,)
             else:
-                teacher_logits = teacher.logits(teacher_hidden).detach()  # (n, T-1, V)
-                loss = distill_loss(student_logits, teacher_logits, mask, divergence=cfg.divergence,
-                                    temperature=cfg.distill_temperature, denominator=n_tokens)
-            loss.backward()
-            means.add("loss", loss.detach() * n_tokens, batch.mask.sum())  # the sum of its tokens' losses, their number
-        means.add("grad_norm", optimizer.step(lr_scale), 1)
-    return means.compute()
+                student_logits = student(batch.idx[:, :-1], batch.mask)   # (M, V)
+                teacher_logits = teacher.logits(teacher_hidden).detach()  # (M, V)
+                loss = distill_loss(student_logits, teacher_logits, cfg.divergence,
+                                    cfg.distill_temperature)  # (M,)
+            (loss.sum() / n_tokens).backward()
+            metrics.add("loss", loss.detach().sum(), len(loss))
+        norm = optimizer.step(lr_scale, share=n_tokens, has_gradient=n_tokens > 0)
+        if n_tokens:
+            metrics.add("grad_norm", norm, 1)
+    return metrics
+
+
+def is_good(scores: dict[str, float]) -> bool:
+    """Is an answer correct and, if the task has a format, well formed?"""
+    return scores["accuracy"] == 1 and scores.get("format", 1) == 1

@@ -2,60 +2,101 @@
 
     base          next-token prediction on the corpus of data/bilingual.py
     zero          GRPO on the base: accuracy + format. It reasons, but mixes languages
-    dev1          cold start: the base, fine-tuned on a few of zero's answers that are right and in one language
+    dev1          cold start: the base, fine-tuned on a few of zero's answers that are correct and in one language
     dev2          GRPO on dev1: accuracy + format + language
     dev3          rejection sampling: the base, fine-tuned on dev2's good answers and on everyday questions
     r1            GRPO on dev3: arithmetic and everyday questions, each kind with rewards of its own
     student       a smaller GPT that learns r1's probabilities, on r1's good answers
     student_sft   the same by fine-tuning on these answers, as in the paper
 
-    python r1.py                       everything, then the reports, in out/r1; it takes the flags of train.py
+    python r1.py                       everything, then the report, in out/r1; it takes the flags of train.py
     python r1.py --stage=dev1          one stage, on earlier checkpoints
     python r1.py --ask="8 times 7 minus 19+5"
 
-An answer is good if it is right, well formed and wholly in the question's language; an everyday answer, if it is right.
-Each stage is an entry of the same table as those of train.py, so it resumes, logs and is evaluated as they are.
+An answer is good if it is correct, well formed and wholly in the question's language; an everyday answer, if it is
+correct. Each stage is an entry of a table like that of train.py, so it resumes, logs and is evaluated in the same way.
 
 Where we differ from the paper, and why
 1. Its cold start has thousands of zero's answers that people and a model corrected. Ours are zero's good ones as they
    are: two fifths of its answers.
-2. dev3's everyday answers are the base's own, if right. The paper takes them from another pipeline.
-3. Of dev2 longer problems are asked than RL has: fine-tuning on short ones alone would unlearn the long ones
-   (docs/r1.md).
+2. dev3's everyday answers are the base's own, if correct. The paper takes them from another pipeline.
+3. dev2 gets longer problems than RL did: fine-tuning on short ones alone would unlearn the long ones (docs/r1.md).
 4. r1's reward for everyday questions is a rule. The paper's is a preference model, in the last 400 of 1,700 steps.
-5. Samples are drawn step by step, and learnt from before the next are drawn. The paper draws them all at first.
+5. Each step draws new samples and learns from them. The paper draws all samples of a stage first.
 """
 import copy
-import dataclasses
 import random
-import sys
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
 
+import train
 from data.bilingual import Everyday
+from distill import DistillConfig, distill_step
+from engine.command import main
+from engine.loop import Run, Stage, Watch
+from engine.optimizer import Optimizer
+from engine.settings import Questions
+from grpo import GRPOConfig
 from model import GPT
-from parallel import end
-from run import (BASE, DEPENDS, DEV1, DEV2, DEV3, R1, STUDENT, STUDENT_BASE, STUDENT_RL, STUDENT_SFT, ZERO, Config, Run)
-from train import STAGES, distil, main, reinforce, reward_function, train_base, train_zero
+from train import reward_function, run_distillation, run_grpo
+
+
+@dataclass
+class FineTuning:
+    sft_muon_lr: float = 2e-3       # learning rate of Muon in fine-tuning; 0: AdamW alone
+    sft_adam_lr: float = 1e-3       # learning rate of AdamW in fine-tuning
+
+
+@dataclass
+class ColdStart(FineTuning):
+    cold_steps: int = 4             # steps of the cold start
+    cold_prompts: int = 192         # problems of such a step, one completion of zero each
+    cold_epochs: int = 3            # epochs over a step's completions
+
+
+@dataclass
+class Rejection(FineTuning):
+    sft_steps: int = 16             # steps of rejection sampling and fine-tuning
+    sft_epochs: int = 2             # epochs over a step's completions
+
+
+@dataclass
+class Dev2:
+    dev2_steps: int = 100           # rollouts
+    language_weight: float = 1.0    # the reward's part for a thought in the question's language
+    cold_start: bool = True         # RL begins from dev1; False: from the base
+
+
+@dataclass
+class FinalRL:
+    r1_steps: int = 60              # rollouts
+    everyday_share: float = 0.25    # share of everyday questions in r1's RL and its students
+
+
+@dataclass
+class Config(train.Config, ColdStart, Dev2, Rejection, FinalRL):
+    task: Literal["bilingual"] = "bilingual"  # r1.py has a task of its own
 
 
 # Rewards
 
 
-def language_reward_function(cfg: Config, task) -> Callable:
+def language_reward_function(run: Run) -> Callable:
     """accuracy + format + language; for an everyday question the reward of the task (data/bilingual.py)."""
-    plain = reward_function(cfg, task)
+    plain = reward_function(run)
 
     def reward_fn(completion: str, problem) -> dict[str, float]:
         scores = plain(completion, problem)
         if not isinstance(problem, Everyday):
-            scores["reward"] += cfg.language_weight * scores["language"]
+            scores["reward"] += run.cfg.language_weight * scores["language"]
         return scores
     return reward_fn
 
 
-def good(cfg: Config, task) -> Callable:
-    """Rejection sampling by more than distil's two rules: accuracy and format are 1 if an answer is good, else 0."""
-    plain = reward_function(cfg, task)
+def good(run: Run) -> Callable:
+    """Rejection sampling by more than the two rules: accuracy and format are 1 if an answer is good, else 0."""
+    plain = reward_function(run)
 
     def reward_fn(completion: str, problem) -> dict[str, float]:
         scores = plain(completion, problem)
@@ -64,68 +105,97 @@ def good(cfg: Config, task) -> Callable:
     return reward_fn
 
 
-def mixed(run: Run, longer: bool) -> Callable:
-    """make_problem(rng) of arithmetic and everyday questions."""
-    task = run.task
-
+def longer_problems(run: Run) -> Callable:
+    """make_problem(rng) of arithmetic, with the lengths of the corpus."""
     def make_problem(rng: random.Random):
-        return task.make_everyday(rng) if rng.random() < run.cfg.everyday_share else task.make_problem(rng, longer)
+        return run.task.make_problem(rng, longer=True)
+    return make_problem
+
+
+def mixed_problems(run: Run, longer: bool) -> Callable:
+    """make_problem(rng) of arithmetic and everyday questions."""
+    def make_problem(rng: random.Random):
+        if rng.random() < run.cfg.everyday_share:
+            return run.task.make_everyday(rng)
+        return run.task.make_problem(rng, longer)
     return make_problem
 
 
 # The stages, in the paper's order
 
 
-def fine_tune(run: Run, name: str, turns: list[tuple[GPT, Callable]], model: GPT, steps: int, **settings) -> None:
-    """Supervised fine-tuning of the model on good answers, prompts masked. The turns are those of train.distil."""
-    cfg = dataclasses.replace(run.cfg, divergence="sft", on_policy=False, distill_muon_lr=run.cfg.sft_muon_lr,
-                              distill_adam_lr=run.cfg.sft_adam_lr, **settings)
-    distil(run, name, turns, model, steps, cfg, good(cfg, run.task))
-
-
-def train_dev1(run: Run, name: str, base: GPT, zero: GPT) -> None:
+def train_dev1(run: Run, base: GPT, zero: GPT) -> None:
     """The cold start: a few hundred good answers of zero."""
-    cfg = run.cfg
-    fine_tune(run, name, [(zero, run.task.make_problem)], base, cfg.cold_steps, distill_prompts=cfg.cold_prompts,
-              distill_minibatches=4, distill_epochs=cfg.cold_epochs)
+    cfg = replace(run.cfg, distill_prompts=run.cfg.cold_prompts, distill_minibatches=4,
+                  distill_epochs=run.cfg.cold_epochs)
+    fine_tune(run, cfg, base, [(zero, run.task.make_problem)], cfg.cold_steps)
 
 
-def train_dev2(run: Run, name: str, base: GPT, dev1: GPT) -> None:
+def train_dev2(run: Run, base: GPT, dev1: GPT) -> None:
     """RL on arithmetic, with the language reward."""
     cfg = run.cfg
-    reinforce(run, name, dev1 if cfg.cold_start else base, cfg.dev2_steps, cfg.rl_prompts, run.task.make_problem,
-              language_reward_function(cfg, run.task))
+    start = dev1 if cfg.cold_start else base
+    run_grpo(run, cfg, start, cfg.dev2_steps, run.task.make_problem, language_reward_function(run))
 
 
-def train_dev3(run: Run, name: str, base: GPT, dev2: GPT) -> None:
+def train_dev3(run: Run, base: GPT, dev2: GPT) -> None:
     """Rejection sampling, and the base begins anew: of four steps, three learn from dev2's answers to problems of
     arithmetic, and one from the base's own to everyday questions."""
-    task, cfg = run.task, run.cfg
-    turns = [(dev2, lambda rng: task.make_problem(rng, longer=True))] * 3 + [(copy.deepcopy(base), task.make_everyday)]
-    fine_tune(run, name, turns, base, cfg.sft_steps, distill_epochs=cfg.sft_epochs)
+    cfg = replace(run.cfg, distill_epochs=run.cfg.sft_epochs)
+    turns = [(dev2, longer_problems(run))] * 3 + [(copy.deepcopy(base), run.task.make_everyday)]
+    fine_tune(run, cfg, base, turns, cfg.sft_steps)
 
 
-def train_r1(run: Run, name: str, dev3: GPT) -> None:
+def fine_tune(run: Run, cfg: Config, model: GPT, turns: list[tuple[GPT, Callable]], n_steps: int) -> None:
+    """Supervised fine-tuning of the model on good answers, without a loss on prompts. A turn is a teacher and the
+    make_problem(rng) of what it is asked; each step takes the next turn."""
+    cfg = replace(cfg, divergence="sft", on_policy=False)
+    for teacher in dict.fromkeys(teacher for teacher, _ in turns):
+        run.fast(teacher, sampling=True)
+    model = run.fast(model, training=True)
+    optimizer = Optimizer(model, cfg.sft_adam_lr, cfg.sft_muon_lr)
+    first_teacher, first_problems = turns[0]
+    watch = Watch(first_problems, good(run), first_teacher)
+    for step in run.steps(n_steps, watch=watch, model=model, optimizer=optimizer):
+        teacher, make_problem = turns[step.number % len(turns)]
+        problems = step.problems(cfg.distill_prompts, make_problem)
+        metrics = distill_step(model, teacher, optimizer, problems, good(run), run.task, cfg, step.generator,
+                               step.lr_scale)
+        step.log(metrics)
+
+
+def train_r1(run: Run, dev3: GPT) -> None:
     """RL for all scenarios."""
-    cfg = run.cfg
-    reinforce(run, name, dev3, cfg.r1_steps, cfg.rl_prompts, mixed(run, longer=False),
-              language_reward_function(cfg, run.task))
+    problems = mixed_problems(run, longer=False)
+    run_grpo(run, run.cfg, dev3, run.cfg.r1_steps, problems, language_reward_function(run))
 
 
-def train_student(run: Run, name: str, r1: GPT, student: GPT) -> None:
-    """r1 into the student's base: by its probabilities (ours), or by its answers alone (the paper's way)."""
-    cfg = dataclasses.replace(run.cfg, divergence="sft") if name == STUDENT_SFT else run.cfg
-    distil(run, name, [(r1, mixed(run, cfg.distill_longer))], student, cfg.distill_steps, cfg, good(cfg, run.task))
+def train_student(run: Run, r1: GPT, student_base: GPT) -> None:
+    """r1 into the student's base by its probabilities (our way)."""
+    problems = mixed_problems(run, longer=True)
+    run_distillation(run, run.cfg, r1, student_base, run.cfg.distill_steps, problems, good(run))
 
 
-# Each stage's function, and the stages whose models it is called with
-PIPELINE = {BASE: (train_base, []), ZERO: (train_zero, [BASE]), DEV1: (train_dev1, [BASE, ZERO]),
-            DEV2: (train_dev2, [BASE, DEV1]), DEV3: (train_dev3, [BASE, DEV2]), R1: (train_r1, [DEV3]),
-            STUDENT_BASE: (train_base, []), STUDENT: (train_student, [R1, STUDENT_BASE]),
-            STUDENT_SFT: (train_student, [R1, STUDENT_BASE]), STUDENT_RL: (train_zero, [STUDENT_BASE])}
+def train_student_sft(run: Run, r1: GPT, student_base: GPT) -> None:
+    """r1 into the student's base by its answers alone (the paper's way)."""
+    cfg = replace(run.cfg, divergence="sft", on_policy=False)
+    problems = mixed_problems(run, longer=True)
+    run_distillation(run, cfg, r1, student_base, cfg.distill_steps, problems, good(run))
+
+
+TEACHING = (Questions, DistillConfig, FinalRL)
+STAGES = {
+    "base":         train.STAGES["base"],
+    "zero":         train.STAGES["zero"],
+    "dev1":         Stage(train_dev1, starts=("base", "zero"), settings=(ColdStart,)),
+    "dev2":         Stage(train_dev2, starts=("base", "dev1"), settings=(Questions, GRPOConfig, Dev2)),
+    "dev3":         Stage(train_dev3, starts=("base", "dev2"), settings=(Rejection, "distill_prompts",
+                                                                     "distill_minibatches")),
+    "r1":           Stage(train_r1, starts=("dev3",), settings=(Questions, GRPOConfig, FinalRL)),
+    "student_base": train.STAGES["student_base"],
+    "student":      Stage(train_student, starts=("r1", "student_base"), settings=TEACHING),
+    "student_sft":  Stage(train_student_sft, starts=("r1", "student_base"), settings=TEACHING),
+}
 
 if __name__ == "__main__":
-    for table, column in ((STAGES, 0), (DEPENDS, 1)):
-        table.clear()
-        table.update({name: entry[column] for name, entry in PIPELINE.items()})
-    end(main(["--task=bilingual", "--out=out/r1", *sys.argv[1:]], "r1.py", __doc__))
+    main(STAGES, Config, __doc__)

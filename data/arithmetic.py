@@ -1,45 +1,37 @@
 """The default task, and the small "web" that the base model reads before RL.
 
-A problem asks for the value of an expression over + - *; the answer is an integer. `Arithmetic` sets how hard the
-problems are. By default they have 1 to 6 operations, operands from 1 to 20, factors from 2 to 9, at most two factors in
-a product, and no parentheses.
+All problems are arithmetic expressions over + - *, and all answers are integers. By default a problem has 1 to 6
+operations, operands from 1 to 20, factors from 2 to 9, at most two factors in a product, and no parentheses.
 
     User: 8*7-19
     Assistant: <think>8*7=56, 56-19=37</think><answer>37</answer>
 
 The corpus has two kinds of documents. Textbook pages list single facts. Forum threads hold one question and one answer,
-as above, and their authors answer in the styles listed in STYLES. Most authors blurt out a number. Some show their
+as above, in the styles listed in STYLES. Half of the answers are a number without any working. Others show their
 working, with tags or without. A minority works inside <think>...</think><answer>...</answer>. A few notice a slip,
 write "wait" and do the step again. An author who shows working gets each step wrong with probability SLIP, and carries
-on from the wrong value. Pretraining imitates all of them, right and wrong alike.
+on from the wrong value. Pretraining imitates all styles, right and wrong answers alike.
 
 Training and test problems never meet: a hash of the expression decides its side. No test expression is ever the `User:`
 line of a document or a prompt in RL. (A textbook page may hold a single step of a test problem, such as 8*7=56.)
 
     python experiments/styles.py    prints each style with its share, how often it is right, and an example
 """
-import functools
-import math
-import multiprocessing
 import operator
-import os
 import random
 import re
-import sys
 import zlib
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
-from data.tokenizer import END_OF_TEXT, END_OF_TEXT_ID, get_tokenizer
+from data.corpus import write_corpus
+from data.tokenizer import END_OF_TEXT_ID, get_tokenizer
 from rewards import TAGS, rule_rewards
 
 SLIP = 0.03          # probability that a step of somebody's working is wrong
 RECHECK_SLIP = 0.15  # the same for authors who check their steps, and who then correct the slip
 BLURT_RIGHT = 0.3    # probability that a number blurted out is right
-PAGE_SHARE = 0.3     # share of the documents that are textbook pages (a page is longer than a thread)
-CORPUS_PART = 10_000_000  # tokens that are written from one seed
 STYLES = {           # share of the forum's answers that are in each style
     "blurt": 0.34,         # 37
     "answer tag": 0.10,    # <answer>37</answer>
@@ -87,7 +79,7 @@ class Problem:
 
 
 def write_step(step: str, value: int) -> tuple[str, int]:
-    """The text of a step as somebody writes it who makes no mistakes, and the value that the next step goes on from."""
+    """The text of a correct step, and the value that the next step goes on from."""
     return f"{step}={value}", value
 
 
@@ -143,9 +135,6 @@ def parse(text: str, max_ops: int = 6, parentheses: bool = False) -> Problem:
 
     Raises ValueError unless the text is numbers of 1 to 3 digits (without leading zeros) joined by 1 to max_ops of + -
     *, with parentheses only where they are allowed.
-
-    >>> parse("2*3*4 - 5").answer
-    '19'
     """
     question = re.sub(r"\s*([-+*()])\s*", r"\1", text.strip())
     token = r"(0|[1-9][0-9]{0,2})(?![0-9])|" + ("[-+*()]" if parentheses else "[-+*]")
@@ -155,11 +144,8 @@ def parse(text: str, max_ops: int = 6, parentheses: bool = False) -> Problem:
             raise ValueError
         return Problem(question, str(solve(question)[1]))
     except ValueError:
-        raise ValueError(f"{text[:60]!r} is no expression of 1 to {max_ops} operations + - * over numbers of 1 to 3 "
-                         "digits, such as 8*7-19") from None
-
-
-# How the authors of the forum write
+        raise ValueError(f"{text[:60]!r} is no expression of 1 to {max_ops} operations + - * "
+                         "over numbers of 1 to 3 digits, such as 8*7-19") from None
 
 
 def near_miss(rng: random.Random, value: int) -> int:
@@ -185,7 +171,8 @@ def format_answer(rng: random.Random, working: str, answer: str, style: str) -> 
     text = f"<think>{working}</think><answer>{answer}</answer>"
     if style == "lost tag":
         text = text.replace(rng.choice(TAGS), "")
-    untagged = {"blurt": answer, "answer tag": f"<answer>{answer}</answer>", "plain working": f"{working}, so {answer}"}
+    untagged = {"blurt": answer, "answer tag": f"<answer>{answer}</answer>",
+                "plain working": f"{working}, so {answer}"}
     return untagged.get(style, text)
 
 
@@ -200,44 +187,16 @@ def write_answer(rng: random.Random, question: str, style: str) -> tuple[str, in
     return format_answer(rng, working, str(value), style), value
 
 
-def style_shares(styles: dict[str, float], worked_share: float, wait_share: float) -> dict[str, float]:
-    """The share of each style after two reductions, which are controls: only `wait_share` of the authors who recheck go
-    on doing so (the rest write in the style "worked"), and then only `worked_share` of all authors who show working go
-    on doing so (the rest blurt).
-
-    >>> round(style_shares(STYLES, 0.0, 1.0)["blurt"], 2), style_shares(STYLES, 1.0, 1.0) == STYLES
-    (0.84, True)
-    """
-    styles = dict(styles)
-    for style, kept, instead in [("rechecked", wait_share, "worked")] + [(w, worked_share, "blurt") for w in WORKED]:
-        moved = styles[style] * (1 - kept)
-        styles[style] -= moved
-        styles[instead] += moved
-    return styles
-
-
-# The task
-
-
 @dataclass(frozen=True)
 class Arithmetic:
-    """The task: its prompts and rewards, its training and held-out problems, and its corpus.
-
-    >>> task = Arithmetic()
-    >>> problem = task.make_problem(random.Random(0))
-    >>> problem.check(problem.answer), is_test(problem.question)
-    (True, False)
-    >>> task.encoding.decode(task.encode_prompt(problem)) == problem.prompt
-    True
-    """
-    max_ops: int = 4           # most operations of a problem in RL; the corpus and the hard problems have up to 2 more
+    """The task: its prompts and rewards, its training and held-out problems, and its corpus."""
+    max_ops: int = 4           # most operations in RL; the corpus and the hard problems have up to 2 more
     max_number: int = 20       # largest number that is added or subtracted
     max_factor: int = 9        # largest factor
-    parentheses: bool = False  # half of all problems with 2 or more operations have a sum in parentheses
-    worked_share: float = 1.0  # share of the authors who show working that are kept
-    wait_share: float = 1.0    # share of the authors who recheck that are kept
+    parentheses: bool = False  # half of the problems with 2 or more operations have a sum in parentheses
 
     notes = ()                     # lines about the task to print when a run begins
+    styles = STYLES                # the share of each style in the forum
     stop_ids = (END_OF_TEXT_ID,)   # the tokens that end a completion
     reward = staticmethod(rule_rewards)
     encoding = get_tokenizer()     # the tiktoken.Encoding of prompts, completions and corpus
@@ -251,16 +210,12 @@ class Arithmetic:
         """The kinds of held-out problems, with the fewest and the most operations of each."""
         return {"test": (2, self.max_ops), "hard": (self.max_ops + 1, self.max_ops + 2)}
 
-    @functools.cached_property
-    def styles(self) -> dict[str, float]:
-        """The share of each style in the forum."""
-        return style_shares(STYLES, self.worked_share, self.wait_share)
-
     @property
     def max_prompt_tokens(self) -> int:
         """Tokens of the longest prompt: the two speakers, the numbers, the operations, the parentheses."""
         digits = len(str(max(self.max_number, self.max_factor)))
-        return 2 + digits * (self.max_ops + 3) + self.max_ops + 2 + 2 * self.parentheses
+        parentheses = 2 if self.parentheses else 0
+        return 2 + digits * (self.max_ops + 3) + self.max_ops + 2 + parentheses
 
     def parse(self, text: str) -> Problem:
         """The problem that an expression states. Raises ValueError if it is not one of this task."""
@@ -278,8 +233,7 @@ class Arithmetic:
         return text
 
     def make_question(self, rng: random.Random, n_ops: int) -> str:
-        """A random expression of n_ops operations. With parentheses, a sum of one or two operations may take the place
-        of a number."""
+        """A random expression of n_ops operations, in which a sum in parentheses may take a number's place."""
         if not self.parentheses or n_ops < 2 or rng.random() < 0.5:
             return self.make_sum(rng, n_ops)
         inside = rng.randint(1, min(2, n_ops - 1))
@@ -291,15 +245,14 @@ class Arithmetic:
                      test: bool = False) -> Problem:
         """A random training problem of 1 to max_ops operations, each number equally likely; with `longer`, of 1 to
         max_ops + 2. n_ops sets the fewest and the most instead, and `test` takes the test side of the split."""
-        fewest, most = n_ops or (1, self.max_ops + 2 * longer)
+        fewest, most = n_ops or (1, self.max_ops + 2 if longer else self.max_ops)
         while True:
             question = self.make_question(rng, rng.randint(fewest, most))
             if is_test(question) == test:
                 return Problem(question, str(solve(question)[1]))
 
     def heldout_problems(self, n: int, kind: str, seed: int) -> list[Problem]:
-        """n different problems of the test side, of a kind in held_out. Raises ValueError if there are not that
-        many."""
+        """n different problems of the test side, of a kind in held_out. Raises ValueError if there are fewer."""
         rng, found = random.Random(f"{kind}/{seed}"), {}
         for _ in range(1000 * n):
             question = self.make_question(rng, rng.randint(*self.held_out[kind]))
@@ -324,34 +277,9 @@ class Arithmetic:
         return "Facts:\n" + "\n".join(facts)
 
     def make_corpus(self, n_tokens: int, seed: int, heldout: bool = False) -> np.ndarray:
-        """At least n_tokens token ids, uint16 (n,): documents in random order, each followed by end of text. The
-        held-out corpus of a seed has other documents."""
-        return write_corpus(self, n_tokens, f"corpus/{seed}" + "/heldout" * heldout)
-
-
-def write_corpus(task, n_tokens: int, seed: str) -> np.ndarray:
-    """At least n_tokens token ids, uint16 (n,), of a task's pages and threads. A large corpus is written by several
-    processes, in parts of up to CORPUS_PART tokens, each from a seed of its own."""
-    n_parts = math.ceil(n_tokens / CORPUS_PART)
-    if n_parts == 1:
-        return write_corpus_part(task, n_tokens, seed)
-    parts = [task] * n_parts, [math.ceil(n_tokens / n_parts)] * n_parts, [f"{seed}/{i}" for i in range(n_parts)]
-    # A forked process has all that it needs. A spawned one would first import torch, which takes seconds.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(min(n_parts, os.cpu_count() or 1), context) as pool:
-        return np.concatenate(list(pool.map(write_corpus_part, *parts)))
-
-
-def write_corpus_part(task, n_tokens: int, seed: str) -> np.ndarray:
-    """At least n_tokens of them, by this process."""
-    parts, size, rng = [], 0, random.Random(seed)
-    while size < n_tokens:
-        documents = [task.write_page(rng) if rng.random() < PAGE_SHARE else task.write_thread(rng)[0]
-                     for _ in range(1000)]
-        text = "".join(document + END_OF_TEXT for document in documents)
-        parts.append(np.array(task.encoding.encode(text, allowed_special="all"), dtype=np.uint16))
-        size += len(parts[-1])
-    return np.concatenate(parts)
+        """At least n_tokens token ids, uint16 (n,). The held-out corpus of a seed has other documents."""
+        name = f"corpus/{seed}/heldout" if heldout else f"corpus/{seed}"
+        return write_corpus(self, n_tokens, name)
 
 
 make_problem = Arithmetic().make_problem

@@ -18,13 +18,15 @@ lies on the same side as the same question in symbols. Everything else is as in 
 """
 import random
 import re
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from data.arithmetic import (RECHECK_SLIP, WORKED, Arithmetic, format_answer, is_test, near_miss, solve,
                              write_answer)
 from data.arithmetic import Problem as SymbolProblem
 from data.tokenizer import PIECES, get_tokenizer
-from rewards import language_reward, rule_rewards
+from rewards import format_reward, rule_rewards, split_completion
 
 WORDS = {"*": " times ", "+": " plus ", "-": " minus ", "=": " is "}
 SLIP = {False: 0.03, True: 0.06}  # probability that a step is wrong, in symbols and in words
@@ -85,17 +87,20 @@ def say(number: int) -> str:
     >>> say(37), say(40), say(13)
     ('thirty seven', 'forty', 'thirteen')
     """
-    return ONES[number] if number < 20 else TENS[number // 10] + f" {ONES[number % 10]}" * (number % 10 > 0)
+    if number < 20:
+        return ONES[number]
+    tens, ones = divmod(number, 10)
+    return f"{TENS[tens]} {ONES[ones]}" if ones else TENS[tens]
 
 
 def everyday(question: str) -> Everyday:
     """The everyday problem that a question states. Raises ValueError if it is none."""
-    if found := re.fullmatch("say ([0-9]|[1-9][0-9])", question):
-        return Everyday(question, say(int(found[1])))
-    if found := re.fullmatch("larger ([1-9][0-9]?) ([1-9][0-9]?)", question):
-        return Everyday(question, str(max(int(found[1]), int(found[2]))))
-    if found := re.fullmatch("reverse ([0-9]{3})", question):
-        return Everyday(question, found[1][::-1])
+    if re.fullmatch("say ([0-9]|[1-9][0-9])", question):
+        return Everyday(question, say(int(question.split()[1])))
+    if re.fullmatch("larger [1-9][0-9]? [1-9][0-9]?", question):
+        return Everyday(question, max(question.split()[1:], key=int))
+    if re.fullmatch("reverse [0-9]{3}", question):
+        return Everyday(question, question.split()[1][::-1])
     raise ValueError(f"{question[:60]!r} is no everyday question: say 37, larger 37 52, reverse 374")
 
 
@@ -109,6 +114,28 @@ def everyday_answer(completion: str) -> str:
     if completion.startswith("<think>"):
         completion = completion.partition("</think>")[2]
     return completion.strip().removeprefix("<answer>").removesuffix("</answer>").strip()
+
+
+def language_reward(completion: str, in_language: Callable[[str], bool]) -> float:
+    """The share of the thought's steps that are in the question's language, from 0 to 1 (DeepSeek-R1, eq. 7, counts
+    words). It is paid to a well-formed completion only, and not for repetition: a step that stands there three times
+    makes it 0. A step is a part of the thought between commas that holds a digit.
+
+    >>> def reward(thought):
+    ...     completion = f"<think>{thought}</think><answer>7 minus 19</answer>"
+    ...     return language_reward(completion, Problem("8*7-19", "37", words=False).in_language)
+    >>> reward("8*7=56, 56-19=37"), reward("8*7=54, wait, 8*7=56, 56 minus 19 is 37, 1+1=2")
+    (1.0, 0.75)
+    >>> reward("8*7=56, 56 minus 19 is 37"), reward("8*7 is 56"), reward("so, hmm"), reward("8*7=56, " * 1000)
+    (0.5, 0.0, 0.0, 0.0)
+    """
+    if not format_reward(completion):
+        return 0.0
+    parts = (part.strip() for part in split_completion(completion)[1].split(","))
+    steps = Counter(part for part in parts if any(character.isdigit() for character in part))
+    if not steps or max(steps.values()) > 2:
+        return 0.0
+    return sum(n for step, n in steps.items() if in_language(step)) / steps.total()
 
 
 def reward(completion: str, problem) -> dict[str, float]:

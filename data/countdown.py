@@ -15,7 +15,6 @@ problems never meet: a hash of the target and the sorted numbers decides the sid
 
     python experiments/styles.py countdown    prints each style with its share, how often it is right, and an example
 """
-import functools
 import random
 import re
 import zlib
@@ -24,7 +23,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from data import arithmetic
-from data.arithmetic import OPERATIONS, WORKED, Arithmetic, format_answer, solve, style_shares, write_corpus
+from data.arithmetic import OPERATIONS, WORKED, Arithmetic, format_answer, solve
+from data.corpus import write_corpus
 
 LARGEST = 99        # every value in an attempt is from 0 to LARGEST
 TRY_RIGHT = 0.15    # probability that an attempt in somebody's working is a known solution
@@ -93,9 +93,14 @@ def attempts(numbers: tuple[int, ...]) -> list[Attempt]:
     """All ways to start from one number and add, subtract or multiply by the others, with values from 0 to LARGEST."""
     found = [((("", n, n),), numbers[:i] + numbers[i + 1:]) for i, n in enumerate(numbers)]  # (attempt, unused numbers)
     for _ in numbers[1:]:
-        found = [(attempt + ((sign, n, value),), unused[:i] + unused[i + 1:])
-                 for attempt, unused in found for i, n in enumerate(unused) for sign, apply in OPERATIONS.items()
-                 if 0 <= (value := apply(attempt[-1][2], n)) <= LARGEST]
+        longer = []
+        for attempt, unused in found:
+            for i, n in enumerate(unused):
+                for sign, apply in OPERATIONS.items():
+                    value = apply(attempt[-1][2], n)
+                    if 0 <= value <= LARGEST:
+                        longer.append((attempt + ((sign, n, value),), unused[:i] + unused[i + 1:]))
+        found = longer
     return [attempt for attempt, _ in found]
 
 
@@ -157,7 +162,9 @@ def write_working(rng: random.Random, problem: Problem, style: str) -> tuple[str
     texts = {}  # attempt -> its text
     while True:
         attempt = make_attempt(rng, problem, TRY_RIGHT)
-        texts[attempt] = write_steps(attempt) + f", {problem.target}?" * (style == "rechecked")
+        texts[attempt] = write_steps(attempt)
+        if style == "rechecked":
+            texts[attempt] += f", {problem.target}?"
         if style != "rechecked" or attempt[-1][2] == problem.target or len(texts) == MAX_TRIES:
             return ", wait, ".join(texts.values()), attempt
 
@@ -165,10 +172,9 @@ def write_working(rng: random.Random, problem: Problem, style: str) -> tuple[str
 @dataclass(frozen=True)
 class Countdown:
     """The task, with the members that class Arithmetic has. Raises ValueError if max_number is above LARGEST."""
-    max_number: int = 20       # largest number of a problem
-    worked_share: float = 1.0  # share of the authors who show working that are kept
-    wait_share: float = 1.0    # share of the authors who recheck that are kept
+    max_number: int = 20  # largest number of a problem
 
+    styles = STYLES                            # the share of each style in the forum
     held_out = {"test": 3, "hard": 4}          # the kinds of held-out problems, with how many numbers each has
     max_prompt_tokens = 2 + 4 * 2 + 3 + 3 + 2  # two speakers, four numbers of two digits, three spaces, " = ", target
     parse = staticmethod(parse)
@@ -178,11 +184,6 @@ class Countdown:
     def __post_init__(self):
         if self.max_number > LARGEST:
             raise ValueError(f"max_number must be at most {LARGEST} in countdown, and it is {self.max_number}")
-
-    @functools.cached_property
-    def styles(self) -> dict[str, float]:
-        """The share of each style in the forum."""
-        return style_shares(STYLES, self.worked_share, self.wait_share)
 
     def random_problem(self, rng: random.Random, n_numbers: int) -> Problem:
         """A random problem of either side of the split."""
@@ -235,4 +236,5 @@ class Countdown:
 
     def make_corpus(self, n_tokens: int, seed: int, heldout: bool = False) -> np.ndarray:
         """At least n_tokens token ids, uint16 (n,), in documents as in data/arithmetic.py."""
-        return write_corpus(self, n_tokens, f"countdown/corpus/{seed}" + "/heldout" * heldout)
+        name = f"countdown/corpus/{seed}"
+        return write_corpus(self, n_tokens, f"{name}/heldout" if heldout else name)

@@ -50,7 +50,8 @@ class Problem(arithmetic.Problem):
         """
         if len(answer) > 100:
             return normalize(answer)
-        if written := WRITTEN.fullmatch(answer):
+        written = WRITTEN.fullmatch(answer)
+        if written:
             answer = written[1] + written[2].replace(",", "") + (written[3] or "")
         return str(Fraction(answer)) if NUMBER.fullmatch(answer) else normalize(answer)
 
@@ -109,7 +110,7 @@ def path_of(text: str) -> str:
 class OwnProblems:
     """The problems of a file; everything else is the wrapped task's. A prompt has at most max_prompt_tokens tokens, an
     answer at most max_answer_tokens. The first `shots` training problems that have a solution become worked examples
-    (data/chat.py). Raises ValueError for a bad line, or if there are too few problems."""
+    (engine/pretrained/chat.py). Raises ValueError for a bad line, or if there are too few problems."""
 
     def __init__(self, task, path: str, max_prompt_tokens: int, max_answer_tokens: int, shots: int = 0):
         self.task, self.held_out, self.max_prompt_tokens = task, ("test",), max_prompt_tokens
@@ -201,5 +202,6 @@ class OwnCorpus:
             source = own if own_size <= size * self.share else others
             parts.append(source.pop())
             size += len(parts[-1])
-            own_size += len(parts[-1]) * (source is own)
+            if source is own:
+                own_size += len(parts[-1])
         return np.concatenate(parts)

@@ -30,13 +30,7 @@ END_OF_TEXT_ID = 256 + len(PIECES)
 
 @functools.cache
 def get_tokenizer(pieces: tuple[str, ...] = PIECES) -> tiktoken.Encoding:
-    """The Encoding: ids 0 to 255 are the bytes, then come the pieces, then end of text (its `eot_token`).
-
-    >>> get_tokenizer().n_vocab == END_OF_TEXT_ID + 1
-    True
-    >>> get_tokenizer().decode(get_tokenizer().encode_ordinary("naïve <|endoftext|> 日本"))
-    'naïve <|endoftext|> 日本'
-    """
+    """The Encoding: ids 0 to 255 are the bytes, then come the pieces, then end of text (its `eot_token`)."""
     ranks = {bytes([b]): b for b in range(256)} | {piece.encode(): 256 + i for i, piece in enumerate(pieces)}
     longest_first = sorted(pieces, key=len, reverse=True)
     pattern = "|".join(re.escape(piece) for piece in longest_first) + r"|[\s\S]"

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from data.arithmetic import Problem
-from data.bpe import Encoding, read_json
 from data.own import OwnProblems
 from data.tokenizer import END_OF_TEXT
+from engine.pretrained.bpe import Encoding, read_json
 
 # DeepSeek-R1 (arXiv 2501.12948v2), table 1, without the question.
 R1_ZERO = ("A conversation between User and Assistant. The User asks a question and the Assistant solves it. The "
@@ -30,7 +30,8 @@ SLOT = 0xE000  # the first of the characters that stand for texts; Unicode leave
 
 def read_template(folder: Path, tokenizer_config: dict) -> str | None:
     """The chat template, from its own file or from tokenizer_config.json; None if there is none."""
-    if (path := folder / "chat_template.jinja").exists():
+    path = folder / "chat_template.jinja"
+    if path.exists():
         return path.read_text(encoding="utf-8")
     template = tokenizer_config.get("chat_template")
     if isinstance(template, list):  # several, each with a name
@@ -74,7 +75,8 @@ class Pretrained:
         if self.template:  # also the token that the template puts after an answer
             text = fill_template(self.template, [{"role": "user", "content": "?"},
                                                  {"role": "assistant", "content": chr(SLOT)}], self.names)
-            if end := re.match(rf"\s*({self.encoding.special_pattern})", text.partition(chr(SLOT))[2]):
+            end = re.match(rf"\s*({self.encoding.special_pattern})", text.partition(chr(SLOT))[2])
+            if end:
                 self.stop_ids = tuple(dict.fromkeys([*self.stop_ids, self.encoding.specials[end[1]]]))
         if not self.stop_ids or not all(isinstance(i, int) and 0 <= i < self.encoding.n_tokens for i in self.stop_ids):
             raise ValueError(f"{folder}: eos_token_id {stop!r} names no token that ends an answer")
@@ -93,14 +95,17 @@ class Pretrained:
             if self.instruction:
                 messages.insert(0, {"role": "system", "content": slots[0]})
             text = fill_template(self.template, messages, self.names)
-            if any(text.count(slot) != 1 for slot in slots[not self.instruction:]):
+            used = slots if self.instruction else slots[1:]
+            if any(text.count(slot) != 1 for slot in used):
                 raise ValueError("the chat template leaves a text out, perhaps the --instruction, or repeats one")
             # Some templates begin the thought. Here the model does, as the rewards ask for both of its tags.
             text = re.sub(r"<think>\s*$", "", text)
         else:
             end = self.encoding.decode(self.stop_ids[:1])
             turns = [f"User: {q}\nAssistant: {a}{end}\n" for q, a in zip(slots[1::2], slots[2::2])]
-            start = self.encoding.prefix + f"{slots[0]}\n" * bool(self.instruction)
+            start = self.encoding.prefix
+            if self.instruction:
+                start += f"{slots[0]}\n"
             text = start + "".join(turns) + f"User: {slots[-1]}\nAssistant:"
         self.texts = [self.instruction, *texts]  # what takes the places of the slots, before the question
         self.prompt = re.split(f"({self.encoding.special_pattern})", text)  # at odd indices stand special tokens

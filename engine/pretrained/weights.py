@@ -1,16 +1,19 @@
 """The weights of a language model that somebody else trained, from a folder as transformers saves it.
 
-The folder holds config.json and *.safetensors. (data/bpe.py reads its tokenizer, data/chat.py its prompts.) The
+The folder holds config.json and *.safetensors. (bpe.py reads its tokenizer, chat.py its prompts.) The
 families are Llama (SmolLM2 is one), Qwen2 and Qwen3, whose blocks model.py computes. Anything else is refused, in a
 line that names the field. Files of pickles are never opened. Rows of the embedding after the last token are left out,
 so that what is sampled can always be decoded.
 """
+import dataclasses
+import math
 import re
 from pathlib import Path
 
 import torch
 
-from data.bpe import MALFORMED, read_json
+from data.own import path_of
+from engine.pretrained.bpe import MALFORMED, read_json
 from model import GPT, GPTConfig
 
 # What a fixed field must be if config.json has it.
@@ -57,7 +60,8 @@ def tensor_name(name: str) -> str:
     >>> tensor_name("blocks.3.q.weight"), tensor_name("embedding.weight")
     ('model.layers.3.self_attn.q_proj.weight', 'model.embed_tokens.weight')
     """
-    if found := re.fullmatch(r"blocks\.(\d+)\.(\w+)\.(\w+)", name):
+    found = re.fullmatch(r"blocks\.(\d+)\.(\w+)\.(\w+)", name)
+    if found:
         return f"model.layers.{found[1]}.{NAMES[found[2]]}.{found[3]}"
     return {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
             "output.weight": "lm_head.weight"}[name]
@@ -67,7 +71,8 @@ def copy_tensors(model: GPT, tensors: dict, config: dict, n_tokens: int) -> None
     """Fill the model's parameters. `tensors` maps the names in the files to what reads them. Raises ValueError for a
     tensor that is missing, left over, or of another shape or type."""
     for name, parameter in model.named_parameters():
-        if (theirs := tensor_name(name)) not in tensors:
+        theirs = tensor_name(name)
+        if theirs not in tensors:
             raise ValueError(f"tensor {theirs} is missing")
         tensor = tensors.pop(theirs).get_tensor(theirs)
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -82,6 +87,23 @@ def copy_tensors(model: GPT, tensors: dict, config: dict, n_tokens: int) -> None
         parameter.data.copy_(tensor)
     if tensors:
         raise ValueError(f"tensor {min(tensors)} has no place in this architecture")
+
+
+def make_model(config: GPTConfig, dtype: torch.dtype = torch.float32) -> GPT:
+    """A GPT with random weights. model.py knows nothing of rope_scaling; here it is done to its tables.
+
+    With rope_scaling (factor, low, high, context), Llama 3 stretches the slow frequencies for longer texts. Those that
+    turn less than `low` times in the `context` tokens of pretraining are divided by `factor`, those that turn more than
+    `high` times stay, and those in between are interpolated.
+    """
+    model = GPT(config, dtype)
+    if config.rope_scaling:
+        factor, low, high, context = config.rope_scaling
+        frequency = model.rotary_frequencies()
+        kept = ((context * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        angle = torch.outer(torch.arange(config.block_size), frequency * (kept + (1 - kept) / factor))
+        model.cos, model.sin = angle.cos(), angle.sin()
+    return model
 
 
 def load_model(folder: str | Path, n_tokens: int, block_size: int, dtype: torch.dtype = torch.float32) -> GPT:
@@ -102,8 +124,19 @@ def load_model(folder: str | Path, n_tokens: int, block_size: int, dtype: torch.
         shape = read_shape(config, "lm_head.weight" not in tensors, n_tokens, block_size)
         if shape.tied:
             tensors.pop("lm_head.weight", None)  # a copy of the embedding
-        model = GPT(shape, dtype)
+        model = make_model(shape, dtype)
         copy_tensors(model, tensors, config, n_tokens)
         return model
     except (*MALFORMED, SafetensorError, OSError) as error:
         raise ValueError(f"cannot load {folder}: {error or repr(error)}") from None
+
+
+def starting_model(cfg, n_tokens: int, student: bool, dtype: torch.dtype) -> GPT:
+    """The base of a run with --init, or the student's base: the model of --student_init, or the base with every second
+    layer left out."""
+    folder = cfg.student_init if student and cfg.student_init else cfg.init
+    model = load_model(path_of(folder), n_tokens, cfg.block_size, dtype)
+    if student and not cfg.student_init:
+        model.blocks = model.blocks[::2]
+        model.config = dataclasses.replace(model.config, n_layer=len(model.blocks))
+    return model

@@ -1,0 +1,138 @@
+"""The command line, and the walk over a program's table of stages."""
+import dataclasses
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from data.own import fingerprint, path_of
+from engine.arguments import Program, parse_args
+from engine.ask import ask, evaluate_file
+from engine.evaluation import evaluate_stage
+from engine.files import lock, write_file
+from engine.loop import Run, Stage
+from engine.machine import machine, settle, tune_libraries
+from engine.parallel import broadcast, end, init, rank
+from engine.pretrained.weights import load_model
+from engine.report import report
+from engine.settings import EVALUATION, change, check, names_of, shaped_by
+from engine.tasks import make_task
+from engine.terminal import UsageError
+
+
+def main(stages: dict[str, Stage], config: type, description: str, make_task: Callable = make_task) -> NoReturn:
+    """What a program ends with: run its command line, and end this process."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal may lack ± and ▁
+        stream.reconfigure(errors="replace")
+    program = Program(stages, config, description, make_task, Path(sys.argv[0]).name)
+    end(run_command(program, sys.argv[1:]))
+
+
+def run_command(program: Program, argv: list[str]) -> int:
+    """Run a command line -> exit code. A mistake of the user is one line on stderr, and exit code 2."""
+    try:
+        tune_libraries()
+        cfg, options = parse_args(program, argv)
+        out = Path(options.out or default_folder(program, cfg, options.preset))
+        if options.ask is not None:
+            print(ask(program, out, options.ask, options.samples, options.temperature))
+        elif options.evaluate is not None:
+            print(evaluate_file(program, out, options.evaluate))
+        else:
+            init(cfg.device)
+            if rank():
+                sys.stdout = open(os.devnull, "w", encoding="utf-8")
+            prepared = None if rank() else prepare(program, cfg, out)  # rank 0 reads the files for all
+            with lock(out):
+                opened = None if rank() else open_run(program, *prepared, out)
+                train(program, Run(*broadcast(opened), program.stages), options.stage or "")
+        return 0
+    except (UsageError, OSError) as error:
+        print(f"{program.name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{program.name}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def default_folder(program: Program, cfg, preset: str | None) -> Path:
+    """out/ for train.py, out/r1 for r1.py; in it a folder for a preset or a pretrained model."""
+    out = Path("out") if program.name == "train.py" else Path("out", Path(program.name).stem)
+    return out / (preset or Path(path_of(cfg.init)).name)
+
+
+def prepare(program: Program, cfg, out: Path) -> tuple:
+    """Check the settings and the files that they name -> (the settings, the task). Raises UsageError."""
+    try:
+        check(cfg)
+        task = program.make_task(cfg)
+        for key in ("init", "student_init"):  # what cannot be loaded is refused before any work
+            shaped = [name for name in program.stages if key in shaped_by(program.stages, name)]
+            if getattr(cfg, key) and not any((out / f"{name}.pt").exists() for name in shaped):
+                load_model(path_of(getattr(cfg, key)), task.encoding.n_tokens, cfg.block_size)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    # a fingerprint is the path and a checksum of the file, so that a changed file is noticed
+    files = {key: fingerprint(path_of(getattr(cfg, key))) for key in ("problems", "corpus", "init", "student_init")}
+    return dataclasses.replace(cfg, **files), task
+
+
+def open_run(program: Program, cfg, task, out: Path) -> tuple:
+    """Begin a run, or go on with the one in `out` -> (its settings, the task, out, its results). Raises UsageError if
+    the one in `out` was made with other settings."""
+    path, results = out / "results.json", {"config": {}, "seconds": {}, "models": {}}
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else results
+        results = {key: dict(stored[key]) for key in results}
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{path} is not a nanoR1 run's: use another --out") from None
+    run = Run(settle(cfg, results["config"]), task, out, results, program.stages)
+    for name in program.stages:
+        if run.path(name).exists():
+            run.checkpoint(name)
+    changed = change(run.cfg, results["config"], names_of(EVALUATION))
+    if results["models"] and changed:
+        print(f"the models were evaluated with {changed}: they are evaluated again")
+        results["models"] = {}
+    results["config"] = dataclasses.asdict(run.cfg)
+    run.save_results()
+    return run.cfg, task, out, results
+
+
+def train(program: Program, run: Run, chosen: str) -> None:
+    """Train the stages whose names begin with `chosen` and that are not finished, evaluate each finished stage that has
+    no figures yet, then report. Raises UsageError if a stage ends without its checkpoint."""
+    torch.set_num_threads(run.cfg.threads)
+    for note in run.task.notes:  # what was read of your own files, and what was left out
+        print(note)
+    wanted = [name for name in run.stages if name.startswith(chosen)]
+    for name, stage in run.stages.items():
+        if name in wanted and not run.path(name).exists():
+            run.results["models"].pop(name, None)  # the figures of a checkpoint that was removed
+            run.save_results()
+            run.stage, run.began = name, time.perf_counter()
+            spent = sum(run.results["seconds"].values()) / 60
+            print(f"\n{name}: stage {wanted.index(name) + 1} of {len(wanted)}, {spent:.1f} minutes so far; "
+                  f"{machine(run.cfg)}", flush=True)
+            stage.train(run, *map(run.load_model, stage.starts))
+            if not run.path(name).exists() and not rank():
+                raise UsageError(f"{name} ended before the last step of run.steps, so {run.path(name)} was not written")
+            gc.collect()  # compiled models refer to themselves, and would stay in memory for a while
+        if run.path(name).exists() and name not in run.results["models"]:
+            evaluate_stage(run, name)
+    text = report(run)
+    write_file(run.out / "report.md", (text + "\n").encode())
+    problem = run.task.heldout_problems(2, [*run.task.held_out][0], run.cfg.seed)[0]
+    print(f"""\n{text}
+
+{run.out}/ holds the models, report.md, log.jsonl and samples.jsonl. Try next:
+    python {program.name} --out={run.out} --ask="{problem.question}"
+    python experiments/samples.py --out={run.out}   # how zero's answers changed
+    docs/walkthrough.ipynb                   # the recipe, step by step
+    docs/own.md                              # problems and rewards of your own""")

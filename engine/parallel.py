@@ -1,0 +1,93 @@
+"""Data parallelism: several ranks hold the same weights, and each computes its own part of every batch.
+
+    torchrun --standalone --nproc_per_node=2 train.py
+
+A rank is one process, numbered from 0; world_size is their number. Each rank samples answers to its own problems from
+its own seed, and no rollout is gathered. The ranks exchange only sums: the gradients (Optimizer.step), the metrics of a
+step, and the counts of an evaluation. Rank 0 writes the files. Without torchrun there is one rank, and no function here
+does anything. Names are those of torch.distributed.
+"""
+import os
+import sys
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engine.terminal import UsageError
+
+PARENT = os.getppid()  # of a rank, the torchrun that started it
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes the run has."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def init(device: str) -> None:
+    """Meet the other ranks, if torchrun started this process. Raises UsageError if the machine has a GPU, but not one
+    for each rank: nccl does not let two ranks share one."""
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
+        n_ranks, n_gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if device in ("auto", "cuda") and 0 < n_gpus < n_ranks:
+            raise UsageError(f"{n_ranks} processes need {n_ranks} GPUs, and torch sees {n_gpus}: start fewer, or take "
+                             "--device=cpu")
+        if int(os.environ["LOCAL_RANK"]) < n_gpus:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+
+def check_launcher() -> None:
+    """Raises RuntimeError if torchrun is gone. After SIGKILL it cannot end its ranks, and they would train on."""
+    if world_size() > 1 and os.getppid() != PARENT:
+        raise RuntimeError("torchrun has ended, and so does this rank")
+
+
+def all_reduce(x: Tensor) -> Tensor:
+    """The sum over all ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def barrier() -> None:
+    """Wait until all ranks have come here."""
+    all_reduce(torch.zeros(1))
+
+
+def broadcast(value):
+    """Rank 0's value, on every rank."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def sums_over_ranks(values: dict[str, tuple]) -> dict[str, tuple[float, float]]:
+    """The pairs of numbers of all ranks, added up by name. A rank may lack a name: what it had nothing of."""
+    mine = {name: (float(total), float(count)) for name, (total, count) in values.items()}
+    if world_size() == 1:
+        return mine
+    gathered: list = [None] * world_size()
+    dist.all_gather_object(gathered, mine)
+    names = dict.fromkeys(name for found in gathered for name in found)
+    return {name: tuple(sum(found.get(name, (0.0, 0.0))[i] for found in gathered) for i in range(2)) for name in names}
+
+
+def end(code: int) -> NoReturn:
+    """End this process with an exit code.
+
+    subtle: a rank leaves without winding Python up. gloo's threads free what was exchanged last a little later, and
+    need Python's lock for it. If the interpreter winds up meanwhile, C++ aborts the process.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if dist.is_initialized():
+        os._exit(code)
+    sys.exit(code)
