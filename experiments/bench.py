@@ -18,7 +18,8 @@ downloaded, and nothing is written outside a temporary folder. What is compared:
     grpo       32 prompts x 16 samples x 48 tokens, a reward, group advantages, the token-level loss with a KL penalty
                (k3), one AdamW update: grpo_step and a step of GRPOTrainer.train()
     distill    512 completions of 48 tokens sampled from the teacher, forward KL, one AdamW update: distill_step and a
-               step of GKDTrainer.train() with seq_kd (lmbda 0, beta 0). "Update alone" is given the completions
+               step of GKDTrainer.train() with seq_kd (lmbda 0, beta 0). "Update alone" is given the completions, which
+               our side still decodes and scores
 
 How it is measured
 1. Each side of each case is a process of its own, so that neither shares the other's memory, allocator or caches. The
@@ -29,7 +30,8 @@ How it is measured
    of attention and micro-batch (training; in sampling "sdpa" is always the quicker). In training both keep float32
    weights; in sampling the peer has bfloat16 weights, as is usual there. The compiled peer has rows of its own, in
    pretraining and at two sizes of sampling: by default generate compiles on GPUs only. TRL's trainers, whose model also
-   generates, are not compiled. Another checkout (--beside) takes the settings that are the quickest for us.
+   generates, are not compiled. Another checkout (--beside) runs its side by its own experiments/bench.py, with the
+   settings that are the quickest for us.
 3. Our processes set up torch's libraries as train.py does. The peers' processes leave them as they are.
 4. A trainer's step lasts from the end of the step before to its own end, so that its loading, callbacks and metrics
    count, as the metrics of grpo_step do.
@@ -47,6 +49,7 @@ import multiprocessing
 import os
 import platform
 import resource
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -68,10 +71,15 @@ import torch.nn.functional as F
 
 from data.arithmetic import Arithmetic
 from data.tokenizer import get_tokenizer
-from distill import distill_loss, distill_step
+from distill import distill_step
+from engine.arguments import Parser, number
+from engine.machine import tune_libraries
+from engine.optimizer import Optimizer
+from engine.speed.fast import frozen, make_fast
+from engine.terminal import UsageError
 from grpo import grpo_step
-from model import GPT, GPTConfig, Optimizer, generate
-from run import Config, Parser, UsageError, compiled, number, tune_libraries
+from model import GPT, GPTConfig
+from train import Config, next_token_loss
 
 CFG, ENCODING = Config(micro_batch=65_536 if torch.cuda.is_available() else 4_096), get_tokenizer()
 VOCAB = ENCODING.n_vocab
@@ -160,73 +168,69 @@ def our_reward(completion: str, problem) -> dict[str, float]:
     return {"reward": odd_characters(completion), "accuracy": 1.0}  # distill_step keeps every completion
 
 
-def gpt(config: GPTConfig, option: dict) -> GPT:
-    """Our model, of random weights."""
-    return GPT(config, getattr(torch, option["dtype"])).to(option["device"])
-
-
-def ready(config: GPTConfig, option: dict, **passes: bool) -> GPT:
-    """Our model, with these passes compiled if the option says so."""
+def settings(option: dict, **changes) -> Config:
+    """The settings of a run on the option's device, compiled if the option says so."""
     compile = "on" if option["compile"] == "compiled" else "off"
-    return compiled(gpt(config, option), dataclasses.replace(CFG, device=option["device"], compile=compile), **passes)
+    return dataclasses.replace(CFG, device=option["device"], compile=compile, **changes)
+
+
+def quick_model(shape: GPTConfig, option: dict, cfg: Config, **passes: bool) -> GPT:
+    """Our model with random weights, made quick as a run does it."""
+    model = GPT(shape, getattr(torch, option["dtype"])).to(option["device"])
+    return make_fast(model, cfg, **passes)
 
 
 def our_sampling(option: dict, turns: Turns, shape: GPTConfig, rows: int, new: int) -> None:
-    model = ready(dataclasses.replace(shape, block_size=PROMPT + new), option, sampling=True)
+    shape = dataclasses.replace(shape, block_size=PROMPT + new)
+    model = quick_model(shape, option, settings(option), sampling=True)
 
     def step():
-        completions = generate(model, prompt_ids(rows // 8), new, eos_id=-1, samples=8)
+        completions, _ = model.generate(prompt_ids(rows // 8), new, stop_ids=Endless.stop_ids, samples=8)
         assert len(completions) == rows and {len(c) for c in completions} == {new}, "every row must run to its end"
 
     turns.take(step)
 
 
 def our_pretraining(option: dict, turns: Turns) -> None:
-    model, idx = ready(TEACHER, option, training=True), torch.randint(VOCAB, (B, T + 1), device=option["device"])
+    model = quick_model(TEACHER, option, settings(option), training=True)
     optimizer = Optimizer(model, CFG.base_adam_lr, CFG.base_muon_lr)
+    idx = torch.randint(VOCAB, (B, T + 1), device=option["device"])
 
     def step():
-        F.cross_entropy(model(idx[:, :-1]).float().flatten(0, 1), idx[:, 1:].flatten()).backward()
+        next_token_loss(model, idx).mean().backward()
         optimizer.step()
 
     turns.take(step)
 
 
 def our_grpo(option: dict, turns: Turns) -> None:
-    policy, reference = ready(TEACHER, option, training=True, sampling=True), ready(TEACHER, option, training=True)
-    reference.load_state_dict(policy.state_dict())
-    optimizer = Optimizer(policy, CFG.rl_lr)
-    cfg = dataclasses.replace(CFG, rl_samples=G, rl_max_new_tokens=NEW, rl_minibatches=1, kl_coef=KL)
+    cfg = settings(option, rl_samples=G, rl_max_new_tokens=NEW, rl_minibatches=1, kl_coef=KL)
+    policy = quick_model(TEACHER, option, cfg, training=True, sampling=True)
+    reference, optimizer = frozen(policy, cfg), Optimizer(policy, cfg.rl_lr)
 
     def step():
         metrics, _ = grpo_step(policy, reference, optimizer, problems(P), our_reward, Endless(), cfg)
-        assert metrics["no_signal"] == 0 and metrics["length"] == NEW, "every row must be whole, and teach something"
+        found = metrics.means()
+        assert found["no_signal"] == 0 and found["length"] == NEW, "every row must be whole, and teach something"
 
     turns.take(step)
 
 
 def our_distillation(option: dict, turns: Turns, sampling: bool) -> None:
-    student, teacher = ready(STUDENT, option, training=True), ready(TEACHER, option, training=True, sampling=sampling)
-    optimizer, given = Optimizer(student, CFG.distill_adam_lr), given_rows()
-    cfg = dataclasses.replace(CFG, rl_max_new_tokens=NEW, distill_minibatches=1, distill_epochs=1,
-                              distill_temperature=1.0)
+    cfg = settings(option, rl_max_new_tokens=NEW, distill_minibatches=1, distill_epochs=1, distill_temperature=1.0)
+    student = quick_model(STUDENT, option, cfg, training=True)
+    teacher = quick_model(TEACHER, option, cfg, training=True, sampling=sampling)
+    optimizer = Optimizer(student, cfg.distill_adam_lr)
+    if not sampling:
+        completions, logp = [row[PROMPT:] for row in given_rows()], [[0.0] * NEW] * N
+        teacher.generate = lambda *_, **__: (completions, logp)
 
-    def sample_and_update():
+    def step():
         metrics = distill_step(student, teacher, optimizer, problems(N), our_reward, Endless(), cfg)
-        assert metrics["accepted"] == 1 and metrics["length"] == NEW, "every row must be whole, and kept"
+        found = metrics.means()
+        assert found["accepted"] == 1 and found["length"] == NEW, "every row must be whole, and kept"
 
-    def update():  # as distill_step does it
-        micro = CFG.micro_batch // (PROMPT + NEW)
-        for at in range(0, N, micro):
-            idx = torch.tensor(given[at:at + micro], device=option["device"])  # (n, PROMPT + NEW)
-            mask = (torch.arange(1, PROMPT + NEW, device=idx.device) >= PROMPT).expand(len(idx), -1)
-            with torch.no_grad():
-                teacher_logits = teacher(idx[:, :-1])
-            distill_loss(student(idx[:, :-1]), teacher_logits, mask, divergence="forward",
-                         denominator=N * NEW).backward()
-        optimizer.step()
-
-    turns.take(sample_and_update if sampling else update)
+    turns.take(step)
 
 
 # The peer's side
@@ -238,9 +242,9 @@ def llama(config: GPTConfig, attention: str = "sdpa"):
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=config.vocab_size, max_position_embeddings=config.block_size, num_hidden_layers=config.n_layer,
         num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head, hidden_size=config.n_embd,
-        intermediate_size=config.n_hidden, rms_norm_eps=1e-5, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
-        attn_implementation=attention))
-    assert sum(p.numel() for p in model.parameters()) == GPT(config).n_params(), "both sides must have one size"
+        intermediate_size=config.n_hidden, rms_norm_eps=1e-5, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=None, attn_implementation=attention))
+    assert sum(p.numel() for p in model.parameters()) == n_params(config), "both sides must have one size"
     return model
 
 
@@ -357,11 +361,19 @@ class Case:
     steps: int = 1                            # in a turn, so that a turn lasts long enough to be timed
 
 
+def n_params(config: GPTConfig) -> int:
+    """GPT(config).n_params(), without a model, whose memory would count in the peak of each process."""
+    C, D = config.n_embd, config.head_size
+    attention = 2 * C * (config.n_head + config.n_kv_head) * D
+    layer = attention + 3 * C * config.n_hidden + 2 * C  # the last are the gains of two norms
+    return config.vocab_size * C + config.n_layer * layer + C
+
+
 def forward_flops(config: GPTConfig, tokens: int, context: float) -> float:
     """The FLOPs of a forward pass: 2 for each parameter and token (the embedding is also the output matrix), and 2 for
     each multiplication of the two attention products, whose tokens see `context` others on average. A training pass
     takes three times as many."""
-    return tokens * (2 * GPT(config).n_params() + 4 * config.n_layer * config.n_head * config.head_size * context)
+    return tokens * (2 * n_params(config) + 4 * config.n_layer * config.n_head * config.head_size * context)
 
 
 ATTENTION = [dict(attention="sdpa"), dict(attention="eager")]
@@ -371,7 +383,7 @@ COMPILE = [dict(compile="not compiled"), dict(compile="compiled")]
 def sampling_case(rows: int, new: int, caches: tuple[str, ...] = ("growing cache", "static cache"),
                   shape: GPTConfig = TEACHER) -> Case:
     size, tokens = dict(shape=shape, rows=rows, new=new), rows * new
-    # on a CPU a deep model's sampling is never compiled: see `compiled` in run.py
+    # on a CPU a deep model's sampling is never compiled: see DEEP in engine/speed/fast.py
     group, options, steps = (("sampling", COMPILE, max(1, 8_192 // tokens)) if shape == TEACHER
                              else ("real", COMPILE[:1], 1))
     return Case(group, partial(our_sampling, **size), partial(peer_sampling, **size), options,
@@ -576,8 +588,9 @@ def main(argv: list[str]) -> int:
         return 2
     packages = ("torch", "numpy") + (() if flags["beside"] else ("transformers", "trl"))
     versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
+    given = [f"--{key}={value}" for key, value in flags.items() if value]
     print(f"\n{', '.join(versions)}; {machine(flags['device'])}, {torch.get_num_threads()} threads\n"
-          + " ".join(["python experiments/bench.py"] + [f"--{key}={value}" for key, value in flags.items() if value]))
+          + shlex.join(["python", "experiments/bench.py", *given]))
     return 0
 
 

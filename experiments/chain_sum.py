@@ -18,7 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.arithmetic import STYLES, Problem, write_answer
-from run import UsageError, write_file
+from engine.files import write_file
+from engine.terminal import UsageError
 
 PROBLEMS, TESTED, THREADS = 20_000, 1_000, 60_000
 

@@ -20,13 +20,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.bpe import byte_letters
-from data.chat import Pretrained
 from data.own import path_of
-from data.pretrained import tensor_name
 from data.tokenizer import END_OF_TEXT, PIECES, get_tokenizer
+from engine.files import load_checkpoint
+from engine.pretrained.bpe import byte_letters
+from engine.pretrained.chat import Pretrained
+from engine.pretrained.weights import tensor_name
+from engine.terminal import UsageError
 from model import GPTConfig
-from run import UsageError, load_checkpoint
 
 TEMPLATE = ("{% for message in messages %}{% if message['role'] == 'user' %}User: {{ message['content'] }}\nAssistant: "
             "{% else %}{{ message['content'] }}" + END_OF_TEXT + "{% endif %}{% endfor %}")

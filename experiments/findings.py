@@ -4,10 +4,11 @@
     python experiments/findings.py --only=7    one row
     python experiments/findings.py --jobs=4    so many trainings at a time (default: one for each core, of one thread)
 
-A cell is a run of train.py with some flags and a seed. If it shares its first stages with another cell, it starts from
-that cell's checkpoints. What the rows (rows.py) need of a cell is kept in experiments/results/CELL-SEED.json, with the
-settings that shaped it. A cell is run again if these settings have changed. The page is written from the files alone.
-Checkpoints and logs go to out/findings/, where an interrupted run goes on. There is no training loop in this file.
+A cell is a run of train.py, controls.py or r1.py with some flags and a seed. If it shares its first stages with another
+cell, it starts from that cell's checkpoints. What the rows (rows.py) need of a cell is kept in
+experiments/results/CELL-SEED.json, with the settings that shaped it. A cell is run again if these settings or its
+controls have changed. The page is written from the files alone. Checkpoints and logs go to out/findings/, where an
+interrupted run goes on. There is no training loop in this file.
 """
 import argparse
 import json
@@ -19,102 +20,147 @@ import sys
 import textwrap
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, OUT, PAGE = (ROOT / name for name in ("experiments/results", "out/findings", "experiments/findings.md"))
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
-from r1 import PIPELINE  # noqa: E402
+import r1  # noqa: E402
+from controls import CONTROLS  # noqa: E402
+from engine.arguments import Parser, Program, number, parse_args  # noqa: E402
+from engine.files import write_file  # noqa: E402
+from engine.settings import EVALUATION, names_of, settings_of, shaped_by  # noqa: E402
+from engine.tasks import make_task  # noqa: E402
+from engine.terminal import UsageError  # noqa: E402
 from rows import ROWS, Known, table  # noqa: E402
-from run import (BASE, DEPENDS, DEV1, DEV2, DEV3, EVALUATION, FIELDS, R1, STUDENT, STUDENT_BASE,  # noqa: E402
-                 STUDENT_SFT, ZERO, Config, Parser, UsageError, change, number, parse_args, shaped_by, write_file)
+from train import STAGES, Config  # noqa: E402
 
 SEEDS = (0, 1, 2)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A run of train.py, or r1.py, for each seed."""
-    trains: tuple[str, ...]         # the models that it makes
-    flags: str = ""                 # what differs from train.py's defaults
+    """A run for each seed."""
+    trains: tuple[str, ...]         # the models that it makes, by the names that rows.py has for them
+    flags: str = ""                 # what differs from the defaults
     start: str | None = None        # the cell whose checkpoints it starts from
+    controls: dict[str, str] = field(default_factory=dict)  # which of the models are controls: its name -> the control
     measures: tuple[str, ...] = ()  # functions of measures.py, which measure what train.py does not
-    program: str = "train.py"       # or r1.py
+    is_r1: bool = False             # a run of r1.py
 
-    def starts_from(self) -> list[str]:
-        """The models that its first stage starts from."""
-        return (DEPENDS if self.program == "train.py" else {name: models for name, (_, models) in PIPELINE.items()})[
-            self.trains[0]]
+    def table(self) -> dict:
+        """The stages of its programs."""
+        return r1.STAGES if self.is_r1 else STAGES | CONTROLS
+
+    def config(self) -> type:
+        """The settings of its programs."""
+        return r1.Config if self.is_r1 else Config
 
     def stages(self) -> list[str]:
-        """The --stage flags to run the program with, one after the other. An empty flag runs all stages."""
-        if self.program == "r1.py":
-            return [f"--stage={self.trains[0]}"] if self.start else [""]
-        stages = [stage for stage in (BASE, ZERO, STUDENT) if any(name.startswith(stage) for name in self.trains)]
-        return [""] if len(stages) == 3 else [f"--stage={stage}" for stage in stages]
+        """The stages that make its models."""
+        return [self.controls.get(model, model) for model in self.trains]
+
+    def commands(self) -> list[list[str]]:
+        """The programs that make its models, each with its stage or control. zero_no_wait makes base_no_wait first."""
+        if self.is_r1:
+            return [["r1.py", f"--stage={self.trains[0]}"] if self.start else ["r1.py"]]
+        own = [stage for stage in self.stages() if stage in STAGES]
+        others = [stage for stage in self.stages() if stage in CONTROLS]
+        made = [start for stage in others for start in CONTROLS[stage].starts]
+        commands = [["train.py"]] if own == list(STAGES) else [["train.py", f"--stage={stage}"] for stage in own]
+        return commands + [["experiments/controls.py", stage] for stage in others if stage not in made]
 
 
 NO_KL = "--kl_coef=0"
 COUNTDOWN = f"{NO_KL} --task=countdown --max_number=10 --rl_max_new_tokens=104 --rl_steps=120"
 HALF = f"{NO_KL} --rl_steps=100"
 # The student learns once from each sample: 960 updates on 61,440 samples. The default is 1,200 updates on 25,600.
-ONE_PASS = f"{NO_KL} --distill_longer=False --distill_steps=120 --distill_epochs=1"
+ONE_PASS = f"{NO_KL} --distill_steps=120 --distill_epochs=1"
+SHORT = {"student": "student_short"}
+ALL = {"zero": "all_completions"}
 CELLS = {
     # rows 6, 9 and 10
-    "default": Cell(("base", "zero", "student_base", "student", "student_rl"), "--student_rl=True",
+    "default": Cell(("base", "zero", "student_base", "student", "student_rl"),
                     measures=("distributions", "divergence")),
-    "short problems": Cell(("student", "student_rl"), "--student_rl=True --distill_longer=False", "default"),
-    "all completions": Cell(("zero",), "--skip_no_signal=False", "default", measures=("divergence",)),
+    "short problems": Cell(("student", "student_rl"), "", "default", SHORT | {"student_rl": "student_rl_short"}),
+    "all completions": Cell(("zero",), "", "default", ALL, measures=("divergence",)),
     # rows 1 to 9
-    "no KL": Cell(("base", "zero", "student_base", "student"), ONE_PASS,
+    "no KL": Cell(("base", "zero", "student_base", "student"), ONE_PASS, controls=SHORT,
                   measures=("conditional", "operations", "many_samples", "signal", "reflections")),
     # row 1
-    "shuffled rewards": Cell(("zero",), f"{NO_KL} --shuffle_rewards=True", "no KL"),
-    "format alone": Cell(("zero",), f"{NO_KL} --accuracy_weight=0", "no KL"),
+    "shuffled rewards": Cell(("zero",), NO_KL, "no KL", {"zero": "shuffled"}),
+    "format alone": Cell(("zero",), NO_KL, "no KL", {"zero": "format_alone"}),
     # rows 3 and 9
     "half the steps": Cell(("zero",), HALF, "no KL"),
     "no std": Cell(("zero",), f"{HALF} --scale=none", "no KL"),
-    "KL 0.01": Cell(("zero",), "--rl_steps=100 --kl_coef=0.01 --skip_no_signal=False", "no KL"),
-    "KL 0.1": Cell(("zero",), "--rl_steps=100 --kl_coef=0.1 --skip_no_signal=False", "no KL"),
+    "KL 0.01": Cell(("zero",), "--rl_steps=100 --kl_coef=0.01", "no KL", ALL),
+    "KL 0.1": Cell(("zero",), "--rl_steps=100 --kl_coef=0.1", "no KL", ALL),
     "clip higher": Cell(("zero",), f"{HALF} --clip_high=0.28", "no KL"),
     "sequence": Cell(("zero",), f"{HALF} --normalize=sequence", "no KL"),
     "constant": Cell(("zero",), f"{HALF} --normalize=constant", "no KL"),
     "G 4": Cell(("zero",), f"{HALF} --rl_prompts=128 --rl_samples=4", "no KL"),
     "G 16": Cell(("zero",), f"{HALF} --rl_prompts=32 --rl_samples=16", "no KL"),
     "G 32": Cell(("zero",), f"{HALF} --rl_prompts=16 --rl_samples=32", "no KL"),
-    "batch baseline": Cell(("zero",), f"{HALF} --baseline=batch", "no KL"),
+    "batch baseline": Cell(("zero",), HALF, "no KL", {"zero": "batch_baseline"}),
     # row 4
     "countdown": Cell(("base", "zero"), COUNTDOWN, measures=("reflections",)),
-    "countdown, no wait": Cell(("base", "zero"), f"{COUNTDOWN} --wait_share=0", measures=("reflections",)),
+    "countdown, no wait": Cell(("base", "zero"), COUNTDOWN, None, {"base": "base_no_wait", "zero": "zero_no_wait"},
+                               measures=("reflections",)),
     # row 6
-    "sft": Cell(("student",), f"{ONE_PASS} --divergence=sft", "no KL"),
-    "reverse": Cell(("student",), f"{ONE_PASS} --divergence=reverse", "no KL"),
-    "jsd": Cell(("student",), f"{ONE_PASS} --divergence=jsd", "no KL"),
-    "on policy": Cell(("student",), f"{ONE_PASS} --on_policy=True", "no KL"),
+    "sft": Cell(("student",), f"{ONE_PASS} --divergence=sft", "no KL", SHORT),
+    "reverse": Cell(("student",), f"{ONE_PASS} --divergence=reverse", "no KL", SHORT),
+    "jsd": Cell(("student",), f"{ONE_PASS} --divergence=jsd", "no KL", SHORT),
+    "on policy": Cell(("student",), f"{ONE_PASS} --on_policy=True", "no KL", SHORT),
     # row 7
     "tokens 1/4": Cell(("base", "zero"), f"{NO_KL} --base_tokens=1625000", measures=("signal",)),
     "tokens 1/2": Cell(("base", "zero"), f"{NO_KL} --base_tokens=3250000", measures=("signal",)),
-    "worked 0": Cell(("base", "zero"), f"{NO_KL} --worked_share=0", measures=("signal",)),
-    "worked 1/2": Cell(("base", "zero"), f"{NO_KL} --worked_share=0.5", measures=("signal",)),
+    "worked 0": Cell(("base", "zero"), NO_KL, None, {"base": "base_no_working", "zero": "zero_no_working"},
+                     measures=("signal",)),
+    "worked 1/2": Cell(("base", "zero"), NO_KL, None, {"base": "base_half_working", "zero": "zero_half_working"},
+                       measures=("signal",)),
     # row 11
-    "R1": Cell((BASE, ZERO, DEV1, DEV2, DEV3, R1, STUDENT_BASE, STUDENT, STUDENT_SFT), "--task=bilingual",
-               program="r1.py"),
-    "no cold start": Cell((DEV2,), "--task=bilingual --cold_start=False", "R1", program="r1.py"),
-    "language 0": Cell((DEV2,), "--task=bilingual --language_weight=0", "R1", program="r1.py"),
-    "language 1/4": Cell((DEV2,), "--task=bilingual --language_weight=0.25", "R1", program="r1.py"),
+    "R1": Cell(("base", "zero", "dev1", "dev2", "dev3", "r1", "student_base", "student", "student_sft"),
+               "--task=bilingual", is_r1=True),
+    "no cold start": Cell(("dev2",), "--task=bilingual --cold_start=False", "R1", is_r1=True),
+    "language 0": Cell(("dev2",), "--task=bilingual --language_weight=0", "R1", is_r1=True),
+    "language 1/4": Cell(("dev2",), "--task=bilingual --language_weight=0.25", "R1", is_r1=True),
 }
+
+# Some stored results are of a program in which the controls were settings. Their files name no controls. For each such
+# setting: its value in train.py's stages, a setting that shapes the same stages, and its values in the controls.
+GONE = {
+    "shuffle_rewards": (False, "scale", {"shuffled": True}),
+    "accuracy_weight": (1.0, "scale", {"format_alone": 0.0}),  # still a setting, but not the control's
+    "baseline":        ("group", "scale", {"batch_baseline": "batch"}),
+    "skip_no_signal":  (True, "scale", {"all_completions": False}),
+    "worked_share":    (1.0, "corpus", {"base_no_working": 0.0, "base_half_working": 0.5}),
+    "wait_share":      (1.0, "corpus", {"base_no_wait": 0.0}),
+    "distill_longer":  (True, "distill_steps", {"student_short": False, "student_rl_short": False}),
+}
+# The values in a file that does not hold the setting, because it is older.
+BEFORE = {"skip_no_signal": False, "distill_longer": False, "distill_epochs": 1}
 
 
 # Running the cells
 
 
 def settings(cell: Cell) -> dict:
-    """The fields that shape a cell's models and their evaluation, but for the seed."""
-    cfg, _ = parse_args(cell.flags.split())
-    names = {name for stage in (*cell.trains, EVALUATION) for name in shaped_by(stage)} - {"seed"}
-    return {name: getattr(cfg, name) for name in FIELDS if name in names}
+    """The settings that shape a cell's models and their evaluation, but for the seed."""
+    cfg, _ = parse_args(Program(cell.table(), cell.config(), "", make_task, "findings.py"), cell.flags.split())
+    names = {name for stage in cell.stages() for name in shaped_by(cell.table(), stage)} | {*names_of(EVALUATION)}
+    return {name: getattr(cfg, name) for name in settings_of(cell.config()) if name in names and name != "seed"}
+
+
+def old_settings(cell: Cell) -> dict:
+    """The same for a program in which the controls were settings."""
+    found = settings(cell)
+    for name, (value, neighbour, in_controls) in GONE.items():
+        if neighbour in found:
+            found.setdefault(name, value)
+            found |= {name: in_controls[stage] for stage in cell.stages() if stage in in_controls}
+    return found
 
 
 def slug(name: str) -> str:
@@ -128,42 +174,42 @@ def slug(name: str) -> str:
 
 def folder(name: str, seed: int) -> Path:
     """Where a cell's run writes. Other settings have another folder."""
-    key = json.dumps(settings(CELLS[name]), sort_keys=True)
+    key = json.dumps([settings(CELLS[name]), CELLS[name].controls], sort_keys=True)
     return OUT / f"{slug(name)}-{seed}-{zlib.crc32(key.encode()):08x}"
 
 
 def stored(name: str, seed: int) -> dict | None:
-    """What is known of a cell; None if it was not run, not measured in full, or run with other settings than now.
-
-    A field that the file does not hold stands for its value "absent" in run.py. What the file holds of fields that no
-    longer exist is ignored.
-    """
+    """What is known of a cell; None if it was not run, not measured in full, or run with other settings or controls. A
+    setting that the file does not hold had the value in BEFORE, or else its default."""
     path = RESULTS / f"{slug(name)}-{seed}.json"
     if not path.exists():
         return None
     found, cell = json.loads(path.read_text()), CELLS[name]
-    cfg, _ = parse_args(cell.flags.split())
-    changed = any(change(cfg, found["settings"], stage) for stage in (*cell.trains, EVALUATION))
+    defaults = {key: setting.default for key, setting in settings_of(cell.config()).items()}
+    defaults |= {key: value for key, (value, _, _) in GONE.items()} | BEFORE
+    now = settings(cell) if "controls" in found else old_settings(cell)
+    same = all(found["settings"].get(key, defaults[key]) == value for key, value in now.items())
+    same = same and found.get("controls", cell.controls) == cell.controls
     complete = set(found["models"]) >= set(cell.trains) and set(found["measures"]) >= set(cell.measures)
-    return found if complete and not changed else None
+    return found if complete and same else None
 
 
 def train(name: str, seed: int, threads: int) -> None:
-    """Have the program make a cell's models, from the checkpoints of its start. Raises UsageError if that fails."""
+    """Have the programs make a cell's models, from the checkpoints of its start. Raises UsageError if that fails."""
     cell, out = CELLS[name], folder(name, seed)
     out.mkdir(parents=True, exist_ok=True)
     flags = [f"--seed={seed}", f"--threads={threads}", f"--out={out}", *cell.flags.split()]
     if cell.start:
         parent = folder(cell.start, seed)
-        for needed in cell.starts_from():
+        for needed in cell.table()[cell.stages()[0]].starts:
             if not (out / f"{needed}.pt").exists():
                 shutil.copy(parent / f"{needed}.pt", out / "copying")
                 os.replace(out / "copying", out / f"{needed}.pt")
-    for stage in cell.stages():
+    for program, *argument in cell.commands():
         with open(out / "output.txt", "a") as output:
-            command = [sys.executable, str(ROOT / cell.program), *stage.split(), *flags]
+            command = [sys.executable, str(ROOT / program), *argument, *flags]
             if subprocess.run(command, stdout=output, stderr=output).returncode:
-                raise UsageError(f"{name}, seed {seed}: {cell.program} failed; {out / 'output.txt'} says why")
+                raise UsageError(f"{name}, seed {seed}: {program} failed; {out / 'output.txt'} says why")
 
 
 def curve(rows: list[dict]) -> dict[str, list[float]]:
@@ -184,7 +230,7 @@ def work(rows: list[dict], cfg: Config, name: str) -> dict[str, float]:
     epoch. In RL the student samples and trains on the completions that have an advantage. The reference reads these,
     too, and the student once more for pi_old, but for the first minibatch.
     """
-    prompt = 11.4 if cfg.distill_longer else 9.2  # tokens, on average
+    prompt = 11.4  # tokens, on average, of problems of 1 to 6 operations
     if name == "student_rl":
         completions = cfg.distill_prompts / cfg.distill_minibatches * cfg.rl_minibatches
         passes = 3 + (cfg.rl_minibatches - 1) / cfg.rl_minibatches + bool(cfg.kl_coef)
@@ -200,23 +246,24 @@ def collect(name: str, seed: int, threads: int) -> None:
     cell, out = CELLS[name], folder(name, seed)
     results = json.loads((out / "results.json").read_text())
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    cfg, measures = Config(**results["config"]), {}
-    of = {trained: [row for row in rows if row["stage"] == trained] for trained in cell.trains}
+    cfg, measures, made = cell.config()(**results["config"]), {}, dict(zip(cell.trains, cell.stages()))
+    of = {model: [row for row in rows if row["stage"] == stage] for model, stage in made.items()}
     for measure in cell.measures:
-        command = [sys.executable, str(ROOT / "experiments/measures.py"), measure, str(out), str(threads)]
+        names = [f"{model}={stage}" for model, stage in cell.controls.items()]
+        command = [sys.executable, str(ROOT / "experiments/measures.py"), measure, str(out), str(threads), *names]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             why = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             raise UsageError(f"{name}, seed {seed}: measuring {measure} failed: {why[-1]}")
         measures[measure] = json.loads(done.stdout)
     found = {
-        "cell": name, "seed": seed, "settings": settings(cell),
+        "cell": name, "seed": seed, "settings": settings(cell), "controls": cell.controls,
         "machine": {key: getattr(cfg, key) for key in ("device", "dtype", "compile", "threads")},
-        "seconds": round(sum(s for key, s in results["seconds"].items() if key.split()[-1] in cell.trains)),
-        "models": {trained: results["models"][trained] for trained in cell.trains},
-        "curves": {trained: curve(of[trained]) for trained in ("zero", DEV2, R1) if trained in of},
-        "work": {trained: work(of[trained], cfg, trained) for trained in of if name == "default"
-                 and trained in ("student", "student_rl")},
+        "seconds": round(sum(s for key, s in results["seconds"].items() if key.split()[-1] in made.values())),
+        "models": {model: results["models"][stage] for model, stage in made.items()},
+        "curves": {model: curve(of[model]) for model in ("zero", "dev2", "r1") if model in of},
+        "work": {model: work(of[model], cfg, model) for model in of if name == "default"
+                 and model in ("student", "student_rl")},
         "measures": measures,
     }
     RESULTS.mkdir(exist_ok=True)
@@ -291,6 +338,12 @@ def minutes(k: Known, cells: tuple[str, ...]) -> float:
     return sum(sum(k.values(cell, "seconds")) for cell in cells) / 60
 
 
+def shown(cell: Cell) -> list[str]:
+    """A cell's commands, without its --stage flags."""
+    commands = [[part for part in command if not part.startswith("--")] for command in cell.commands()]
+    return list(dict.fromkeys(" ".join(["python", *command, cell.flags]).rstrip() for command in commands))
+
+
 def page(k: Known) -> str:
     """experiments/findings.md, with the rows whose cells have all been run."""
     rows, details = [], []
@@ -303,7 +356,7 @@ def page(k: Known) -> str:
         rows.append([n, row.claim, row.paper, row.bar, line, "**pass**" if passed else "**fail**"])
         details += [f"## {n}. {row.claim}", "", f"`python experiments/findings.py --only={n}` takes "
                     f"{minutes(k, row.cells):.0f} minutes of one thread, for these runs with seeds 0, 1 and 2:", "",
-                    *(f"    python {CELLS[cell].program} {CELLS[cell].flags}".rstrip() for cell in row.cells)]
+                    *(f"    {line}" for cell in row.cells for line in shown(CELLS[cell]))]
         if row.note:
             details += ["", textwrap.fill(" ".join(row.note.split()), 119)]
         details += lines

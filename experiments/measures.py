@@ -1,8 +1,9 @@
 """What findings.py measures of a run's models beyond what train.py measures, printed as JSON:
 
-    python experiments/measures.py MEASURE OUT THREADS
+    python experiments/measures.py MEASURE OUT THREADS [MODEL=CONTROL ...]
 
-All samples are drawn at temperature 1, from generators that are seeded by the run's seed and the name of the measure.
+MODEL=CONTROL has the model of a control measured in the place of one of train.py's, such as zero=all_completions. All
+samples are drawn at temperature 1, from generators that are seeded by the run's seed and the name of the measure.
 """
 import dataclasses
 import json
@@ -19,30 +20,38 @@ import torch  # noqa: E402
 
 from data import countdown  # noqa: E402
 from data.arithmetic import OPERATIONS  # noqa: E402
+from engine.files import build_model, load_checkpoint  # noqa: E402
+from engine.loop import Run  # noqa: E402
+from engine.machine import tune_libraries  # noqa: E402
+from engine.speed.sampler import Sampler  # noqa: E402
+from engine.tasks import make_task  # noqa: E402
 from grpo import micro_batches, sample_rollout  # noqa: E402
 from model import GPT, token_logprobs  # noqa: E402
 from rewards import format_reward  # noqa: E402
-from run import Config, build_model, load_checkpoint, seeded, tune_libraries  # noqa: E402
-from train import make_task  # noqa: E402
+from train import STAGES, Config  # noqa: E402
 
 CHUNK = 1024  # completions sampled at a time
 
 
-@dataclasses.dataclass
-class Sampler:
-    """A run's settings and task, and samples of its models."""
-    out: Path
-    name: str  # the measure's; what is drawn depends on it
+class Measured(Run):
+    """A finished run, and samples of its models."""
 
-    def __post_init__(self):
-        self.cfg = Config(**json.loads((self.out / "results.json").read_text())["config"])
-        self.task = make_task(self.cfg)
+    def __init__(self, out: Path, measure: str, controls: dict[str, str]):
+        results = json.loads((out / "results.json").read_text())
+        cfg = Config(**results["config"])
+        super().__init__(cfg, make_task(cfg), out, results, STAGES)
+        self.measure, self.controls = measure, controls
 
     def model(self, name: str) -> GPT:
-        return build_model(load_checkpoint(self.out / f"{name}.pt", name)).to(self.cfg.device)
+        """One of train.py's models, or the control in its place."""
+        stage = self.controls.get(name, name)
+        model = build_model(load_checkpoint(self.path(stage), stage)).to(self.cfg.device)
+        model.generate = Sampler(model)
+        return model
 
     def draws(self, what: str = "") -> tuple[random.Random, torch.Generator]:
-        return seeded(self.cfg, f"{self.name} {what}", 0)
+        """The generators of this measure."""
+        return self.seeded(0, f"{self.measure} {what}")
 
     def sample(self, model: GPT, problems: list, samples: int, what: str = "") -> list[list[tuple[str, bool]]]:
         """`samples` completions of each problem, as pairs of the text and whether it is right. Another `what` draws
@@ -50,8 +59,8 @@ class Sampler:
         generator, groups = self.draws(f"samples {what}")[1], []
         step = max(1, CHUNK // samples)
         for at in range(0, len(problems), step):
-            rollout = sample_rollout(model, problems[at:at + step], self.task.reward, self.task, samples=samples,
-                                     max_new_tokens=self.cfg.rl_max_new_tokens, generator=generator)
+            rollout = sample_rollout(model, problems[at:at + step], self.task.reward, self.task, samples,
+                                     self.cfg.rl_max_new_tokens, generator)
             rows = [(text, score["accuracy"] == 1) for text, score in zip(rollout.texts, rollout.scores)]
             groups += [rows[i:i + samples] for i in range(0, len(rows), samples)]
         return groups
@@ -86,14 +95,14 @@ def mixed(n: int, c: int, G: int) -> float:
     return pass_at_k(n, c, G) + pass_at_k(n, n - c, G) - 1
 
 
-def conditional(run: Sampler) -> dict:
+def conditional(run: Measured) -> dict:
     """How often the base's well-formed answers to test problems are right."""
     problems = run.task.heldout_problems(256, "test", run.cfg.seed)
     rows = [row for group in run.sample(run.model("base"), problems, 16) for row in group]
     return {"right if well formed": share(right for text, right in rows if format_reward(text))}
 
 
-def operations(run: Sampler) -> dict:
+def operations(run: Measured) -> dict:
     """pass@1 of base and zero by the number of operations, on 256 problems of the test side for each number. There are
     fewer than 256 problems of one operation, so some of these repeat; the textbook pages hold them as facts."""
     rng, found = run.draws()[0], {"base": {}, "zero": {}}
@@ -104,7 +113,7 @@ def operations(run: Sampler) -> dict:
     return found
 
 
-def many_samples(run: Sampler) -> dict:
+def many_samples(run: Measured) -> dict:
     """pass@k of base and zero for k = 1, 2, 4 .. 256, from 256 samples of each of 128 problems of a kind."""
     found, n = {}, 256
     for kind in run.task.held_out:
@@ -116,12 +125,12 @@ def many_samples(run: Sampler) -> dict:
     return found
 
 
-def distributions(run: Sampler) -> dict:
+def distributions(run: Measured) -> dict:
     """pass@1 on problems of distillation's last step, on unseen problems of as many operations (test), on longer ones
     (hard), and on unseen ones with larger numbers."""
-    rng, _ = seeded(run.cfg, "student", run.cfg.distill_steps)
-    trained = {problem.question: problem for problem in (run.task.make_problem(rng, run.cfg.distill_longer)
-               for _ in range(run.cfg.distill_prompts))
+    rng, _ = run.seeded(run.cfg.distill_steps, "student")
+    asked = [run.task.make_problem(rng, longer=True) for _ in range(run.cfg.distill_prompts)]
+    trained = {problem.question: problem for problem in asked
                if 2 <= len(re.findall("[-+*]", problem.question)) <= run.cfg.max_ops}
     larger = dataclasses.replace(run.task, max_number=99)
     problems = {"trained on": list(trained.values())[:256],
@@ -131,7 +140,7 @@ def distributions(run: Sampler) -> dict:
             for name in ("zero", "student", "student_rl")}
 
 
-def signal(run: Sampler) -> dict:
+def signal(run: Measured) -> dict:
     """The share of groups of G answers that hold right and wrong ones, for the base's answers to 256 training problems.
 
     It is counted over two groups of each problem. It is also computed as 1 - p^G - (1-p)^G, where p is the chance of a
@@ -149,7 +158,7 @@ def signal(run: Sampler) -> dict:
             "at the mean p": round(1 - p ** G - (1 - p) ** G, 5)}
 
 
-def reflections(run: Sampler) -> dict:
+def reflections(run: Measured) -> dict:
     """What a reflection does, in base and zero, over the answers to test problems that show working inside a thought.
 
     A reflection is a "wait" in a thought; `turns_of` says what it turns into what. In countdown an author looks again
@@ -214,17 +223,18 @@ def turns_of(problem, parts: list[str]) -> list[str]:
     return [f"{word[before]} to {word[after]}" for before, after in pairs]
 
 
-def divergence(run: Sampler) -> dict:
+def divergence(run: Measured) -> dict:
     """The KL divergence of zero from the base in nats a token, estimated as in grpo.py (k3), over all completions of
     256 groups of training problems, with and without a signal."""
     rng, generator = run.draws()
     zero, base = run.model("zero"), run.model("base")
-    rollout = sample_rollout(zero, [run.task.make_problem(rng) for _ in range(256)], run.task.reward, run.task,
-                             samples=run.cfg.rl_samples, max_new_tokens=run.cfg.rl_max_new_tokens, generator=generator)
+    problems = [run.task.make_problem(rng) for _ in range(256)]
+    rollout = sample_rollout(zero, problems, run.task.reward, run.task, run.cfg.rl_samples, run.cfg.rl_max_new_tokens,
+                             generator)
     total, tokens = 0.0, sum(map(len, rollout.completions))
-    for batch in micro_batches(rollout, list(range(len(rollout.texts))), run.cfg.micro_batch, zero.cos.device):
+    for batch in micro_batches(rollout, list(range(len(rollout.texts))), run.cfg.micro_batch, generator.device):
         with torch.no_grad():
-            log_r = (token_logprobs(base, batch.idx) - token_logprobs(zero, batch.idx))[batch.mask]
+            log_r = token_logprobs(base, batch.idx, batch.mask) - token_logprobs(zero, batch.idx, batch.mask)  # (M,)
         total += (log_r.exp() - log_r - 1).sum().item()
     return {"kl": round(total / tokens, 5)}
 
@@ -235,4 +245,5 @@ MEASURES = {f.__name__: f for f in (conditional, operations, many_samples, distr
 if __name__ == "__main__":
     tune_libraries()
     torch.set_num_threads(int(sys.argv[3]))
-    print(json.dumps(MEASURES[sys.argv[1]](Sampler(Path(sys.argv[2]), sys.argv[1]))))
+    controls = dict(argument.split("=") for argument in sys.argv[4:])
+    print(json.dumps(MEASURES[sys.argv[1]](Measured(Path(sys.argv[2]), sys.argv[1], controls))))

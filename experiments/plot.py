@@ -1,10 +1,11 @@
 """Draw a run as a figure: python experiments/plot.py OUT FIGURE.png, where OUT is a finished run.
 
 Three panels show the answers to training problems over the RL steps, from OUT/log.jsonl: accuracy, format and length;
-in countdown reflection instead of format. Lines at the right show the levels of each model on test problems, from
-OUT/results.json. The fourth panel compares the models on hard problems. The two figures beside this file are of seed 0:
+in countdown reflection instead of format. Dashed lines show the level of each model on test problems, from
+OUT/results.json. The fourth panel compares the models on hard problems. Where OUT has the control student_rl, it is
+drawn beside the student. The two figures beside this file are of seed 0:
 
-    arithmetic.png    python train.py --student_rl=True
+    arithmetic.png    python train.py && python experiments/controls.py student_rl --out=out
     countdown.png     python train.py --task=countdown --max_number=10 --rl_max_new_tokens=104 --rl_steps=120 --kl_coef=0
 """
 import json

@@ -3,9 +3,9 @@
     python experiments/samples.py                     the first of the four problems of the RL stage, in out/
     python experiments/samples.py --out=out/r1 --stage=student --problem=2
 
-Each line is an answer, with its reward and its advantage: what it earned more than its group, in standard deviations.
-Of eight answers the first --answers=3 are shown. An answer above its group is green and bold on a terminal, one below
-it red; the environment variable NO_COLOR, or a pipe, turns colours off.
+Each line is an answer with its reward and its advantage, which says how much more it earned than its group (by default
+in standard deviations). Of eight answers the first --answers=3 are shown. On a terminal, an answer above its group is
+green and bold, and one below it is red. The environment variable NO_COLOR, or a pipe, turns colours off.
 """
 import json
 import os
@@ -15,21 +15,27 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from run import Parser, UsageError, number
+from engine.arguments import Parser, number
+from engine.terminal import UsageError
+
+GOOD, BAD, PLAIN = "\033[1;32m", "\033[31m", "\033[0m"  # what turns a terminal green and bold, red, and back
 
 
 def lines(rows: list[dict], answers: int, width: int, colour: bool) -> list[str]:
     """What is printed of the rows of one problem."""
     found = [rows[0]["question"]]
     for row in rows:
-        rewards = row["rewards"]["reward"]
-        found += ["", f"{row['stage']} step {row['step']}" + f", {row['model']}" * (row["model"] != row["stage"])
-                  + f": mean reward {sum(rewards) / len(rewards):.2f}"]
+        rewards, title = row["rewards"]["reward"], f"{row['stage']} step {row['step']}"
+        if row["model"] != row["stage"]:
+            title += f", {row['model']}"
+        found += ["", f"{title}: mean reward {sum(rewards) / len(rewards):.2f}"]
         for text, reward, advantage in list(zip(row["completions"], rewards, row["advantages"]))[:answers]:
             line = f"{reward:5.2f} {advantage:+5.1f}  {' '.join(text.split())}"
-            line = line if len(line) <= width else line[:width - 3] + "..."
-            mark = "\033[1;32m" if advantage > 0 else "\033[31m" if advantage < 0 else ""
-            found.append(f"{mark}{line}\033[0m" if colour and mark else line)
+            if len(line) > width:
+                line = line[:width - 3] + "..."
+            if colour and advantage:
+                line = (GOOD if advantage > 0 else BAD) + line + PLAIN
+            found.append(line)
     return found
 
 

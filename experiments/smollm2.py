@@ -19,7 +19,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.arithmetic import solve
-from run import UsageError, write_file
+from engine.files import write_file
+from engine.terminal import UsageError
 
 
 def write_model(folder: Path) -> None:

@@ -1,0 +1,238 @@
+"""Controls: stages that could refute what train.py's stages are said to show. Each is also an example of a fork.
+
+    python experiments/controls.py NAME --out=out    trains one beside the models in out/; takes the flags of train.py
+
+    shuffled          zero, but the rewards of each group are dealt out at random, so that they say nothing
+    format_alone      zero, but only the format is rewarded
+    batch_baseline    zero, but a reward is compared with the mean of the whole rollout, not of its group
+    all_completions   zero, but the KL penalty acts on all completions: Algorithm 1 of DeepSeekMath to the letter
+    student_rl        RL on student_base instead of distillation, with as many updates on as many completions
+    student_short     the student, but from problems of the lengths that zero was trained on
+    student_rl_short  student_rl on such problems
+    zero_no_working   zero from base_no_working, in whose corpus nobody shows working
+    zero_half_working zero from base_half_working, where half of the authors who show working still do
+    zero_no_wait      zero from base_no_wait, in whose corpus nobody says "wait" (for --task=countdown)
+
+NAME.pt stands beside zero.pt. train.py never starts from it, but its --ask and --evaluate list it, as the report does.
+A control starts from the checkpoints in out/, and makes those that are missing. Settings that shaped what is there must
+not change.
+"""
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+import train  # noqa: E402
+from data import arithmetic, countdown  # noqa: E402
+from distill import DistillConfig  # noqa: E402
+from engine.arguments import Program  # noqa: E402
+from engine.command import run_command  # noqa: E402
+from engine.loop import Run, Stage, Watch  # noqa: E402
+from engine.optimizer import Optimizer  # noqa: E402
+from engine.parallel import end  # noqa: E402
+from engine.settings import Questions  # noqa: E402
+from engine.tasks import make_task  # noqa: E402
+from grpo import GRPOConfig, group_advantages, grpo_update, sample_rollout  # noqa: E402
+from model import GPT  # noqa: E402
+
+# Other advantages. Each function takes rewards (P, G), the scale and a generator, and returns advantages (P, G).
+
+
+def shuffled(rewards: Tensor, scale: str, generator: torch.Generator) -> Tensor:
+    """The rewards of each group go to its completions at random. The policy can only drift. If it got better, the code
+    would be wrong."""
+    order = torch.rand(rewards.shape, generator=generator, device=generator.device).argsort(dim=1)  # (P, G)
+    return group_advantages(rewards.gather(1, order.cpu()), scale)
+
+
+def batch_baseline(rewards: Tensor, scale: str, generator: torch.Generator) -> Tensor:
+    """The rollout is one large group. An answer to an easy prompt then looks good, and one to a hard prompt bad."""
+    return group_advantages(rewards.reshape(1, -1), scale).view(rewards.shape)
+
+
+def all_completions(rewards: Tensor, scale: str, generator: torch.Generator) -> Tensor:
+    """grpo_update does not compute rows with advantage 0. With this advantage it does, and adds nothing but the KL
+    penalty."""
+    adv = group_advantages(rewards, scale)
+    return adv.where(adv != 0, 1e-30)
+
+
+def train_shuffled(run: Run, base: GPT) -> None:
+    run_grpo_with(run, base, shuffled)
+
+
+def train_batch_baseline(run: Run, base: GPT) -> None:
+    run_grpo_with(run, base, batch_baseline)
+
+
+def train_all_completions(run: Run, base: GPT) -> None:
+    run_grpo_with(run, base, all_completions)
+
+
+def run_grpo_with(run: Run, policy: GPT, advantages: Callable) -> None:
+    """train.run_grpo with other advantages. Its loop takes grpo_step apart."""
+    cfg, make_problem, reward_fn = run.cfg, run.task.make_problem, train.reward_function(run)
+    reference = run.frozen(policy) if cfg.kl_coef else None
+    policy = run.fast(policy, training=True, sampling=True)
+    optimizer = Optimizer(policy, cfg.rl_lr, beta2=0.999)
+    parts = {"model": policy, "optimizer": optimizer}
+    if cfg.ref_every:
+        parts["reference"] = reference
+    for step in run.steps(cfg.rl_steps, hold=0.0, watch=Watch(make_problem, reward_fn), **parts):
+        problems = step.problems(cfg.rl_prompts, make_problem)
+        rollout = sample_rollout(policy, problems, reward_fn, run.task, cfg.rl_samples, cfg.rl_max_new_tokens,
+                                 step.generator)
+        rewards = rollout.column("reward").view(-1, cfg.rl_samples)  # (P, G)
+        adv = advantages(rewards, cfg.scale, step.generator).flatten()  # (N,)
+        metrics = grpo_update(policy, reference, optimizer, rollout, adv, cfg, step.generator, step.lr_scale)
+        if cfg.ref_every and step.number % cfg.ref_every == 0:
+            reference.load_state_dict(policy.state_dict())
+        step.log(metrics, rollout)
+
+
+# Another reward, other problems
+
+
+def train_format_alone(run: Run, base: GPT) -> None:
+    def reward_fn(completion: str, problem) -> dict[str, float]:
+        scores = run.task.reward(completion, problem)
+        return scores | {"reward": scores["format"]}
+
+    train.run_grpo(run, run.cfg, base, run.cfg.rl_steps, run.task.make_problem, reward_fn)
+
+
+def train_student_rl(run: Run, student_base: GPT, longer: bool = True) -> None:
+    """RL gets what distillation gets: the updates, the completions of an update, and the problems."""
+    def make_problem(rng):
+        return run.task.make_problem(rng, longer)
+
+    updates = run.cfg.distill_steps * run.cfg.distill_epochs * run.cfg.distill_minibatches
+    completions = run.cfg.distill_prompts / run.cfg.distill_minibatches  # of an update
+    prompts = math.ceil(completions * run.cfg.rl_minibatches / run.cfg.rl_samples)
+    cfg = replace(run.cfg, rl_prompts=prompts)
+    n_steps = math.ceil(updates / cfg.rl_minibatches)
+    train.run_grpo(run, cfg, student_base, n_steps, make_problem, train.reward_function(run))
+
+
+def train_student_rl_short(run: Run, student_base: GPT) -> None:
+    train_student_rl(run, student_base, longer=False)
+
+
+def train_student_short(run: Run, zero: GPT, student_base: GPT) -> None:
+    train.run_distillation(run, run.cfg, zero, student_base, run.cfg.distill_steps, run.task.make_problem,
+                           train.reward_function(run))
+
+
+# Another corpus. A task is a class with a table of styles; a class that inherits from it has another table.
+
+
+def style_shares(styles: dict[str, float], worked: float = 1.0, wait: float = 1.0) -> dict[str, float]:
+    """The share of each style in a forum where only `wait` of the authors who recheck go on doing so (the rest write in
+    the style "worked"), and then only `worked` of all authors who show working go on doing so (the rest blurt).
+
+    >>> round(style_shares(arithmetic.STYLES, worked=0.0)["blurt"], 2)
+    0.84
+    """
+    styles = dict(styles)
+    for style, kept, instead in [("rechecked", wait, "worked"), *((w, worked, "blurt") for w in arithmetic.WORKED)]:
+        moved = styles[style] * (1 - kept)
+        styles[style] -= moved
+        styles[instead] += moved
+    return styles
+
+
+class NoWorking(arithmetic.Arithmetic):
+    styles = style_shares(arithmetic.STYLES, worked=0.0)
+
+
+class HalfWorking(arithmetic.Arithmetic):
+    styles = style_shares(arithmetic.STYLES, worked=0.5)
+
+
+class NoWait(countdown.Countdown):
+    styles = style_shares(countdown.STYLES, wait=0.0)
+
+
+def make_task_of(kind: type) -> Callable:
+    """make_task with this class in the place of the one that it inherits from, also inside a task with --problems or
+    --corpus. Raises ValueError for other tasks."""
+    def change(task):
+        if type(task) is kind.__base__:
+            return kind(**vars(task))
+        if "task" not in vars(task):
+            raise ValueError(f"this control is one of --task={kind.__base__.__name__.lower()}")
+        task.task = change(task.task)
+        return task
+
+    return lambda cfg: change(make_task(cfg))
+
+
+# The tables: each control's stage, and the class of its task where this is another than train.py's
+
+RL = (Questions, GRPOConfig)
+STUDENT_RL = (*RL, "distill_steps", "distill_prompts", "distill_minibatches", "distill_epochs")
+CONTROLS = {
+    "shuffled":          Stage(train_shuffled, starts=("base",), settings=RL),
+    "format_alone":      Stage(train_format_alone, starts=("base",), settings=RL),
+    "batch_baseline":    Stage(train_batch_baseline, starts=("base",), settings=RL),
+    "all_completions":   Stage(train_all_completions, starts=("base",), settings=RL),
+    "student_rl":        Stage(train_student_rl, starts=("student_base",), settings=STUDENT_RL),
+    "student_short":     Stage(train_student_short, starts=("zero", "student_base"),
+                               settings=(Questions, DistillConfig)),
+    "student_rl_short":  Stage(train_student_rl_short, starts=("student_base",), settings=STUDENT_RL),
+    "base_no_working":   train.STAGES["base"],
+    "zero_no_working":   Stage(train.train_zero, starts=("base_no_working",), settings=RL),
+    "base_half_working": train.STAGES["base"],
+    "zero_half_working": Stage(train.train_zero, starts=("base_half_working",), settings=RL),
+    "base_no_wait":      train.STAGES["base"],
+    "zero_no_wait":      Stage(train.train_zero, starts=("base_no_wait",), settings=RL),
+}
+FORUMS = {"base_no_working": NoWorking, "zero_no_working": NoWorking, "base_half_working": HalfWorking,
+          "zero_half_working": HalfWorking, "base_no_wait": NoWait, "zero_no_wait": NoWait}
+
+
+def needed(name: str) -> list[str]:
+    """The stages that a control starts from, directly or not, and then itself.
+
+    >>> needed("student_rl"), needed("zero_no_wait")
+    (['student_base', 'student_rl'], ['base_no_wait', 'zero_no_wait'])
+    """
+    starts = [stage for start in (train.STAGES | CONTROLS)[name].starts for stage in needed(start)]
+    return list(dict.fromkeys([*starts, name]))
+
+
+def main(argv: list[str]) -> int:
+    """Run a command line, NAME and flags of train.py -> exit code."""
+    name, *flags = argv or [""]
+    if name in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    if name not in CONTROLS:
+        print(f"controls.py: {name!r} is no control; name one of {', '.join(CONTROLS)}", file=sys.stderr)
+        return 2
+    preset = [flag.removeprefix("--preset=") for flag in flags if flag.startswith("--preset=")]
+    flags = [f"--out={Path('out', *preset)}", *flags]  # where train.py writes by default; the last --out counts
+    out = Path([flag.removeprefix("--out=") for flag in flags if flag.startswith("--out=")][-1])
+    there = [stage for stage in train.STAGES | CONTROLS if (out / f"{stage}.pt").exists()]
+    # Of the controls, those that are there are in the table, so that a change of their settings is refused, too.
+    stages = train.STAGES | {stage: CONTROLS[stage] for stage in CONTROLS if stage in there + needed(name)}
+    maker = make_task_of(FORUMS[name]) if name in FORUMS else make_task
+    program = Program(stages, train.Config, __doc__, maker, f"experiments/controls.py {name}")
+    for stage in needed(name):
+        if stage == name or stage not in there:
+            code = run_command(program, [*flags, f"--stage={stage}"])
+            if code:
+                return code
+    return 0
+
+
+if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):  # a terminal may lack ± and ▁
+        stream.reconfigure(errors="replace")
+    end(main(sys.argv[1:]))
