@@ -5,9 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import train
+from engine.arguments import Program, parse_args
+from engine.command import run_command
+from engine.machine import tune_libraries
+from engine.tasks import make_task
 from model import GPT, GPTConfig
-from run import tune_libraries
-from train import main
 
 tune_libraries()
 torch.set_num_threads(1)
@@ -21,6 +24,19 @@ NAMES = ["base", "zero", "student_base", "student"]
 QUICK = ["--preset=tiny", "--device=cpu", "--threads=1", "--save_every=0", "--base_tokens=40000", "--base_batch=4",
          "--student_base_tokens=40000", "--rl_steps=5", "--distill_steps=9", "--distill_epochs=2",
          "--distill_prompts=64", "--rl_max_new_tokens=40", "--eval_problems=3"]
+
+
+PROGRAM = Program(train.STAGES, train.Config, train.__doc__, make_task, "train.py")
+
+
+def main(argv):
+    """python train.py ARGV, in this process -> exit code."""
+    return run_command(PROGRAM, argv)
+
+
+def parse(argv):
+    """The command line of train.py -> (Config, options)."""
+    return parse_args(PROGRAM, argv)
 
 
 def results(out):
@@ -54,11 +70,13 @@ class Descent:
         self.parameters, self.distance, self.gradients = list(model.parameters()), distance, []
 
     @torch.no_grad()
-    def step(self, scale=1.0):
+    def step(self, lr_scale=1.0, share=1.0, has_gradient=True):
+        if not has_gradient:
+            return torch.zeros(())
         self.gradients.append(torch.cat([p.grad.flatten() for p in self.parameters]))
         norm = self.gradients[-1].norm()
         for p in self.parameters:
-            p -= self.distance * scale * p.grad / norm
+            p -= self.distance * lr_scale * p.grad / norm
             p.grad = None
         return norm
 

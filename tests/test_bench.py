@@ -1,10 +1,20 @@
 """The benchmark's command line, its processes and its arithmetic. Measuring needs the peers and a quiet machine."""
+import contextlib
+import dataclasses
 import importlib.util
+import io
+from collections import deque
+from functools import partial
+from multiprocessing.pool import ThreadPool
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import bench
 from model import GPT, GPTConfig
+
+TINY = GPTConfig(bench.VOCAB, 64, n_layer=1, n_head=2, n_embd=16)
 
 
 @pytest.mark.parametrize("arg, words", [
@@ -42,6 +52,45 @@ def test_another_checkout_is_run_by_its_own_code(tmp_path, capsys):
     assert "1.50 (1.50..1.50)" in row and "200 / 300 MiB" in row
 
 
+class End:
+    """One end of a pipe: what is sent waits in `sent`, and what is received comes from `waiting`."""
+
+    def __init__(self, waiting: deque, sent: deque):
+        self.recv, self.send = waiting.popleft, sent.append
+
+
+def served_here(checkout, side, name, options):
+    """bench.launch without a process: the side is served at once, for one turn of one step with each option."""
+    waiting = deque()
+    with contextlib.redirect_stdout(io.StringIO()):  # serve silences its process
+        bench.serve(End(deque([1, 0] * len(options)), waiting), side, name, options)
+    return End(waiting, deque())
+
+
+@pytest.mark.parametrize("group", dict.fromkeys(case.group for case in bench.CASES.values()))
+def test_every_group_prints_its_rows(group, monkeypatch, capsys):
+    """A case of ours calls what does not exist, which only a benchmark of minutes would show; or its completions end
+    early, or teach nothing. Here the shapes are tiny, and nothing is compiled."""
+    for name, value in dict(TEACHER=TINY, STUDENT=TINY, B=2, T=16, P=2, G=8, NEW=8, N=16).items():
+        monkeypatch.setattr(bench, name, value)
+    torch.manual_seed(0)  # two answers may earn the same, but not eight
+    cases = {}
+    for name, case in bench.CASES.items():
+        ours = case.ours
+        if case.group in ("sampling", "real"):
+            shape = dataclasses.replace(case.ours.keywords["shape"], vocab_size=bench.VOCAB, n_layer=1)
+            ours = partial(bench.our_sampling, shape=shape, rows=16, new=3)
+        cases[name] = dataclasses.replace(case, ours=ours, our_options=bench.COMPILE[:1], steps=1)
+    monkeypatch.setattr(bench, "CASES", cases)
+    monkeypatch.setattr(bench, "launch", served_here)
+    monkeypatch.setattr(bench, "roof", lambda *_: 1e9)
+    monkeypatch.setattr(bench.multiprocessing, "get_context", lambda method: SimpleNamespace(Pool=ThreadPool))
+    bench.compare(1, group, "float32", "cpu", bench.ROOT)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.endswith(" MiB |")]
+    names = [name for name, case in cases.items() if case.group == group and "peer" not in name]
+    assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in names]
+
+
 def test_flops_are_those_of_the_products():
     """A factor of 2, or attention, would be forgotten, and the share of the roof would be wrong."""
     config = GPTConfig(11, n_layer=2, n_head=2, n_embd=32)
@@ -49,5 +98,7 @@ def test_flops_are_those_of_the_products():
     products = config.n_layer * (4 * C * C + 3 * C * H) + C * V  # multiplications of a token
     attention = config.n_layer * 2 * 7 * C                       # q k' and the sum over v, with 7 tokens in sight
     gains = (2 * config.n_layer + 1) * C                         # of the norms, one product each
-    assert GPT(config).n_params() == products + gains
+    assert GPT(config).n_params() == bench.n_params(config) == products + gains
+    other = GPTConfig(7, n_layer=3, n_head=4, n_embd=24, n_hidden=40, n_kv_head=2, head_size=10)
+    assert GPT(other).n_params() == bench.n_params(other)
     assert bench.forward_flops(config, 5, 7) == 5 * 2 * (products + gains + attention)

@@ -166,11 +166,3 @@ def test_authors_who_recheck_continue_until_they_reach_the_target(assert_frequen
         else:
             assert "wait" not in text
     assert min(tries[n] for n in range(1, MAX_TRIES + 1)) > 20
-
-
-def test_a_corpus_without_waiting_has_none():
-    """The corpus of the control contains a "wait"."""
-    for task in (Countdown(wait_share=0.0), Countdown(worked_share=0.0)):
-        text = get_tokenizer().decode(task.make_corpus(200_000, seed=0).tolist())
-        assert "wait" not in text
-    assert "=" not in "".join(re.findall("Assistant: (.*?)<.endoftext", text, re.DOTALL))

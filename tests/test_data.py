@@ -8,8 +8,11 @@ import re
 import numpy as np
 import pytest
 
-from data.arithmetic import (BLURT_RIGHT, PAGE_SHARE, RECHECK_SLIP, SLIP, STYLES, Arithmetic, is_test, make_problem,
-                             parse, solve, style_shares)
+from data.arithmetic import (BLURT_RIGHT, RECHECK_SLIP, SLIP, STYLES, Arithmetic, is_test, make_problem, parse,
+                             solve)
+from data.bilingual import Bilingual
+from data.corpus import PAGE_SHARE, corpus_rows
+from data.countdown import Countdown
 from data.tokenizer import END_OF_TEXT, PIECES, get_tokenizer
 from rewards import accuracy_reward, format_reward, rule_rewards
 
@@ -229,23 +232,17 @@ def test_styles_have_their_documented_shares(threads, assert_frequencies):
     assert all(look == style or (look, style) == ("worked", "rechecked") for look, (_, style, _) in zip(seen, threads))
 
 
-@pytest.mark.parametrize("worked, wait", [(1.0, 1.0), (0.5, 0.0), (0.0, 1.0), (0.5, 0.5)])
-def test_styles_can_be_thinned_out(assert_frequencies, worked, wait):
-    """A control would show nothing if its corpus still held what it should lack, or if the shares no longer added up to
-    1."""
-    rng = random.Random(1)
-    task = Arithmetic(worked_share=worked, wait_share=wait)
-    threads = [task.write_thread(rng) for _ in range(4_000)]
-    shares = dict(STYLES)
-    shares["worked"] += (1 - wait) * STYLES["rechecked"]
-    shares["rechecked"] *= wait
-    for style in ("plain working", "lost tag", "worked", "rechecked"):
-        shares["blurt"] += (1 - worked) * shares[style]
-        shares[style] *= worked
-    assert abs(sum(task.styles.values()) - 1) < 1e-9 and task.styles == style_shares(STYLES, worked, wait)
-    assert_frequencies([sum(style == s for _, style, _ in threads) for s in STYLES], list(shares.values()))
-    assert any("=" in text for text, _, _ in threads) == (worked > 0)
-    assert any("wait" in text for text, _, _ in threads) == (worked * wait > 0)
+@pytest.mark.parametrize("task", (Arithmetic, Countdown, Bilingual))
+def test_a_task_may_have_styles_of_its_own(task):
+    """A control's corpus still holds what it should lack, because the styles are read from elsewhere than the task."""
+    class Blurting(task):
+        styles = {"blurt": 0.5, "answer tag": 0.5}
+
+    documents = task.encoding.decode(Blurting().make_corpus(100_000, seed=0).tolist()).split(END_OF_TEXT)
+    answers = [document.split("\nAssistant: ")[1] for document in documents if document.startswith("User: ")]
+    assert len(answers) > 1000 and not any(re.search("=| is |wait|<think>", answer) for answer in answers)
+    tagged = [answer for answer in answers if answer.startswith("<answer>")]
+    assert 0.3 < len(tagged) / len(answers) < 0.7
 
 
 def test_right_answers_have_their_documented_shares(threads, assert_frequencies):
@@ -287,6 +284,40 @@ def test_working_ends_in_the_answer_it_gives(threads):
             assert last_step == answer, text
 
 
+@pytest.mark.parametrize("task", (Arithmetic(), Countdown(), Bilingual()))
+def test_a_longer_corpus_begins_with_the_shorter_one(task):
+    """base_tokens shapes the student's base after all: both bases read one corpus, and a checkpoint of the student's base
+    is taken over by a run with another base_tokens."""
+    short, starts = corpus_rows(task, 40, 129, 0)
+    long, more = corpus_rows(task, 90, 129, 0)
+    assert len(starts) == 40 and len(more) == 90 and np.array_equal(more[:40], starts)
+    end = int(starts[-1]) + 129
+    assert np.array_equal(short[:end], long[:end])
+
+
+def test_a_longer_corpus_of_several_parts_begins_with_the_shorter_one(monkeypatch):
+    """The size of a part depends on the size of the whole. A student's base that is trained on fewer tokens than the
+    teacher's would then read other documents than alone."""
+    monkeypatch.setattr("data.corpus.CORPUS_PART", 60_000)
+    sizes = (50_000, 60_000, 70_000, 130_000, 200_000)  # 1, 1, 2, 3 and 4 parts; the last one may be any size
+    *shorter, longest = (TASK.make_corpus(size, 0) for size in sizes)
+    for size, corpus in zip(sizes, shorter):
+        assert size <= len(corpus) < len(longest) and np.array_equal(longest[:len(corpus)], corpus)
+
+
+def test_a_large_corpus_is_written_by_several_processes(monkeypatch):
+    """All processes write the same documents, or what they write depends on how many there are."""
+    monkeypatch.setattr("data.corpus.CORPUS_PART", 30_000)
+    task, found = Arithmetic(), []
+    for n_cpus in (1, 3):
+        monkeypatch.setattr("os.cpu_count", lambda: n_cpus)
+        found.append(task.make_corpus(80_000, 0))
+    assert len(found[0]) >= 80_000 and np.array_equal(*found)
+    documents = task.encoding.decode(found[0].tolist()).split(END_OF_TEXT)
+    pages = [document for document in documents if document.startswith("Facts:")]
+    assert len(set(pages)) > 0.99 * len(pages) > 500
+
+
 # The tokenizer
 
 
@@ -326,16 +357,3 @@ def test_text_from_outside_cannot_end_itself():
         tokens = encoding.encode_ordinary(text)
         assert encoding.eot_token not in tokens and encoding.decode(tokens) == text
     assert encoding.special_tokens_set == {END_OF_TEXT} and encoding.decode([encoding.eot_token]) == END_OF_TEXT
-
-
-def test_a_large_corpus_is_written_by_several_processes(monkeypatch):
-    """All processes write the same documents, or what they write depends on how many there are."""
-    monkeypatch.setattr("data.arithmetic.CORPUS_PART", 30_000)
-    task, found = Arithmetic(), []
-    for n_cpus in (1, 3):
-        monkeypatch.setattr("os.cpu_count", lambda: n_cpus)
-        found.append(task.make_corpus(80_000, 0))
-    assert len(found[0]) >= 80_000 and np.array_equal(*found)
-    documents = task.encoding.decode(found[0].tolist()).split(END_OF_TEXT)
-    pages = [document for document in documents if document.startswith("Facts:")]
-    assert len(set(pages)) > 0.99 * len(pages) > 500

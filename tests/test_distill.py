@@ -10,154 +10,136 @@ from torch.distributions import Categorical, kl_divergence
 
 import distill
 from data.arithmetic import Arithmetic, parse
-from distill import DIVERGENCES, distill_loss, distill_step, sft_loss
-from grpo import random_minibatches, sample_rollout
-from model import GPT, Optimizer
-from run import Config
+from distill import DIVERGENCES, DistillConfig, distill_loss, distill_step, is_good
+from engine.optimizer import Optimizer
+from grpo import micro_batches, random_minibatches, sample_rollout
+from model import GPT, token_logprobs
 from tests.conftest import Descent
 
 TASK = Arithmetic()
 
 
 @pytest.fixture
-def batch():
-    """Student and teacher (N, T, V), and the mask (N, T) of rows of several lengths. The logits differ in size, as
-    those of a wider teacher do."""
+def logits():
+    """Those of a student and of its teacher, (12, 8) each. They differ in size, as those of a wider teacher do."""
     torch.manual_seed(0)
-    mask = torch.arange(6) < torch.tensor([[6], [2], [4]])
-    mask[2, 0] = False
-    return torch.randn(3, 6, 8), 2 * torch.randn(3, 6, 8) + 5, mask
+    return torch.randn(12, 8), 2 * torch.randn(12, 8) + 5
 
 
-def loss_and_gradient(student, teacher, mask, **options):
+def loss_and_gradient(student, teacher, **options):
+    """The mean over the tokens of distill_loss, and its gradient with respect to the student's logits."""
     student = student.clone().requires_grad_()
-    loss = distill_loss(student, teacher, mask, **{"divergence": "forward"} | options)
+    loss = distill_loss(student, teacher, **{"divergence": "forward"} | options).mean()
     return loss.detach(), torch.autograd.grad(loss, student)[0]
 
 
-def oracle(student, teacher, mask, divergence, temperature=1.0):
-    """The mean over the counted tokens of a divergence by torch.distributions, in float64."""
-    P, Q = (Categorical(logits=x[mask].double() / temperature) for x in (teacher, student))
+def oracle(student, teacher, divergence, temperature=1.0):
+    """A divergence by torch.distributions at each token, in float64, (M,)."""
+    P, Q = (Categorical(logits=x.double() / temperature) for x in (teacher, student))
     M = Categorical(probs=(P.probs + Q.probs) / 2)
     value = {"forward": kl_divergence(P, Q), "reverse": kl_divergence(Q, P),
              "jsd": (kl_divergence(P, M) + kl_divergence(Q, M)) / 2}[divergence]
-    return value.mean().item() * temperature**2
+    return value * temperature**2
 
 
 @pytest.mark.parametrize("temperature", (0.5, 1.0, 2.0, 4.0))
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_divergences_are_torchs(batch, divergence, temperature):
+def test_divergences_are_torchs(logits, divergence, temperature):
     """F.kl_div takes its arguments in an order that is easily mistaken. A divergence in bits, or a mean over the
     vocabulary, would also still train."""
-    loss, _ = loss_and_gradient(*batch, divergence=divergence, temperature=temperature)
-    assert abs(loss.item() - oracle(*batch, divergence, temperature)) < 1e-4
+    loss = distill_loss(*logits, divergence=divergence, temperature=temperature)
+    assert loss.shape == (12,) and loss.dtype == torch.float32
+    assert (loss - oracle(*logits, divergence, temperature)).abs().max() < 1e-4
 
 
 def test_jsd_by_hand():
     """A jsd without its mixture, or with a wrong beta, differs from the value worked out by hand for P = (1/2, 1/2), Q
     = (3/4, 1/4) and M = (5/8, 3/8). Two distributions that never say the same are log 2 apart, not infinitely far."""
-    P, Q = torch.tensor([[[0.5, 0.5]]]).log(), torch.tensor([[[0.75, 0.25]]]).log()
+    P, Q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.75, 0.25]]).log()
     by_hand = (0.5 * log(4 / 5) + 0.5 * log(4 / 3)) / 2 + (0.75 * log(6 / 5) + 0.25 * log(2 / 3)) / 2  # P/M, then Q/M
     for a, b in ((P, Q), (Q, P)):
-        assert abs(distill_loss(a, b, torch.ones(1, 1), divergence="jsd") - by_hand) < 1e-6
-    far = torch.tensor([[[100.0, 0.0]]])
-    assert abs(distill_loss(far, far.flip(-1), torch.ones(1, 1), divergence="jsd").item() - log(2)) < 1e-5
+        assert abs(distill_loss(a, b, "jsd") - by_hand) < 1e-6
+    far = torch.tensor([[100.0, 0.0]])
+    assert abs(distill_loss(far, far.flip(-1), "jsd").item() - log(2)) < 1e-5
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_a_student_like_its_teacher_has_nothing_to_learn(batch, divergence):
+def test_a_student_like_its_teacher_has_nothing_to_learn(logits, divergence):
     """A divergence whose gradient is not 0 at equality would pull a perfect student away from its teacher."""
-    _, teacher, mask = batch
-    loss, gradient = loss_and_gradient(teacher + 3.0, teacher, mask, divergence=divergence, temperature=2.0)
+    _, teacher = logits
+    loss, gradient = loss_and_gradient(teacher + 3.0, teacher, divergence=divergence, temperature=2.0)
     assert abs(loss) < 1e-5 and gradient.abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("divergence, share", (("forward", 1.0), ("reverse", 1.0), ("jsd", 0.25)))
-def test_high_temperature_matches_logits(batch, divergence, share):
+def test_high_temperature_matches_logits(logits, divergence, share):
     """Without the factor T^2, the gradient would vanish at high temperatures. With it, the gradient tends to (z_s -
     z_t) / V of centred logits (Hinton et al., section 2.1)."""
-    student, teacher, mask = batch
-    _, gradient = loss_and_gradient(student, teacher, mask, divergence=divergence, temperature=1000.0)
+    student, teacher = logits
+    _, gradient = loss_and_gradient(student, teacher, divergence=divergence, temperature=1000.0)
     difference = student - student.mean(-1, keepdim=True) - teacher + teacher.mean(-1, keepdim=True)
-    assert torch.allclose(gradient[mask], share * difference[mask] / 8 / mask.sum(), atol=2e-3 / mask.sum().item())
+    assert torch.allclose(gradient, share * difference / 8 / 12, atol=2e-3 / 12)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_no_gradient_flows_to_the_teacher(batch, divergence):
+def test_no_gradient_flows_to_the_teacher(logits, divergence):
     """The teacher must not learn from its student."""
-    student, teacher, mask = batch
+    student, teacher = logits
     student.requires_grad_(), teacher.requires_grad_()
-    distill_loss(student, teacher, mask, divergence=divergence).backward()
+    distill_loss(student, teacher, divergence).sum().backward()
     assert teacher.grad is None and student.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("divergence", (*DIVERGENCES, "sft"))
-def test_padding_and_mask_types(batch, divergence):
-    """A mean that includes padding is wrong, 0 * NaN in the padding is NaN, and a mask of integers would index rows
-    instead of choosing tokens."""
-    student, teacher, mask = batch
-
-    def loss_of(student, teacher, mask):
-        student = student.clone().requires_grad_()
-        if divergence == "sft":
-            loss = sft_loss(student, teacher.argmax(-1), mask)
-        else:
-            loss = distill_loss(student, teacher, mask, divergence=divergence)
-        return loss.detach(), torch.autograd.grad(loss, student)[0]
-
-    loss, gradient = loss_of(student, teacher, mask)
-    assert not gradient[~mask].any() and gradient[mask].abs().amax(dim=-1).min() > 0
-    for junk in (float("nan"), float("inf")):
-        other = [x.masked_fill(~mask[..., None], junk) for x in (student, teacher)]
-        for dtype in (torch.bool, torch.uint8, torch.int64, torch.float16, torch.float32):
-            other_loss, other_gradient = loss_of(*other, mask.to(dtype))
-            assert torch.equal(other_loss, loss) and torch.equal(other_gradient, gradient), (junk, dtype)
-    nothing, gradient = loss_of(student, teacher, torch.zeros_like(mask))
-    assert nothing == 0 and not gradient.any()
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_tokens_do_not_depend_on_each_other(logits, divergence):
+    """If a loss took a mean over what it is given, the tokens of a small micro-batch would weigh more than those of a
+    large one. And no tokens are no loss."""
+    student, teacher = logits
+    loss = distill_loss(student, teacher, divergence, temperature=2.0)
+    parts = [distill_loss(student[part], teacher[part], divergence, temperature=2.0)
+             for part in (slice(5), slice(5, 5), slice(5, 12))]
+    assert [len(part) for part in parts] == [5, 0, 7]
+    assert torch.allclose(torch.cat(parts), loss, atol=1e-6) and loss.min() > 0
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_denominators_add_up(batch, divergence):
-    """If each micro-batch took its own mean, the tokens of short rows would weigh more than those of long ones."""
-    student, teacher, mask = batch
-    loss, gradient = loss_and_gradient(*batch, divergence=divergence, temperature=2.0)
-    parts = [loss_and_gradient(student[rows], teacher[rows], mask[rows], divergence=divergence, temperature=2.0,
-                               denominator=int(mask.sum())) for rows in ([0], [1, 2])]
-    assert torch.allclose(sum(part[0] for part in parts), loss, atol=1e-5)
-    assert torch.allclose(torch.cat([part[1] for part in parts]), gradient, atol=1e-6)
+def test_half_precision_logits_are_compared_in_float32(logits, divergence):
+    """A bfloat16 model's logits have three digits. If their softmax kept this type, the small differences between
+    student and teacher, which are all that the student is to learn, would be rounded away."""
+    half = [x.bfloat16() for x in logits]
+    loss = distill_loss(*half, divergence, temperature=2.0)
+    assert loss.dtype == torch.float32 and torch.equal(loss, distill_loss(*[x.float() for x in half], divergence, 2.0))
 
 
-def test_inputs_are_left_alone(batch):
+def test_inputs_are_left_alone(logits):
     """If the logits were divided by the temperature in place, the next epoch would see other logits."""
-    copies = [x.clone() for x in batch]
+    copies = [x.clone() for x in logits]
     for divergence in DIVERGENCES:
-        distill_loss(*batch, divergence=divergence, temperature=2.0)
-    assert all(torch.equal(x, y) and x._version == 0 for x, y in zip(batch, copies) if x.is_floating_point())
-    assert torch.equal(batch[2], copies[2])
+        distill_loss(*logits, divergence, temperature=2.0)
+    assert all(torch.equal(x, y) and x._version == 0 for x, y in zip(logits, copies))
 
 
-def test_an_unknown_divergence_is_refused(batch):
+def test_an_unknown_divergence_is_refused(logits):
     """A misspelt divergence must not silently become another one."""
-    with pytest.raises(ValueError):
-        distill_loss(*batch, divergence="kl")
+    with pytest.raises(ValueError, match="one of"):
+        distill_loss(*logits, divergence="kl")
 
 
-def test_sft_is_cross_entropy(batch):
-    """The sequence-level loss is minus the mean log-probability of the counted tokens. A shifted target, or a mean over
-    padding, would still train."""
-    student, _, mask = batch
-    target = torch.randint(8, mask.shape)
-    terms = [-Categorical(logits=student[i, t]).log_prob(target[i, t]) for i, t in mask.nonzero().tolist()]
-    assert abs(sft_loss(student, target, mask) - sum(terms) / len(terms)) < 1e-6
-    halves = [sft_loss(student[rows], target[rows], mask[rows], len(terms)) for rows in ([0, 1], [2])]
-    assert abs(sum(halves) - sum(terms) / len(terms)) < 1e-6
+def test_sft_is_cross_entropy(make_gpt):
+    """The loss of "sft" is minus the log-probability of the counted tokens. A shifted target would still train."""
+    torch.manual_seed(1)
+    model, idx, mask = make_gpt(spread=4.0), torch.randint(11, (3, 7)), torch.rand(3, 6) < 0.5
+    logits = model(idx[:, :-1])
+    terms = [Categorical(logits=logits[i, t]).log_prob(idx[i, t + 1]) for i, t in mask.nonzero().tolist()]
+    assert 5 < len(terms) < 15
+    assert torch.allclose(token_logprobs(model, idx, mask), torch.stack(terms), atol=1e-5)
 
 
 # The step
 
 PROBLEMS = [parse("1+2"), parse("20-7*3")]
-STEP = Config(divergence="forward", on_policy=False, rl_max_new_tokens=5, distill_minibatches=2, distill_epochs=1,
-              distill_temperature=1.0, micro_batch=4096)
+STEP = DistillConfig(divergence="forward", on_policy=False, rl_max_new_tokens=5, distill_minibatches=2,
+                     distill_epochs=1, distill_temperature=1.0, micro_batch=4096)
 
 
 def accept_all(text, problem):
@@ -171,9 +153,21 @@ def accept_some(text, problem):
 
 
 def step(student, teacher, optimizer, reward_fn=accept_all, seed=0, copies=16, **options):
-    """distill_step with the settings of STEP, changed by the options."""
+    """distill_step with the settings of STEP, changed by the options -> the means that are logged."""
     return distill_step(student, teacher, optimizer, PROBLEMS * copies, reward_fn, TASK,
-                        dataclasses.replace(STEP, **options), torch.Generator().manual_seed(seed))
+                        dataclasses.replace(STEP, **options), torch.Generator().manual_seed(seed)).means()
+
+
+class Asked:
+    """A model's hidden states, which counts how often they are asked for, but for sampling."""
+
+    def __init__(self, model):
+        self.model, self.times = model, 0
+
+    def __call__(self, idx):
+        if not torch.is_inference_mode_enabled():
+            self.times += 1
+        return GPT.hidden(self.model, idx)
 
 
 @pytest.mark.parametrize("divergence, on_policy", [
@@ -189,7 +183,7 @@ def test_step_brings_the_student_nearer(make_gpt, divergence, on_policy):
     def distance():
         last = [torch.stack([model(torch.tensor([TASK.encode_prompt(p)]))[0, -1] for p in PROBLEMS])
                 for model in (student, teacher)]
-        return oracle(*last, torch.ones(2, dtype=torch.bool), "forward")
+        return oracle(*last, "forward").mean().item()
 
     start = distance()
     for seed in range(12):
@@ -205,7 +199,7 @@ def slow_step(student, teacher, optimizer, reward_fn, cfg, generator):
                              max_new_tokens=cfg.rl_max_new_tokens, generator=generator)
     rows = [i for i, score in enumerate(rollout.scores) if cfg.on_policy or score["accuracy"] == score["format"] == 1]
     assert cfg.on_policy or 8 < len(rows) < 28, "some should be rejected here"
-    minibatches = random_minibatches(len(rows), cfg.distill_minibatches, generator)
+    minibatches = [part.tolist() for part in random_minibatches(len(rows), cfg.distill_minibatches, generator)]
     losses, tokens, norms = 0.0, 0, []
     for picks in minibatches * cfg.distill_epochs:
         n_tokens = sum(len(rollout.completions[rows[i]]) for i in picks)
@@ -247,7 +241,8 @@ def test_step_is_the_slow_one(make_gpt, divergence, temperature, on_policy, micr
         if slow:
             result = slow_step(student, teacher, optimizer, accept_some, cfg, generator)
         else:
-            metrics = distill_step(student, teacher, optimizer, PROBLEMS * 16, accept_some, TASK, cfg, generator, 0.5)
+            metrics = distill_step(student, teacher, optimizer, PROBLEMS * 16, accept_some, TASK, cfg, generator,
+                                   0.5).means()
             result = metrics["loss"], metrics["grad_norm"]
         found.append((result, optimizer.gradients))
     (result, gradients), (slow_result, slow_gradients) = found
@@ -258,36 +253,43 @@ def test_step_is_the_slow_one(make_gpt, divergence, temperature, on_policy, micr
 
 def test_epochs_repeat_the_updates_and_not_the_teacher(make_gpt, monkeypatch):
     """A second epoch may take other minibatches than the first, ask the teacher again, which costs a pass, or count the
-    loss twice. And teacher's logits that carry a graph keep all that led to them in memory until the step has ended."""
-    V, asked, kept, losses = TASK.encoding.n_vocab, [], [], {}
+    loss twice. And if the teacher's states carry a graph, what led to them is kept in memory until the step ends."""
+    V, asked, kept, kept_hidden, losses = TASK.encoding.n_vocab, [], [], [], {}
 
-    def noted_loss(student_logits, teacher_logits, mask, **options):
+    def noted_loss(student_logits, teacher_logits, *options):
         kept.append(teacher_logits.requires_grad)
-        return distill_loss(student_logits, teacher_logits, mask, **options)
+        return distill_loss(student_logits, teacher_logits, *options)
+
+    def noted_logits(hidden):
+        kept_hidden.append(hidden.requires_grad)
+        return GPT.logits(teacher, hidden)
 
     monkeypatch.setattr(distill, "distill_loss", noted_loss)
     for epochs in (1, 2):
         student, teacher = make_gpt(V, seed=1), make_gpt(V, spread=5.0)
-        teacher.hidden = lambda idx, cache=None: (cache or asked.append(epochs), GPT.hidden(teacher, idx, cache))[1]
+        teacher.hidden, teacher.logits = Asked(teacher), noted_logits
         norms, optimizer = [], Optimizer(student, adam_lr=0.0)  # nothing is learnt: both epochs must find the same loss
 
-        def noted(scale):
-            norms.append(Optimizer.step(optimizer, scale))
+        def noted(*told, **named):
+            norms.append(Optimizer.step(optimizer, *told, **named))
             return norms[-1]
 
         monkeypatch.setattr(optimizer, "step", noted)
         losses[epochs] = step(student, teacher, optimizer, distill_epochs=epochs, distill_minibatches=4)["loss"]
         assert len(norms) == 4 * epochs and norms[4:] == norms[:4 * (epochs - 1)]
-    assert losses[2] == pytest.approx(losses[1]) and asked == [1] * 4 + [2] * 4
-    assert len(kept) == 4 + 8 and not any(kept)
+        asked.append(teacher.hidden.times)
+    assert losses[2] == pytest.approx(losses[1]) and asked == [4, 4]
+    assert len(kept) == 4 + 8 and not any(kept) and len(kept_hidden) > 4 + 8 and not any(kept_hidden)
 
 
 def test_sft_does_not_ask_the_teacher(make_gpt):
     """A pass of the teacher over its own samples costs time, and "sft" uses nothing of it."""
     student, teacher = make_gpt(TASK.encoding.n_vocab, seed=1), make_gpt(TASK.encoding.n_vocab)
-    asked = []
-    teacher.hidden = lambda idx, cache=None: (cache or asked.append(1), GPT.hidden(teacher, idx, cache))[1]
-    assert step(student, teacher, Optimizer(student, adam_lr=0.003), divergence="sft")["loss"] > 0 and not asked
+    teacher.hidden = Asked(teacher)
+    assert step(student, teacher, Optimizer(student, adam_lr=0.003), divergence="sft")["loss"] > 0
+    assert teacher.hidden.times == 0
+    step(student, teacher, Optimizer(student, adam_lr=0.003))
+    assert teacher.hidden.times == 2, "the other losses ask it once for each minibatch"
 
 
 def test_only_accepted_samples_teach(make_gpt):
@@ -321,6 +323,8 @@ def test_a_reward_without_a_format_is_enough(make_gpt):
     optimizer = Optimizer(student, adam_lr=0.003)
     metrics = step(student, teacher, optimizer, plain)
     assert 0 < metrics["accepted"] == metrics["accuracy"] < 1 and "format" not in metrics and metrics["loss"] > 0
+    assert is_good({"accuracy": 1, "format": 1}) and is_good({"accuracy": 1})
+    assert not is_good({"accuracy": 1, "format": 0}) and not is_good({"accuracy": 0})
     both = step(student, teacher, optimizer, accept_some)
     assert both["accepted"] == pytest.approx(both["accuracy"] + both["format"] - 1)
     assert both["accepted"] < min(both["accuracy"], both["format"])
@@ -369,6 +373,70 @@ def test_fewer_accepted_samples_than_minibatches(make_gpt):
     metrics = step(student, teacher, optimizer, accept_three, distill_minibatches=8, distill_epochs=2)
     assert metrics["accepted"] == 3 / 32 and len(optimizer.gradients) == 6 and metrics["loss"] > 0
     assert metrics["grad_norm"] == pytest.approx(sum(g.norm().item() for g in optimizer.gradients) / 6)
+
+
+def test_the_optimizer_is_told_of_each_minibatch(make_gpt, monkeypatch):
+    """Several ranks meet in the optimizer. A rank that did not call it for a minibatch of which it has nothing would
+    leave the others waiting for ever. One that told it another number of tokens would weigh its gradient wrongly."""
+    student, teacher = make_gpt(TASK.encoding.n_vocab, seed=1), make_gpt(TASK.encoding.n_vocab)
+    with torch.no_grad():
+        teacher.embedding.weight[TASK.encoding.eot_token] *= 20  # so that the lengths differ
+    told, lengths, optimizer, left = [], [], Descent(student, distance=0.1), [3]
+    plain_step = optimizer.step
+
+    def noted_step(lr_scale, share, has_gradient):
+        told.append((share, has_gradient))
+        return plain_step(lr_scale, share, has_gradient)
+
+    def noted_batches(rollout, rows, *rest):
+        lengths.append(sum(len(rollout.completions[i]) for i in rows))
+        return micro_batches(rollout, rows, *rest)
+
+    def accept_three(text, problem):
+        left[0] -= 1
+        return accept_all(text, problem) | {"accuracy": float(left[0] >= 0)}
+
+    monkeypatch.setattr(optimizer, "step", noted_step)
+    monkeypatch.setattr(distill, "micro_batches", noted_batches)
+    step(student, teacher, optimizer, accept_three, distill_minibatches=5, distill_epochs=2)
+    assert told == [(n, n > 0) for n in lengths] * 2 and lengths[3:] == [0, 0] and min(lengths[:3]) > 0
+
+
+@pytest.mark.parametrize("divergence", ("forward", "sft"))
+@pytest.mark.parametrize("junk", (float("nan"), float("inf")))
+def test_padding_changes_nothing(make_gpt, monkeypatch, divergence, junk):
+    """A mean that includes padding is wrong, and since 0 * NaN is NaN, one bad number in the padding would destroy the
+    weights. Here all that the models say outside the completions is junk."""
+    found, batches = [], []
+
+    def noted(*args):
+        made = micro_batches(*args)
+        batches.extend(made)
+        return made
+
+    class Poisoned(Asked):
+        def __call__(self, idx):
+            hidden = super().__call__(idx)
+            if torch.is_inference_mode_enabled():
+                return hidden  # it samples
+            mask = next(batch.mask for batch in batches if torch.equal(batch.idx[:, :-1], idx))
+            return hidden.masked_fill(~mask[..., None], junk)
+
+    for poisoned in (False, True):
+        student, teacher = make_gpt(TASK.encoding.n_vocab, seed=1), make_gpt(TASK.encoding.n_vocab)
+        with torch.no_grad():
+            teacher.embedding.weight[TASK.encoding.eot_token] *= 20  # so that the lengths differ
+        if poisoned:
+            monkeypatch.setattr(distill, "micro_batches", noted)
+            student.hidden, teacher.hidden = Poisoned(student), Poisoned(teacher)
+        optimizer = Descent(student, distance=1.0)
+        metrics = step(student, teacher, optimizer, accept_some, divergence=divergence, micro_batch=100)
+        found.append((metrics, optimizer.gradients))
+    (metrics, gradients), (poisoned_metrics, poisoned_gradients) = found
+    assert student.hidden.times > 3 and teacher.hidden.times == (0 if divergence == "sft" else student.hidden.times)
+    assert not all(batch.mask[:, -1].all() for batch in batches), "there should be padding here"
+    assert metrics == poisoned_metrics
+    assert all(torch.equal(a, b) for a, b in zip(gradients, poisoned_gradients)) and gradients[1].any()
 
 
 def test_a_step_refuses_an_unknown_divergence(make_gpt):

@@ -12,8 +12,10 @@ import torch
 import export_hf
 from data.arithmetic import make_problem
 from data.tokenizer import END_OF_TEXT, PIECES, get_tokenizer
-from model import GPT, GPTConfig, generate
-from run import Config, save_checkpoint
+from engine.files import save_checkpoint
+from engine.speed.sampler import generate
+from model import GPT, GPTConfig
+from train import Config
 
 transformers = pytest.importorskip("transformers")
 ENCODING = get_tokenizer()
@@ -55,8 +57,8 @@ def test_greedy_answers_are_equal(exported):
     model, theirs, tokenizer = exported
     rng = random.Random(0)
     problems = [make_problem(rng) for _ in range(20)]
-    ours = generate(model, [ENCODING.encode_ordinary(p.prompt) for p in problems], 30, temperature=0.0,
-                    eos_id=ENCODING.eot_token)
+    ours, _ = generate(model, [ENCODING.encode_ordinary(p.prompt) for p in problems], 30, temperature=0.0,
+                       stop_ids=(ENCODING.eot_token,))
     chats = [[{"role": "user", "content": p.question}] for p in problems]
     prompts = tokenizer.apply_chat_template(chats, padding=True, return_tensors="pt")
     assert tokenizer.batch_decode(prompts["input_ids"], skip_special_tokens=True) == [p.prompt for p in problems]

@@ -9,16 +9,19 @@ import pytest
 import findings
 import measures
 import rows
-from findings import SEEDS, Cell
+from controls import CONTROLS
+from engine.files import load_checkpoint
+from engine.terminal import UsageError
+from findings import GONE, SEEDS, Cell
 from measures import pass_at_k
 from rows import Figure, Known, differs, figure
-from run import UsageError, load_checkpoint
+from train import STAGES
 
 FLAGS = ("--preset=tiny --device=cpu --base_tokens=40000 --base_batch=4 --student_base_tokens=9000 --rl_steps=10 "
          "--distill_steps=1 --distill_prompts=64 --rl_max_new_tokens=40 --eval_problems=2")
 CORES = os.cpu_count() or 1  # with as many jobs, each training has one thread
-CELLS = {"first": Cell(("base", "zero", "student_base", "student"), FLAGS, measures=("conditional",)),
-         "second, other": Cell(("zero",), f"{FLAGS} --scale=none", "first")}
+CELLS = {"first": Cell(("base", "zero", "student_base", "student"), FLAGS),
+         "second, other": Cell(("zero",), f"{FLAGS} --scale=none", "first", {"zero": "shuffled"}, ("divergence",))}
 
 
 @pytest.fixture
@@ -36,24 +39,31 @@ def kept(name: str, seed: int) -> dict:
 
 
 def test_cells_are_run_once_and_again_when_their_settings_change(small, monkeypatch):
-    """A base would be trained twice, a result would be kept after its flags have changed, or a cell that starts from
-    another would be refused because of models that it does not take from it."""
+    """A base would be trained twice, a result would be kept after its flags or its control have changed, a cell that
+    starts from another would be refused because of models that it does not take from it, or another model than the
+    control would be measured."""
     findings.run_cells(["first", "second, other"], jobs=CORES)
     files = {path.name: path.stat().st_mtime_ns for path in (small / "results").iterdir()}
     assert set(files) == {"first-0.json", "second_other-0.json"}
     first, second = findings.stored("first", 0), findings.stored("second, other", 0)
     assert len(first["models"]) == 4 and set(second["models"]) == {"zero"}
     assert len(first["curves"]["zero"]["length"]) == 10
-    assert 0 < second["seconds"] and set(first["measures"]) == {"conditional"}
-    base, zero = ([load_checkpoint(findings.folder(name, 0) / f"{model}.pt")["model"]["embedding.weight"]
-                   for name in findings.CELLS] for model in ("base", "zero"))
-    assert base[0].equal(base[1]) and not zero[0].equal(zero[1])
+    assert 0 < second["seconds"] and first["measures"] == {} and second["measures"]["divergence"]["kl"] > 0
+    first_out, second_out = (findings.folder(name, 0) for name in findings.CELLS)
+    base, same_base, zero, shuffled = (
+        load_checkpoint(path)["model"]["embedding.weight"] for path in (
+            first_out / "base.pt", second_out / "base.pt", first_out / "zero.pt", second_out / "shuffled.pt"))
+    assert base.equal(same_base) and not zero.equal(shuffled) and not base.equal(shuffled)
+    assert {path.name for path in second_out.glob("*.pt")} == {"base.pt", "shuffled.pt"}
     trained = []
     monkeypatch.setattr(findings, "train", lambda *args: trained.append(args))
     findings.run_cells(["first", "second, other"], jobs=CORES)
     assert not trained and files == {path.name: path.stat().st_mtime_ns for path in (small / "results").iterdir()}
-    findings.CELLS["first"] = Cell(CELLS["first"].trains, f"{FLAGS} --rl_lr=0.01", measures=("conditional",))
+    findings.CELLS["first"] = Cell(CELLS["first"].trains, f"{FLAGS} --rl_lr=0.01")
     assert findings.stored("first", 0) is None and findings.stored("second, other", 0)
+    for controls in ({}, {"zero": "batch_baseline"}):  # its flags are the same
+        findings.CELLS["second, other"] = Cell(("zero",), f"{FLAGS} --scale=none", "first", controls)
+        assert findings.stored("second, other", 0) is None
 
 
 def test_all_cells_of_the_page_are_stored():
@@ -63,19 +73,69 @@ def test_all_cells_of_the_page_are_stored():
             assert findings.stored(name, seed) == kept(name, seed)
 
 
-@pytest.mark.parametrize("flags, field, is_stored", [
-    ("--distill_epochs=1", "distill_epochs", True), ("", "distill_epochs", False), ("", "wait_share", True),
-    ("--wait_share=0.5", "wait_share", False)])
-def test_fields_that_a_stored_cell_lacks(small, flags, field, is_stored):
+def store(folder, settings: dict, cell: Cell) -> None:
+    """Keep these settings as a result of the cell, from a program in which the controls were settings."""
+    findings.CELLS["cell"] = cell
+    (folder / "results").mkdir(exist_ok=True)
+    (folder / "results" / "cell-0.json").write_text(json.dumps({
+        "settings": settings, "models": {model: {} for model in cell.trains}, "measures": {}}))
+
+
+@pytest.mark.parametrize("flags, controls, field, is_stored", [
+    ("--distill_epochs=1", {}, "distill_epochs", True), ("", {}, "distill_epochs", False), ("", {}, "wait_share", True),
+    ("", {"base": "base_no_wait"}, "wait_share", False), ("", {}, "skip_no_signal", False),
+    ("", {"zero": "all_completions"}, "skip_no_signal", True), ("", {}, "distill_longer", False),
+    ("", {"student": "student_short"}, "distill_longer", True)])
+def test_fields_that_a_stored_cell_lacks(small, flags, controls, field, is_stored):
     """A cell from before a field existed would pass as trained with the new default. Without distill_epochs it was
-    trained with 1 epoch, whatever the default is now."""
-    findings.CELLS["cell"] = cell = Cell(("student",), flags)
-    settings = {**findings.settings(cell), "eval_greedy": True}  # a field that no longer exists
+    trained with 1 epoch, whatever the default is now. Without skip_no_signal the KL penalty acted on all rows."""
+    cell = Cell(("base", "zero", "student"), flags, controls=controls)
+    settings = {**findings.old_settings(cell), "eval_greedy": True}  # a field that no longer exists
+    store(small, settings, cell)
+    assert findings.stored("cell", 0)
     del settings[field]
-    (small / "results").mkdir()
-    (small / "results" / "cell-0.json").write_text(json.dumps({"settings": settings, "models": {"student": {}},
-                                                               "measures": {}}))
+    store(small, settings, cell)
     assert (findings.stored("cell", 0) is not None) == is_stored
+
+
+def test_a_control_is_not_taken_for_another(small):
+    """A stored result of a control would pass as one of train.py's, or as another control's, because the setting that
+    made it is gone."""
+    trains = ("base", "zero", "student")
+    controls = [{}, {"zero": "shuffled"}, {"zero": "format_alone"}, {"zero": "batch_baseline"},
+                {"zero": "all_completions"}, {"student": "student_short"}]
+    controls += [{"base": f"base_{kind}", "zero": f"zero_{kind}"} for kind in ("no_working", "half_working", "no_wait")]
+    cells = [Cell(trains, controls=names) for names in controls] + [Cell(trains, "--accuracy_weight=0.5")]
+    for made in cells:
+        for now in cells:
+            store(small, findings.old_settings(made), now)
+            assert (findings.stored("cell", 0) is not None) == (made is now), (made.controls, now.controls)
+    assert {name for _, _, in_controls in GONE.values() for name in in_controls} == {
+        name for name in CONTROLS if not name.startswith("zero_") and name != "student_rl"}
+
+
+def test_each_control_that_a_cell_names_exists():
+    """Hours of training would end in a control that is unknown, or a cell would keep a model under a name that no row
+    knows."""
+    for name, cell in findings.CELLS.items():
+        assert set(cell.controls) <= set(cell.trains) and set(cell.controls.values()) <= set(CONTROLS), name
+        assert all(stage in cell.table() for stage in cell.stages()), name
+        for stage in cell.stages():  # a zero that is a control of the corpus begins with the base of this cell
+            starts = cell.table()[stage].starts
+            assert all(start in STAGES or start in cell.stages() for start in starts) or cell.is_r1, name
+
+
+def test_commands_make_all_models_of_a_cell():
+    """A model would be missing after hours, or a control would be trained that the cell does not need."""
+    commands = {name: cell.commands() for name, cell in findings.CELLS.items()}
+    assert commands["default"] == [["train.py"], ["experiments/controls.py", "student_rl"]]
+    assert commands["no KL"] == [["train.py", "--stage=base"], ["train.py", "--stage=zero"],
+                                 ["train.py", "--stage=student_base"], ["experiments/controls.py", "student_short"]]
+    assert commands["no std"] == [["train.py", "--stage=zero"]]
+    assert commands["worked 0"] == [["experiments/controls.py", "zero_no_working"]]
+    assert commands["short problems"] == [["experiments/controls.py", "student_short"],
+                                          ["experiments/controls.py", "student_rl_short"]]
+    assert commands["R1"] == [["r1.py"]] and commands["language 0"] == [["r1.py", "--stage=dev2"]]
 
 
 def test_a_run_that_fails_is_one_line(small):

@@ -1,4 +1,5 @@
-"""What only a GPU can show: recorded kernels give what the plain ones give. Skipped where there is none."""
+"""What only a GPU can show: recorded kernels give what the plain ones give. Skipped where there is none. The last tests
+stand in for a GPU on a CPU: graphs are recorded and replayed as there."""
 import copy
 import json
 import random
@@ -6,66 +7,105 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-import run
-from grpo import grpo_update, sample_rollout
+import engine.progress as progress
+import engine.speed.graphs as graphs
 from data.arithmetic import Arithmetic
-from model import GPT, GPTConfig, Optimizer, generate, token_logprobs
-from run import Config, GraphedSampling, GraphedTraining, compiled
+from engine.optimizer import Optimizer
+from engine.speed import fast, sampler
+from engine.speed.fast import frozen, graphed, make_fast
+from engine.speed.graphs import GraphedMuon, GraphedSampling, GraphedTraining
+from engine.speed.sampler import Sampler
+from grpo import grpo_update, sample_rollout
+from model import GPT, GPTConfig, attend, token_logprobs
+from tests.conftest import Descent, main
+from train import Config
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 CFG = Config(device="cuda", compile="on", micro_batch=65_536)
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8], [9], [10, 11]]
+SHAPES = ({}, {"n_kv_head": 1, "qk_norm": True, "qkv_bias": True, "tied": False})
 
 
-def make(dtype=torch.bfloat16, **shape) -> GPT:
+def make(dtype=torch.bfloat16, device="cuda", **shape) -> GPT:
     torch.manual_seed(0)
-    return GPT(GPTConfig(80, 64, 2, 2, 64, **shape), dtype).to("cuda")
+    return GPT(GPTConfig(80, 64, 2, 2, 64, **shape), dtype).to(device)
 
 
-def draw(model: GPT, seed: int, temperature: float = 1.0, prompts=PROMPTS, **more):
-    generator = torch.Generator("cuda").manual_seed(seed)
-    return generate(model, prompts, 40, temperature=temperature, eos_id=(0, 3), generator=generator, samples=16,
-                    return_logprobs=True, **more)
+def draw(model: GPT, seed: int, temperature: float = 1.0, prompts=PROMPTS):
+    """What a quick model samples, and the log-probabilities."""
+    generator = torch.Generator(model.embedding.weight.device).manual_seed(seed)
+    return model.generate(prompts, 40, temperature=temperature, stop_ids=(0, 3), generator=generator, samples=16)
+
+
+def cached(model: GPT) -> GPT:
+    """The model, which samples with the cache and the plain kernels."""
+    model.generate = Sampler(model)
+    return model
+
+
+def every_logprob(model: GPT, idx) -> torch.Tensor:
+    """The log-probabilities of all tokens but the first, in order."""
+    return token_logprobs(model, idx, torch.ones(len(idx), idx.size(1) - 1, dtype=torch.bool))
+
+
+def move_weights(model: GPT, other: GPT) -> None:
+    """An update of two models alike, in place."""
+    with torch.no_grad():
+        for weight, its_weight in zip(model.parameters(), other.parameters()):
+            weight += 0.02 * torch.randn_like(weight)
+            its_weight.copy_(weight)
 
 
 @gpu
-@pytest.mark.parametrize("shape", ({}, {"n_kv_head": 1, "qk_norm": True, "qkv_bias": True, "tied": False}))
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_recorded_sampling_is_the_plain_one(dtype, shape):
     """A graph reads what an earlier rollout left: old weights, old padding, another temperature's."""
-    plain, model = make(dtype, **shape), compiled(make(dtype, **shape), CFG, sampling=True)
+    plain, model = cached(make(dtype, **shape)), make_fast(make(dtype, **shape), CFG, sampling=True)
     for i in range(5):
         for prompts in (PROMPTS, PROMPTS[::-1] * 2, PROMPTS[:2]):
             for temperature in (1.0, 0.7, 0.0):
                 assert draw(model, i, temperature, prompts) == draw(plain, i, temperature, prompts)
-        with torch.no_grad():
-            for weight, other in zip(model.parameters(), plain.parameters()):
-                weight += 0.02 * torch.randn_like(weight)
-                other.copy_(weight)
-    assert len(model.next_token.graphs) > 40
+        move_weights(model, plain)
+    assert len(model.generate.next_token.graphs) > 40
 
 
 @gpu
 @pytest.mark.parametrize("dtype, close", ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)))
 def test_cached_sampling_is_the_full_pass(dtype, close):
     """A column of the cache is off by one, or padding is attended to."""
-    model = compiled(make(dtype), CFG, sampling=True)
+    model = make_fast(make(dtype), CFG, sampling=True)
     for _ in range(3):
         completions, logp = draw(model, 0)
     for i, (completion, found) in enumerate(zip(completions, logp)):
         prompt = PROMPTS[i // 16]
         with torch.no_grad():
-            full = token_logprobs(model, torch.tensor([prompt + completion], device="cuda"))[0, len(prompt) - 1:]
+            full = every_logprob(model, torch.tensor([prompt + completion], device="cuda"))[len(prompt) - 1:]
         assert torch.allclose(full.cpu(), torch.tensor(found), atol=close)
+
+
+@gpu
+@pytest.mark.parametrize("n_kv_head", (1, 2, 4))
+def test_training_with_shared_heads_is_that_of_a_cpu(n_kv_head):
+    """The fused kernel lays its output out in another order than the product of matrices does."""
+    found = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(80, 64, 2, 4, 64, n_kv_head=n_kv_head)).to(device)
+        idx = torch.randint(80, (5, 20), generator=torch.Generator().manual_seed(0)).to(device)
+        logp = every_logprob(model, idx)
+        logp.mean().backward()
+        found.append([logp.detach().cpu()] + [p.grad.cpu() for p in model.parameters()])
+    assert all((a - b).norm() <= 1e-3 * a.norm() + 1e-6 for a, b in zip(*found))
 
 
 @gpu
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_recorded_training_is_the_plain_one(dtype):
     """A replay writes over a gradient, or over what an earlier pass returned."""
-    plain, model = make(dtype), make(dtype)
-    model = compiled(model, CFG, training=True)
+    plain, model = make(dtype), make_fast(make(dtype), CFG, training=True)
     for step in range(4):
         gradients = []
         for one in (plain, model):
@@ -73,8 +113,8 @@ def test_recorded_training_is_the_plain_one(dtype):
             losses, kept = [], []
             for n, T in ((32, 32), (32, 32), (20, 30), (64, 64), (32, 32)):  # the same size twice in one update
                 idx = torch.randint(80, (n, T + 1 if T < 64 else T), generator=generator, device="cuda")
-                kept.append(token_logprobs(one, idx).detach())
-                logp = token_logprobs(one, idx)
+                kept.append(every_logprob(one, idx).detach())
+                logp = every_logprob(one, idx)
                 losses.append((logp * kept[-1]).mean())
                 losses[-1].backward()
             gradients.append([torch.stack(losses), *kept] + [p.grad.clone() for p in one.parameters()])
@@ -90,7 +130,7 @@ def test_recorded_products_are_the_plain_ones():
     """Muon moves its matrices by the products of the step before, or averages gradients twice."""
     shapes, model = ((3, 64, 64), (3, 96, 64)), make()
     plain, muon = (Optimizer(model, 1e-3, 1e-2).parts[1] for _ in range(2))
-    run.graphed(SimpleNamespace(parts=[muon]), CFG)
+    graphed(SimpleNamespace(parts=[muon]), CFG)
     averages = [[torch.zeros(shape, device="cuda") for shape in shapes] for _ in range(2)]
     for _ in range(4):
         for mine, other in zip(*averages):
@@ -102,12 +142,12 @@ def test_recorded_products_are_the_plain_ones():
 @gpu
 def test_recorded_training_equals_plain_kernels_at_the_same_size():
     """Graphs round otherwise than the kernels that they record, so that a resumed run ends elsewhere."""
-    plain, model = make(), compiled(make(), CFG, training=True)
+    plain, model = make(), make_fast(make(), CFG, training=True)
     idx = torch.randint(80, (32, 33), device="cuda")
     for _ in range(3):
         for one in (plain, model):
             one.zero_grad(set_to_none=True)
-            token_logprobs(one, idx).mean().backward()
+            every_logprob(one, idx).mean().backward()
         assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters(), model.parameters()))
     assert model.hidden.passes
 
@@ -115,7 +155,7 @@ def test_recorded_training_equals_plain_kernels_at_the_same_size():
 @gpu
 def test_a_loss_that_is_kept_does_not_stop_a_recording():
     """What autograd keeps for a loss ties the parameters to a stream that a recording may not meet."""
-    model, kept = compiled(make(), CFG, training=True), []
+    model, kept = make_fast(make(), CFG, training=True), []
     for n in (32, 64, 32, 64, 32, 96, 96):
         idx = torch.randint(80, (n, 33), device="cuda")
         hidden = model.hidden(idx[:, :-1])
@@ -124,39 +164,72 @@ def test_a_loss_that_is_kept_does_not_stop_a_recording():
     assert len(model.hidden.passes) == 3
 
 
+def rollout_of(model: GPT, task):
+    """32 answers to 8 problems, and advantages."""
+    problems = [task.make_problem(random.Random(i)) for i in range(8)]
+    rollout = sample_rollout(model, problems, lambda text, problem: {"reward": len(text) % 3, "accuracy": 0.0}, task, 4,
+                             20, torch.Generator().manual_seed(0))
+    return rollout, torch.randn(32, generator=torch.Generator().manual_seed(1))
+
+
+def update(model: GPT, reference: GPT, rollout, adv):
+    """An update of the model for each of two minibatches -> metrics and gradients."""
+    cfg, optimizer = Config(micro_batch=512, rl_samples=4, rl_max_new_tokens=20), Descent(model, distance=0.1)
+    metrics = grpo_update(model, reference, optimizer, rollout, adv, cfg, torch.Generator().manual_seed(0)).means()
+    return metrics, torch.stack(optimizer.gradients).cpu()
+
+
+def assert_same_update(one, other):
+    (metrics, gradients), (its_metrics, its_gradients) = one, other
+    assert metrics.keys() == its_metrics.keys() and metrics["kl"] > 0 and metrics["no_signal"] < 1
+    assert metrics["sampler_gap"] == pytest.approx(its_metrics["sampler_gap"], abs=1e-4)
+    assert metrics["kl"] == pytest.approx(its_metrics["kl"], rel=1e-2)
+    assert len(gradients) == 2 and gradients.norm(dim=1).min() > 0
+    for a, b in zip(gradients, its_gradients, strict=True):
+        assert (a - b).norm() < 1e-3 * a.norm()
+
+
 @gpu
 def test_an_update_on_a_gpu_is_that_of_a_cpu():
     """A tensor is left on the CPU, or a micro-batch is lost."""
     task = Arithmetic()
     torch.manual_seed(0)
     model = GPT(GPTConfig(task.encoding.n_vocab, 64, 2, 2, 64))
-    problems = [task.make_problem(random.Random(i)) for i in range(8)]
-    rollout = sample_rollout(model, problems, lambda text, problem: {"reward": len(text) % 3, "accuracy": 0.0}, task,
-                             samples=4, max_new_tokens=20, generator=torch.Generator().manual_seed(0))
-    adv = torch.randn(32, generator=torch.Generator().manual_seed(1))
-    found = []
-    for device in ("cpu", "cuda"):
-        one = copy.deepcopy(model).to(device)
-        one = compiled(one, CFG, training=True) if device == "cuda" else one
-        reference = copy.deepcopy(model).to(device)
-        optimizer = Optimizer(one, 1e-3)
-        cfg = Config(micro_batch=4_096, rl_max_new_tokens=20)
-        metrics = [grpo_update(one, reference, optimizer, rollout, adv, cfg, torch.Generator(device).manual_seed(0))
-                   for _ in range(1)]
-        found.append((metrics, [p.detach().cpu() for p in one.parameters()]))
-    assert found[0][0][0].keys() == found[1][0][0].keys()
-    assert found[0][0][0]["sampler_gap"] == pytest.approx(found[1][0][0]["sampler_gap"], abs=1e-4)
-    assert max((a - b).abs().max() for a, b in zip(found[0][1], found[1][1])) < 5e-3
+    rollout, adv = rollout_of(model, task)
+    of_cpu, of_gpu = (update(make_fast(copy.deepcopy(model).to(device), cfg, training=True),
+                             copy.deepcopy(model).to(device), rollout, adv)
+                      for device, cfg in (("cpu", Config(device="cpu", compile="off", micro_batch=512)), ("cuda", CFG)))
+    assert_same_update(of_cpu, of_gpu)
 
 
 @gpu
-def test_a_killed_run_ends_in_the_same_weights(tmp_path):
+def test_a_minibatch_on_a_gpu_may_have_nothing_to_learn():
+    """A minibatch without a gradient counts with a norm of 0. On the CPU, it could not be added to the others."""
+    task = Arithmetic()
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(task.encoding.n_vocab, 64, 2, 2, 64))
+    rollout, adv = rollout_of(model, task)
+    cfg = Config(micro_batch=512, rl_samples=4, rl_max_new_tokens=20, kl_coef=0.0)
+    first, second = torch.randperm(32, generator=torch.Generator().manual_seed(0)).view(-1, 2).T
+    for empty in (first, second):
+        one = make_fast(copy.deepcopy(model).to("cuda"), CFG, training=True)
+        metrics = grpo_update(one, None, Optimizer(one, 1e-3), rollout, adv.index_fill(0, empty, 0.0), cfg,
+                              torch.Generator().manual_seed(0)).means()
+        assert metrics["grad_norm"] > 0
+
+
+@gpu
+def test_a_killed_run_ends_in_the_same_weights(tmp_path, monkeypatch):
     """A generator's state, or the order of graphs, shapes a resumed run."""
-    from train import main
     tiny = ["--preset=tiny", "--stage=base", "--dtype=bfloat16", "--compile=on", "--base_tokens=60000",
             "--student_base_tokens=60000", "--save_every=0", "--eval_problems=8"]
-    assert main([*tiny, f"--out={tmp_path / 'whole'}"]) == 0
-    save, saved = run.save_checkpoint, []
+    killed_run(tiny, tmp_path, monkeypatch)
+
+
+def killed_run(tiny: list[str], out, monkeypatch) -> None:
+    """A run that is killed while it trains the base, and resumed, ends where an undisturbed one ends."""
+    assert main([*tiny, f"--out={out / 'whole'}"]) == 0
+    save, saved = progress.save_checkpoint, []
 
     def killed(path, content):
         save(path, content)
@@ -164,26 +237,27 @@ def test_a_killed_run_ends_in_the_same_weights(tmp_path):
         if len(saved) == 12:
             raise KeyboardInterrupt
 
-    run.save_checkpoint = killed
-    try:
-        assert main([*tiny, f"--out={tmp_path / 'cut'}"]) == 130
-    finally:
-        run.save_checkpoint = save
-    assert main([*tiny, f"--out={tmp_path / 'cut'}"]) == 0
-    whole, cut = (torch.load(tmp_path / name / "base.pt")["model"] for name in ("whole", "cut"))
+    with monkeypatch.context() as patch:
+        patch.setattr(progress, "save_checkpoint", killed)
+        assert main([*tiny, f"--out={out / 'cut'}"]) == 130
+    assert main([*tiny, f"--out={out / 'cut'}"]) == 0
+    whole, cut = (torch.load(out / name / "base.pt", weights_only=True)["model"] for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
-    json.loads((tmp_path / "cut" / "results.json").read_text())
+    json.loads((out / "cut" / "results.json").read_text())
 
 
 @gpu
 def test_memory_of_a_step_is_bounded():
     """Graphs keep the memory of each size, instead of sharing it."""
-    model = compiled(make(), CFG, training=True)
+    model = make_fast(make(), CFG, training=True)
     sizes, held = (256, 256, 224, 224, 192, 192, 160, 160, 128, 128, 96, 96, 64, 64, 32, 32), []
     for n in sizes:
-        token_logprobs(model, torch.randint(80, (n, 64), device="cuda")).mean().backward()
+        every_logprob(model, torch.randint(80, (n, 64), device="cuda")).mean().backward()
         held.append(torch.cuda.memory_reserved() / 2**20)
     assert len(model.hidden.passes) == 8 and held[-1] < 1.3 * held[1]
+
+
+# A CPU in place of the GPU
 
 
 class Again:
@@ -195,6 +269,11 @@ class Again:
             self.cache = copy.copy(self.at["cache"].cell_contents)
             self.cache.kv = {layer: list(pair) for layer, pair in self.cache.kv.items()}
             self.length = self.cache.length
+        elif "found" in self.at:  # a recording runs nothing, so it leaves the average as it is
+            average = self.at["average"].cell_contents
+            before = average.clone()
+            action()
+            average.copy_(before)
         elif action.__name__ != "backward":
             action()
 
@@ -204,6 +283,10 @@ class Again:
             before, cell.cell_contents = cell.cell_contents, self.cache
             self.action()
             cell.cell_contents = before
+        elif "found" in self.at:
+            found = self.at["found"].cell_contents
+            self.action()
+            found[0].copy_(found.pop())
         else:
             self.action()
             if self.action.__name__ == "forward":
@@ -214,45 +297,130 @@ class Again:
 @pytest.fixture
 def no_graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(run, "Graph", Again)
+    monkeypatch.setattr(graphs, "Graph", Again)
 
 
-@pytest.mark.parametrize("shape", ({}, {"n_kv_head": 1, "qk_norm": True, "qkv_bias": True, "tied": False}))
-def test_a_cache_moves_in(shape, no_graphs, monkeypatch):
-    """A graph reads another rollout's weights, padding or rows."""
-    monkeypatch.setattr("model.LOOK_EVERY", 1)
-    torch.manual_seed(0)
-    plain = GPT(GPTConfig(80, 64, 2, 2, 64, **shape))
-    model = copy.deepcopy(plain)
-    model.next_token = GraphedSampling(model)
-    for i in range(4):
-        for prompts in (PROMPTS, PROMPTS[::-1] * 2, PROMPTS[:2]):
-            drawn = [generate(one, prompts, 40, eos_id=(0, 3), generator=torch.Generator().manual_seed(i), samples=16,
-                              return_logprobs=True) for one in (plain, model)]
+@pytest.mark.parametrize("dtype, shape", ((torch.bfloat16, SHAPES[0]), (torch.float32, SHAPES[1])))
+def test_a_cache_moves_in(dtype, shape, no_graphs):
+    """A graph reads another rollout's weights, padding, rows or temperature. (In float32 some matrices of the cache are
+    the model's own, and follow an update by themselves.)"""
+    plain = cached(make(dtype, "cpu", **shape))
+    model = make_fast(make(dtype, "cpu", **shape), CFG, sampling=True)
+    for _ in range(2):
+        draw(model, 0, prompts=PROMPTS[:1])  # its graphs have room for 16 rows, and the next ones need more
+    assert model.generate.next_token.graphs
+    for i in range(3):  # what is seen, recorded, and replayed after an update of the weights
+        for prompts, temperature in ((PROMPTS, 1.0), (PROMPTS[::-1] * 2, 1.0), (PROMPTS[:2], 1.0), (PROMPTS[:2], 0.0)):
+            drawn = [draw(one, i, temperature, prompts) for one in (plain, model)]
             assert drawn[0][0] == drawn[1][0]
             for a, b in zip(drawn[0][1], drawn[1][1]):
                 assert a == pytest.approx(b, abs=1e-5)
-        with torch.no_grad():
-            for weight, other in zip(model.parameters(), plain.parameters()):
-                weight += 0.02 * torch.randn_like(weight)
-                other.copy_(weight)
-    assert len(model.next_token.graphs) > 20
+        move_weights(model, plain)
+    assert len(model.generate.next_token.graphs) > 20
 
 
 def test_what_a_recorded_pass_returns_is_kept(no_graphs):
     """A later replay writes over what an earlier pass returned, or a gradient is lost between micro-batches."""
-    torch.manual_seed(0)
-    plain = GPT(GPTConfig(80, 64, 2, 2, 64))
-    model = copy.deepcopy(plain)
-    model.hidden = GraphedTraining(model)
+    plain, model = make(torch.float32, "cpu"), make_fast(make(torch.float32, "cpu"), CFG, training=True)
     for step in range(3):
         for one in (plain, model):
             generator, kept = torch.Generator().manual_seed(step), []
             for n, T in ((32, 33), (20, 31), (32, 33), (32, 33)):
                 idx = torch.randint(80, (n, T), generator=generator)
-                kept.append(token_logprobs(one, idx).detach())
-                (token_logprobs(one, idx) * kept[0][:n, :T - 1].mean()).mean().backward()
+                kept.append(every_logprob(one, idx).detach())
+                (every_logprob(one, idx) * kept[0][:n * (T - 1)].mean()).mean().backward()
             one.found = [*kept, *(p.grad.clone() for p in one.parameters())]
             one.zero_grad(set_to_none=True)
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(plain.found, model.found))
     assert len(model.hidden.passes) == 1
+    first = model.hidden(idx[:, :-1])
+    kept = first.clone()
+    assert not torch.equal(model.hidden(idx[:, 1:]), kept) and torch.equal(first, kept)
+
+
+def test_recorded_products_are_kept(no_graphs):
+    """Muon moves its matrices by the products of the step before, or averages gradients twice."""
+    models = [make(torch.float32, "cpu") for _ in range(2)]
+    optimizers = [Optimizer(model, 1e-3, 1e-2) for model in models]
+    graphed(optimizers[1], CFG)
+    for _ in range(4):
+        for p, other in zip(*(optimizer.parameters for optimizer in optimizers)):
+            p.grad = torch.randn_like(p)
+            other.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    recorded = optimizers[1].parts[1].direction
+    assert isinstance(recorded, GraphedMuon) and len(recorded.graphs) > 2 and all(recorded.graphs.values())
+    assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models)))
+
+
+def test_an_update_with_recorded_passes(no_graphs):
+    """Metrics and gradients of an update are those of the plain passes, the second time as well as the first, beside a
+    reference that has passes of its own."""
+    task = Arithmetic()
+    torch.manual_seed(0)
+    plain = GPT(GPTConfig(task.encoding.n_vocab, 64, 2, 2, 64))
+    rollout, adv = rollout_of(plain, task)
+    model = copy.deepcopy(plain)
+    reference = frozen(model, CFG)
+    make_fast(model, CFG, training=True)
+    its_reference = copy.deepcopy(plain)
+    for _ in range(2):
+        assert_same_update(update(plain, its_reference, rollout, adv), update(model, reference, rollout, adv))
+    assert model.hidden.passes and reference.hidden.passes and reference.hidden.model is reference
+
+
+def test_a_frozen_copy_takes_no_graph_with_it(no_graphs, monkeypatch):
+    """A recorded graph cannot be copied, and a copied one would replay the policy. The policy keeps its own."""
+    def refuse(self, memo):
+        raise AssertionError("a graph is copied")
+
+    monkeypatch.setattr(GraphedTraining, "__deepcopy__", refuse, raising=False)
+    monkeypatch.setattr(GraphedSampling, "__deepcopy__", refuse, raising=False)
+    model = make_fast(make(torch.float32, "cpu"), CFG, training=True, sampling=True)
+    quick = {name: vars(model)[name] for name in ("hidden", "generate")}
+    copied, idx = frozen(model, CFG), torch.randint(80, (2, 9))
+    assert all(vars(model)[name] is method for name, method in quick.items())
+    assert copied.hidden.model is copied.generate.model is copied
+    before = copied(idx)
+    move_weights(model, make(torch.float32, "cpu"))
+    assert torch.equal(copied(idx), before) and not torch.equal(model(idx), before)
+
+
+def test_what_is_recorded(no_graphs, monkeypatch):
+    """A large model gains nothing from recorded training, which would hold a second copy of its gradients. What only
+    answers has nothing to record for training. A sequence that is too long is refused, and not cut."""
+    model = make_fast(make(device="cpu"), CFG, training=True, sampling=True)
+    assert type(model.hidden) is GraphedTraining and type(model.generate.next_token) is GraphedSampling
+    with pytest.raises(ValueError, match="65 tokens"):
+        model.hidden(torch.ones(2, 65, dtype=torch.long))
+    assert vars(make_fast(make(device="cpu"), CFG)).keys() & set(fast.QUICK_METHODS) == {"generate"}
+    monkeypatch.setattr(fast, "LAUNCH_BOUND", model.n_params() - 1)
+    large = make_fast(make(device="cpu"), CFG, training=True, sampling=True)
+    assert vars(large).keys() & set(fast.QUICK_METHODS) == {"generate"}
+    assert type(large.generate.next_token) is GraphedSampling
+    plain = make_fast(make(device="cpu"), Config(device="cuda", compile="off", micro_batch=512), sampling=True)
+    assert plain.generate.next_token is sampler.next_token
+
+
+class OnGpu(torch.Tensor):
+    """A tensor on the CPU that says that it is on a GPU."""
+    is_cuda = True
+    device = torch.device("cuda")
+
+
+@pytest.mark.parametrize("n_kv_head", (1, 2, 4))
+def test_the_fused_kernel_is_the_product_of_matrices(monkeypatch, n_kv_head):
+    """On a GPU the fused kernel returns its output in the order (B, T, H, D). As a view of the queries' shape, that
+    fails where heads share their keys."""
+    fused, called = F.scaled_dot_product_attention, []
+
+    def as_on_a_gpu(*args, **options):
+        called.append(1)
+        return fused(*args, **options).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", as_on_a_gpu)
+    q, k, v = (torch.randn(3, heads, 7, 8) for heads in (4, n_kv_head, n_kv_head))
+    mask = torch.full((7, 7), float("-inf")).triu(1)
+    found = attend(*(x.as_subclass(OnGpu) for x in (q, k, v)), mask)
+    assert called == [1] and torch.allclose(found.as_subclass(torch.Tensor), attend(q, k, v, mask), atol=1e-6)

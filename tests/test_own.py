@@ -10,12 +10,14 @@ import pytest
 import tiktoken
 
 from data.arithmetic import Arithmetic
+from data.corpus import corpus_rows
 from data.countdown import Countdown
 from data.own import OwnCorpus, OwnProblems, Problem, fingerprint, path_of
 from data.tokenizer import END_OF_TEXT, get_tokenizer
+from engine.evaluation import majority
 from rewards import accuracy_reward
 from tests.conftest import QUICK as SETTINGS
-from train import load_corpus, main, majority
+from tests.conftest import main
 
 QUICK = [*SETTINGS, "--rl_steps=2", "--distill_steps=1", "--distill_prompts=32", "--eval_problems=8"]
 
@@ -278,7 +280,7 @@ def test_long_documents_fill_many_rows(tmp_path):
     """A book is one document, and only its first row is read."""
     (tmp_path / "book.txt").write_text("\n".join(f"{i} is a number, and so is {i + 1}." for i in range(3000)))
     task = OwnCorpus(Arithmetic(), str(tmp_path / "book.txt"), 1.0)
-    tokens, starts = load_corpus(task, 240, 0, 129)
+    tokens, starts = corpus_rows(task, 240, 129, 0)
     assert starts[:3].tolist() == [0, 129, 258] and len(starts) == 240
     assert len(task.tokens[False]) > 240 * 129 and len(set(tokens[starts].tolist())) > 10
 
@@ -289,13 +291,13 @@ def test_most_of_the_text_is_read(tmp_path, length):
     rng = random.Random(0)
     texts = ["".join(rng.choices("abcdefgh ", k=length)) for _ in range(60_000 // length)]
     task = OwnCorpus(Arithmetic(), write(tmp_path / "t.jsonl", [{"text": text} for text in texts]), 1.0)
-    tokens, starts = load_corpus(task, 200, 0, 129)
+    tokens, starts = corpus_rows(task, 200, 129, 0)
     read = np.zeros(len(tokens), dtype=bool)
     for start in starts.tolist():
         assert not read[start:start + 129].any(), "nothing is read twice"
         read[start:start + 129] = True
     assert read[:starts.max()].mean() > 0.5
-    more = load_corpus(task, 900, 0, 129)[1]
+    more = corpus_rows(task, 900, 129, 0)[1]
     assert len(more) == 900 and np.array_equal(more[:200], starts)
 
 
@@ -333,6 +335,8 @@ def test_a_run_on_files(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("Twice 7? = 14\nbase ")
     assert main([f"--out={tmp_path / 'out'}", "--ask=Why?"]) == 0
     assert capsys.readouterr().out.startswith("Why? = ?\nbase ")
+    assert main([f"--out={tmp_path / 'out'}", "--ask=" + "Why? " * 40]) == 2
+    assert "the prompt is too long, 20" in capsys.readouterr().err
 
     moved = [arg.replace("p.jsonl", "q.jsonl") for arg in args]
     (tmp_path / "p.jsonl").rename(tmp_path / "q.jsonl")

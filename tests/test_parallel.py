@@ -18,11 +18,18 @@ import distill
 import grpo
 import train
 from data.arithmetic import Arithmetic, parse
-from grpo import Rollout, group_advantages
-from model import GPT, GPTConfig, Optimizer
-from parallel import Means, init, per_rank, rank, world_size
-from run import Config, UsageError, lock
-from tests.conftest import NAMES, QUICK, ROOT, copy, results, rows
+from engine import evaluation
+from engine.corpus import Corpus
+from engine.files import lock
+from engine.loop import Step
+from engine.optimizer import Optimizer
+from engine.parallel import init, rank, sums_over_ranks, world_size
+from engine.progress import Progress
+from engine.terminal import UsageError
+from grpo import Metrics, Rollout, group_advantages
+from model import GPT, GPTConfig
+from tests.conftest import NAMES, QUICK, ROOT, copy, main, results, rows
+from train import Config
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
 TASK = Arithmetic()
@@ -41,14 +48,53 @@ def make_gpt(seed: int) -> GPT:
     return model
 
 
-class Descent(Optimizer):
-    """Plain gradient descent without clipping, after which the weights tell the gradients."""
-    def __init__(self, model):
-        super().__init__(model, 0.1)
-        self.parts = [torch.optim.SGD(self.parameters, lr=0.1)]
+class Recording(Optimizer):
+    """The real optimizer, which keeps the gradient of each update as its parts see it: that of all ranks, clipped."""
 
-    def step(self, scale=1.0):
-        return super().step(scale, clip=1e9)
+    def __init__(self, model, adam_lr, muon_lr=0.0, clip=1.0):
+        super().__init__(model, adam_lr, muon_lr)
+        self.clip, self.gradients = clip, []
+        self.record()
+
+    def record(self):
+        self.parts[0].register_step_pre_hook(
+            lambda *_: self.gradients.append(torch.cat([p.grad.flatten() for p in self.parameters])))
+
+    def step(self, lr_scale=1.0, share=1.0, has_gradient=True):
+        return super().step(lr_scale, share, has_gradient, self.clip)
+
+
+class Descent(Recording):
+    """Plain gradient descent without clipping, after which the weights tell the gradients."""
+
+    def __init__(self, model, *rates):
+        super().__init__(model, 0.1, clip=1e9)
+        self.parts = [torch.optim.SGD(self.parameters, lr=0.1)]
+        self.record()
+
+
+def adamw(model, *rates):
+    return Recording(model, 1e-2)
+
+
+def muon(model, *rates):
+    return Recording(model, 1e-2, muon_lr=0.02)
+
+
+def result(metrics: Metrics, model: GPT, optimizer: Recording) -> tuple:
+    """What a case finds: the row in the log, the gradients of the updates, and the weights after them."""
+    step = Step(1, True, None, None, 1.0)
+    step.log(metrics)
+    progress = Progress(SimpleNamespace(stage="zero"), 1, {})
+    progress.begin_step()
+    row = progress.measure(step)
+    del row["tokens_per_s"]
+    return row | of_all_ranks(tokens=metrics.sums["tokens"]), optimizer.gradients, model.state_dict()
+
+
+def of_all_ranks(**numbers: float) -> dict[str, float]:
+    """Numbers of this rank, added up. They show that the ranks divide the work, instead of each doing all of it."""
+    return {name: sums_over_ranks({name: (number, 1)})[name][0] for name, number in numbers.items()}
 
 
 def make_rollout(samples: int) -> Rollout:
@@ -58,45 +104,99 @@ def make_rollout(samples: int) -> Rollout:
                                   max_new_tokens=20, generator=torch.Generator().manual_seed(2))
     for i in range(P * G):
         length = 20 if i < 3 else 2 + 7 * i % 11
-        rollout.completions[i], rollout.sampler_logp[i] = rollout.completions[i][:length], rollout.sampler_logp[i][:length]
-        rollout.scores[i] = {"reward": float(i * i % 5) * (i // samples != 1), "accuracy": float(i % 4 == 0), "format": 1.0}
+        for column in (rollout.completions, rollout.sampler_logp):
+            column[i] = column[i][:length]
+        reward = 0.0 if i // samples == 1 else float(i * i % 5)
+        rollout.scores[i] = {"reward": reward, "accuracy": float(i % 4 == 0), "format": 1.0}
         rollout.truncated[i] = length == 20
     return rollout
 
 
-def this_ranks(rollout: Rollout) -> Rollout:
+def this_ranks_part() -> slice:
     """The rows of this rank's half of the prompts."""
-    n = per_rank(P * G)
-    mine = slice(rank() * n, (rank() + 1) * n)
-    return Rollout(*(getattr(rollout, field.name)[mine] for field in dataclasses.fields(Rollout)))
+    n = P * G // world_size()
+    return slice(rank() * n, (rank() + 1) * n)
 
 
-def grpo_case(kl_coef: float, normalize: str, live: int = P * G, skip: bool = True) -> tuple:
-    """grpo_update on a given rollout, of which the first `live` rows have an advantage -> (metrics, weights)."""
+def this_ranks(rollout: Rollout) -> Rollout:
+    return Rollout(*(getattr(rollout, field.name)[this_ranks_part()] for field in dataclasses.fields(Rollout)))
+
+
+def grpo_case(kl_coef: float, normalize: str, live: int = P * G, rest: float = 0.0, make_optimizer=Descent) -> tuple:
+    """grpo_update on a given rollout, of which the rows after the first `live` have the advantage `rest`."""
     model, rollout = make_gpt(seed=1), make_rollout(samples=G)
-    adv = group_advantages(rollout.column("reward").view(P, G)).flatten() * (torch.arange(P * G) < live)
-    n, cfg = per_rank(P * G), Config(kl_coef=kl_coef, skip_no_signal=skip, normalize=normalize, rl_samples=G,
-                                     rl_minibatches=1, rl_max_new_tokens=20, micro_batch=70)
-    metrics = grpo.grpo_update(model, make_gpt(seed=3), Descent(model), this_ranks(rollout),
-                               adv[rank() * n:(rank() + 1) * n], cfg, torch.Generator().manual_seed(rank()))
-    return metrics, model.state_dict()
+    adv = group_advantages(rollout.column("reward").view(P, G)).flatten()
+    adv = adv.where(torch.arange(P * G) < live, 0.0)
+    adv = adv.where(adv != 0, rest)
+    cfg = Config(kl_coef=kl_coef, normalize=normalize, rl_samples=G, rl_minibatches=1, rl_max_new_tokens=20,
+                 micro_batch=70)
+    optimizer = make_optimizer(model)
+    metrics = grpo.grpo_update(model, make_gpt(seed=3), optimizer, this_ranks(rollout), adv[this_ranks_part()], cfg,
+                               torch.Generator().manual_seed(rank()))
+    return result(metrics, model, optimizer)
 
 
-def distill_case(right: int = P * G, **settings) -> tuple:
-    """distill_step on given samples, of which none after the first `right` is accepted -> (metrics, weights)."""
+def distill_case(right: int = P * G, make_optimizer=Descent, **settings) -> tuple:
+    """distill_step on given samples, of which none after the first `right` is accepted."""
     student, rollout = make_gpt(seed=1), make_rollout(samples=1)
     for score in rollout.scores[right:]:
         score["accuracy"] = 0.0
     cfg = Config(distill_minibatches=1, distill_epochs=2, rl_max_new_tokens=20, micro_batch=70, **settings)
+    optimizer = make_optimizer(student)
     with mock.patch.object(distill, "sample_rollout", lambda *args, **kwargs: this_ranks(rollout)):
-        metrics = distill.distill_step(student, make_gpt(seed=3), Descent(student), [], None, TASK, cfg,
+        metrics = distill.distill_step(student, make_gpt(seed=3), optimizer, [], None, TASK, cfg,
                                        torch.Generator().manual_seed(rank()))
-    return metrics, student.state_dict()
+    return result(metrics, student, optimizer)
+
+
+def pretraining_case(n_rows: int, make_optimizer=Descent) -> tuple:
+    """Three updates of train.pretrain, of which the ranks have different numbers of rows if n_rows is odd."""
+    model, optimizers, total = make_gpt(seed=1), [], Metrics()
+    cfg = Config(device="cpu", block_size=40, micro_batch=80)
+
+    def steps(n_steps, model, optimizer):
+        for number in range(1, n_steps + 1):
+            step = Step(number, number == n_steps, random.Random(0), None, 1.0)
+            yield step
+            for name, value in step.metrics.sums.items():
+                total.add(name, value, step.metrics.counts[name])
+
+    def recorded(*args):
+        optimizers.append(make_optimizer(*args))
+        return optimizers[0]
+
+    run = SimpleNamespace(cfg=cfg, steps=steps, fast=lambda model, training: model,
+                          corpus=lambda n_steps, n_rows: Corpus(TASK, cfg, n_steps, n_rows))
+    with mock.patch.object(train, "Optimizer", recorded):
+        train.pretrain(run, model, n_tokens=3 * n_rows * 40, n_rows=n_rows)
+    return result(total, model, optimizers[0])
+
+
+def no_gradient_case() -> tuple:
+    """Three updates of AdamW and Muon, in the second of which no rank has a gradient."""
+    model = make_gpt(seed=1)
+    optimizer, metrics = muon(model), Metrics()
+
+    def state() -> list:
+        kept = [value for part in optimizer.parts for values in part.state.values() for value in values.values()]
+        return [value.clone() for value in (*model.parameters(), *kept)]
+
+    for number in (1, 2, 3):
+        before = state()
+        if number != 2:
+            idx = torch.arange(64).view(2, 32) + 5 * number
+            train.next_token_loss(model, idx[rank()::world_size()]).mean().backward()
+        norm = optimizer.step(share=2 // world_size(), has_gradient=number != 2)
+        metrics.add(f"norm {number}", norm, 1)
+        if number == 2:
+            assert all(map(torch.equal, before, state())) and norm == 0, "momentum has faded or moved the weights"
+    assert {values["step"].item() for values in optimizer.parts[0].state.values()} == {2.0}
+    return result(metrics, model, optimizer)
 
 
 def evaluation_case() -> tuple:
-    """evaluate() on completions that depend on nothing but their problem -> (what it found, no weights)."""
-    def sample(model, problems, reward_fn, task, *, samples, **options):
+    """evaluate() on completions that depend on nothing but their problem."""
+    def sample(model, problems, reward_fn, task, samples, max_new_tokens, generator):
         texts = []
         for problem in problems:
             rng = random.Random(problem.question)
@@ -105,9 +205,24 @@ def evaluation_case() -> tuple:
         scores = [reward_fn(text, problems[i // samples]) for i, text in enumerate(texts)]
         return SimpleNamespace(texts=texts, completions=texts, scores=scores)
 
-    with mock.patch.object(train, "sample_rollout", sample):
-        found = train.evaluate(None, [parse(f"{i}-1") for i in (2, 3, 5, 6, 9)], TASK, max_new_tokens=9, generator=None)
-    return found, {}
+    with mock.patch.object(evaluation, "sample_rollout", sample):
+        found = evaluation.evaluate(None, [parse(f"{i}-1") for i in (2, 3, 5, 6, 9)], TASK, max_new_tokens=9,
+                                    generator=None)
+    return found, [], {}
+
+
+def quick_evaluation_case(n_problems: int) -> tuple:
+    """heldout_accuracy() of a policy that is right about every third problem."""
+    asked = []
+
+    def sample(model, problems, reward_fn, task, samples, max_new_tokens, generator):
+        asked.extend(problems)
+        right = [float(len(problem.question) % 3 == 0) for problem in problems for _ in range(samples)]
+        return SimpleNamespace(column=lambda name: torch.tensor(right))
+
+    with mock.patch.object(evaluation, "sample_rollout", sample):
+        found = evaluation.heldout_accuracy(None, TASK, Config(eval_problems=n_problems), None)
+    return {"heldout_accuracy": found} | of_all_ranks(asked=len(asked)), [], {}
 
 
 CASES = {
@@ -117,22 +232,44 @@ CASES = {
     "grpo, constant, KL": lambda: grpo_case(0.1, "constant"),
     "grpo, no live row on rank 1": lambda: grpo_case(0.0, "token", live=P * G // 2),
     "grpo, no live row on rank 1, KL": lambda: grpo_case(0.1, "sequence", live=P * G // 2),
-    "grpo, no signal on rank 1, KL on all": lambda: grpo_case(0.1, "sequence", live=P * G // 2, skip=False),
+    "grpo, no signal on rank 1, KL on all": lambda: grpo_case(0.1, "sequence", live=P * G // 2, rest=1e-30),
     "grpo, no live row": lambda: grpo_case(0.0, "token", live=0),
+    "grpo, no live row, AdamW": lambda: grpo_case(0.1, "token", live=0, make_optimizer=adamw),
+    "grpo, AdamW": lambda: grpo_case(100.0, "token", make_optimizer=adamw),
+    "grpo, no live row on rank 1, AdamW": lambda: grpo_case(100.0, "sequence", live=P * G // 2, make_optimizer=adamw),
     "distill": lambda: distill_case(),
     "distill, sft": lambda: distill_case(divergence="sft"),
     "distill, nothing accepted on rank 1": lambda: distill_case(right=P * G // 2, divergence="reverse"),
     "distill, nothing accepted": lambda: distill_case(right=0),
     "distill, on policy": lambda: distill_case(right=0, on_policy=True, divergence="jsd"),
+    "distill, Muon": lambda: distill_case(make_optimizer=muon),
+    "distill, nothing accepted on rank 1, Muon": lambda: distill_case(right=P * G // 2, make_optimizer=muon),
+    "distill, nothing accepted, Muon": lambda: distill_case(right=0, make_optimizer=muon),
+    "pretraining": lambda: pretraining_case(4),
+    "pretraining, odd batch": lambda: pretraining_case(5),
+    "pretraining, odd batch, Muon": lambda: pretraining_case(5, make_optimizer=muon),
+    "nothing in the second of three updates": no_gradient_case,
     "evaluation": evaluation_case,
+    "quick evaluation": lambda: quick_evaluation_case(31),
+    "quick evaluation of one problem": lambda: quick_evaluation_case(1),
 }
+
+NOTHING_TO_LEARN = ("grpo, no live row", "grpo, no live row, AdamW", "distill, nothing accepted",
+                    "distill, nothing accepted, Muon")
+
+
+def metrics_by_rank() -> dict:
+    """Sums and counts of which each rank has some."""
+    mine = {"both": (6.0 + rank(), 2), "none": (0.0, 0), f"rank {rank()} alone": (torch.tensor(3.0), torch.tensor(4))}
+    return sums_over_ranks(mine)
 
 
 def run_cases_as(rank: int, path: str) -> dict:
     """Meet the other rank in a file, run all cases and leave."""
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2,
+                            timeout=timedelta(seconds=60))
     try:
-        return {name: case() for name, case in CASES.items()}
+        return {name: case() for name, case in CASES.items()} | {"metrics": metrics_by_rank()}
     finally:
         dist.destroy_process_group()
 
@@ -154,34 +291,64 @@ def of_two(tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_make_the_update_of_one_process(of_two, case):
-    """Gradients or losses are averaged instead of added up, a denominator counts one rank's rows only, a rank without a
-    live row waits for ever or leaves the others alone, or ranks drift apart."""
-    (metrics, weights), (metrics_1, weights_1) = (found[case] for found in of_two)
+    """Gradients or losses are averaged without their shares, a denominator counts one rank's rows only, a rank without
+    a live row waits for ever or leaves the others alone, the norm that is clipped is that of one rank, or ranks drift
+    apart."""
+    (metrics, gradients, weights), (metrics_1, gradients_1, weights_1) = (found[case] for found in of_two)
     assert metrics == metrics_1 and all(torch.equal(weights[key], weights_1[key]) for key in weights)
+    assert len(gradients) == len(gradients_1) and all(map(torch.equal, gradients, gradients_1))
     assert world_size() == 1
-    expected_metrics, expected = CASES[case]()
+    expected_metrics, expected_gradients, expected = CASES[case]()
     assert metrics.keys() == expected_metrics.keys()
     for key, value in expected_metrics.items():
         assert metrics[key] == (value if value is None else pytest.approx(value, rel=1e-4, abs=1e-6)), key
-    before, learns = make_gpt(seed=1).state_dict(), not case.endswith(("no live row", "nothing accepted", "evaluation"))
+    assert len(gradients) == len(expected_gradients)
+    for i, (gradient, of_one) in enumerate(zip(gradients, expected_gradients)):
+        tolerance = 1e-4 if i else 1e-5  # after the first update the weights differ by rounding
+        assert (gradient - of_one).norm() <= tolerance * of_one.norm(), i
+    before, real = make_gpt(seed=1).state_dict(), "AdamW" in case or "Muon" in case
     for key in weights:
-        assert torch.allclose(weights[key], expected[key], rtol=1e-4, atol=1e-6), key
-        assert torch.equal(before[key], expected[key]) != learns, key
+        # AdamW divides by the gradient's size, so a gradient that is little more than rounding moves a weight as well
+        assert torch.allclose(weights[key], expected[key], rtol=1e-4, atol=1e-4 if real else 1e-6), key
+        assert torch.equal(before[key], expected[key]) != (case not in NOTHING_TO_LEARN), key
 
 
-def test_means():
-    """A mean of means, a mean over ranks that counts an empty one, or a division by no values."""
-    means = Means()
-    means.add("a", torch.tensor(6.0), torch.tensor(2)), means.add("a", 0, 1), means.add("none", 0, 0)
-    assert means.compute() == {"a": 2.0, "none": None}
+@pytest.mark.parametrize("case", ("grpo, AdamW", "grpo, no live row on rank 1, AdamW", "pretraining, odd batch, Muon"))
+def test_the_norm_of_all_ranks_is_clipped(of_two, case):
+    """Each rank clips its own gradient, whose norm is another than that of the whole, or nothing is clipped at all."""
+    metrics, gradients, _ = of_two[0][case]
+    assert metrics["grad_norm"] > 5 and all(gradient.norm() == pytest.approx(1, rel=1e-4) for gradient in gradients)
+
+
+def test_metrics_are_added_up_by_name(of_two):
+    """A rank that had nothing of a metric shifts all others, or waits for ever; or a rank alone adds up nothing."""
+    expected = {"both": (13.0, 4), "none": (0, 0), "rank 0 alone": (3, 4), "rank 1 alone": (3, 4)}
+    assert of_two[0]["metrics"] == of_two[1]["metrics"] == expected
+    assert metrics_by_rank() == {"both": (6, 2), "none": (0, 0), "rank 0 alone": (3, 4)}
+
+
+def test_a_mean_over_nothing_is_none():
+    """A mean of means, or a division by no values."""
+    metrics = Metrics()
+    metrics.add("a", torch.tensor(6.0), 2), metrics.add("a", 0, 1), metrics.add("none", 0, 0)
+    row, *_ = result(metrics, make_gpt(seed=1), SimpleNamespace(gradients=[]))
+    assert row == {"a": 2.0, "none": None, "tokens": 0.0}
 
 
 def test_problems_are_divided_evenly(monkeypatch):
     """Ranks that get fewer problems than asked for, and say nothing."""
-    monkeypatch.setattr("parallel.world_size", lambda: 2)
-    assert per_rank(6) == 3
+    monkeypatch.setattr("engine.loop.world_size", lambda: 2)
+    step = Step(1, True, random.Random(0), None, 1.0)
+    assert len(step.problems(6, TASK.make_problem)) == 3
     with pytest.raises(AssertionError, match="7 problems cannot be divided evenly among 2 ranks"):
-        per_rank(7)
+        step.problems(7, TASK.make_problem)
+
+
+def test_each_rank_needs_a_row(monkeypatch):
+    """A rank without a row of a batch has no loss, and its mean is not a number."""
+    monkeypatch.setattr("engine.corpus.world_size", lambda: 2)
+    with pytest.raises(AssertionError, match="each rank needs at least one row"):
+        Corpus(TASK, Config(device="cpu"), n_steps=1, n_rows=1)
 
 
 # Whole runs
@@ -252,18 +419,10 @@ def test_ranks_end_without_torchrun_and_one_process_goes_on(by_two, tmp_path, ca
     assert begun == list(range(1, len(begun) + 1)) and len(begun) < 200 and not (tmp_path / "zero.pt").exists()
 
     capfd.readouterr()
-    assert train.main([*settings, "--save_every=9", f"--out={tmp_path}"]) == 0
+    assert main([*settings, "--save_every=9", f"--out={tmp_path}"]) == 0
     assert "zero: going on after step " in capfd.readouterr().out
     assert [row["step"] for row in rows(tmp_path) if row["stage"] == "zero"] == list(range(1, 201))
     assert list(results(tmp_path)["models"]) == ["base", "zero"]
-
-
-if __name__ == "__main__":  # rank 1
-    torch.set_num_threads(1)
-    found = run_cases_as(1, f"{sys.argv[1]}/store")
-    torch.save(found, f"{sys.argv[1]}/rank1.pt")
-    sys.stdout.flush()
-    os._exit(0)  # see parallel.end
 
 
 @pytest.mark.parametrize("device, gpus, refused", (("auto", 1, True), ("cuda", 1, True), ("cpu", 1, False),
@@ -278,8 +437,16 @@ def test_two_ranks_do_not_share_a_gpu(monkeypatch, device, gpus, refused):
     for name, value in (("LOCAL_WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
     if refused:
-        with pytest.raises(ValueError, match="2 processes need 2 GPUs, and torch sees 1"):
+        with pytest.raises(UsageError, match="2 processes need 2 GPUs, and torch sees 1"):
             init(device)
     else:
         init(device)
     assert bool(met) != refused
+
+
+if __name__ == "__main__":  # rank 1
+    torch.set_num_threads(1)
+    found = run_cases_as(1, f"{sys.argv[1]}/store")
+    torch.save(found, f"{sys.argv[1]}/rank1.pt")
+    sys.stdout.flush()
+    os._exit(0)  # see engine.parallel.end

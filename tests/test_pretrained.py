@@ -1,5 +1,6 @@
 """Models from elsewhere: what --init reads is what transformers reads. The tests build their own tiny models of each
 family with transformers, from experiments/requirements.txt, which CI has. Nothing is downloaded."""
+import dataclasses
 import json
 import pickle
 import random
@@ -7,20 +8,26 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-import distill
+import engine.command as command
+import engine.evaluation as evaluation
+import engine.progress as progress
 import export_hf
-import model as model_module
-import run as run_module
+import train
 from data.arithmetic import Arithmetic, Problem
-from data.bpe import Encoding
-from data.chat import SLOT, Pretrained
-from data.pretrained import load_model
-from distill import distill_step
-from model import GPT, GPTConfig, generate, token_logprobs
-from run import Config, frozen, load_checkpoint, parse_args
-from tests.conftest import Descent, results, rows, weights_equal
-from train import main, make_task
+from engine.files import build_model, load_checkpoint, save_checkpoint
+from engine.loop import Run
+from engine.pretrained.bpe import Encoding
+from engine.pretrained.chat import SLOT, Pretrained
+from engine.pretrained.weights import load_model, make_model
+from engine.speed.fast import frozen, make_fast
+from engine.speed.sampler import Reader, generate
+from engine.tasks import make_task
+from grpo import Metrics
+from model import GPT, GPTConfig, token_logprobs
+from tests.conftest import main, parse, results, rows, weights_equal
+from train import Config
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -150,11 +157,12 @@ def test_logits_are_equal(both):
     assert theirs.num_parameters() == ours.n_params()
 
 
-def test_greedy_answers_are_equal(both):
+@pytest.mark.parametrize("sample", [GPT.generate, generate])
+def test_greedy_answers_are_equal(both, sample):
     """Sampling with the cache would share keys among the wrong heads, or forget biases, norms or the output matrix."""
     theirs, ours = both
     prompts = torch.randint(ours.config.vocab_size, (4, 9))
-    mine = generate(ours, prompts.tolist(), 20, temperature=0.0, eos_id=-1)
+    mine, _ = sample(ours, prompts.tolist(), 20, temperature=0.0, stop_ids=(-1,))
     found = theirs.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=20, do_sample=False,
                             eos_token_id=None, pad_token_id=0)
     assert mine == found[:, 9:].tolist()
@@ -165,11 +173,12 @@ def test_the_sampler_and_the_training_pass_agree(both):
     full pass."""
     _, ours = both
     prompts = [[5, 6, 7], [8, 9, 10, 11, 12, 13]]
-    completions, logp = generate(ours, prompts, 15, eos_id=3, samples=3, return_logprobs=True,
+    completions, logp = generate(ours, prompts, 15, stop_ids=(3,), samples=3,
                                  generator=torch.Generator().manual_seed(0))
     for i, (completion, values) in enumerate(zip(completions, logp)):
         prompt = prompts[i // 3]
-        full = token_logprobs(ours, torch.tensor([prompt + completion]))[0, len(prompt) - 1:]
+        idx = torch.tensor([prompt + completion])
+        full = token_logprobs(ours, idx, torch.arange(1, idx.size(1))[None] >= len(prompt))
         assert torch.allclose(full, torch.tensor(values), atol=1e-4)
 
 
@@ -177,64 +186,51 @@ def test_a_frozen_copy_is_the_same_in_less_memory(both):
     """The reference of a model that has not been trained yet must agree with it bit for bit, or the penalty would pull
     it towards something else; and neither follows the other."""
     _, ours = both
-    model = GPT(ours.config, torch.bfloat16)
+    cfg = Config(init="elsewhere", device="cpu", compile="off", micro_batch=512)
+    model = make_model(ours.config, torch.bfloat16)
     model.load_state_dict(ours.state_dict())
-    copied = frozen(model, Config(init="elsewhere", compile="off"))
+    copied = frozen(model, cfg)
+    make_fast(model, cfg, training=True)
     sizes = [sum(p.nbytes for p in one.parameters()) for one in (copied, model)]
     assert sizes[0] < 0.75 * sizes[1] and all(p.dtype == torch.float32 for p in model.parameters())
-    idx = torch.randint(ours.config.vocab_size, (3, 40))
-    before = token_logprobs(copied, idx)
-    assert torch.equal(before, token_logprobs(model, idx))
+    idx, mask = torch.randint(ours.config.vocab_size, (3, 40)), torch.rand(3, 39) < 0.7
+    before = token_logprobs(copied, idx, mask)
+    assert torch.equal(before, token_logprobs(model, idx, mask))
     with torch.no_grad():
         model.blocks[0].o.weight.mul_(2)
-    assert torch.equal(before, token_logprobs(copied, idx))
+    assert torch.equal(before, token_logprobs(copied, idx, mask))
+    assert not torch.equal(before, token_logprobs(model, idx, mask))
 
 
-def test_the_cache_keeps_the_shared_heads_once(both):
-    theirs, ours = both
-    cache = model_module.KVCache(ours, torch.zeros(2, dtype=torch.long), 8)
-    with torch.inference_mode():
-        ours(torch.zeros(2, 5, dtype=torch.long), cache)
-    keys, values = cache.kv[0]
-    assert keys.shape == values.shape == (2, theirs.config.num_key_value_heads, 8, ours.config.head_size)
+@pytest.mark.parametrize("both", ["qwen2"], indirect=True)
+def test_biases_are_added_in_float32(both):
+    """Qwen2's biases may be large. Rounded to bfloat16 before they are added, they would move every query and key. The
+    training pass, the sampler and a frozen copy round alike."""
+    _, ours = both
+    model = make_model(ours.config, torch.bfloat16)
+    model.load_state_dict(ours.state_dict())
+    block, x = model.blocks[0], torch.randn(7, model.config.n_embd).bfloat16()
+    copied = frozen(model, Config(init="elsewhere", device="cpu", compile="off", micro_batch=512)).blocks[0]
+    product = F.linear(x, block.q.weight.bfloat16())
+    expected = (product.float() + block.q.bias).bfloat16()
+    assert not torch.equal(expected, product + block.q.bias.bfloat16())
+    whole = block.project(x, "q", "k", "v")
+    assert torch.equal(block.project(x, "q"), expected) and torch.equal(whole[:, :expected.size(1)], expected)
+    assert torch.equal(whole, Reader(block, torch.bfloat16).project(x, "q", "k", "v"))
+    assert torch.equal(whole, copied.project(x, "q", "k", "v"))
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_logits_in_parts(make_gpt, monkeypatch, masked):
-    """With a large vocabulary the logits are computed in parts, and again in the backward pass: values and gradients
-    are those of one piece."""
-    model, idx = make_gpt(), torch.randint(11, (3, 20))
-    mask = torch.rand(3, 19) < 0.4 if masked else torch.ones(3, 19, dtype=torch.bool)
-    weight = torch.randn(3, 19) * mask
-
-    def values_and_gradient():
-        logp = token_logprobs(model, idx, temperature=0.7, mask=mask if masked else None)
-        model.zero_grad()
-        (logp * weight).sum().backward()
-        return logp[mask].detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
-
-    whole = values_and_gradient()
-    monkeypatch.setattr(model_module, "LARGE_VOCABULARY", 4)
-    monkeypatch.setattr(model_module, "LOGITS_AT_A_TIME", 7 * 11)
-    parts = values_and_gradient()
-    assert torch.allclose(whole[0], parts[0], atol=1e-6) and torch.allclose(whole[1], parts[1], atol=1e-5)
-    assert (token_logprobs(model, idx, mask=mask)[~mask] == 0).all()
-
-
-@pytest.mark.parametrize("divergence", ["forward", "jsd", "sft"])
-def test_distillation_with_a_large_vocabulary(make_gpt, monkeypatch, divergence):
-    """Only the positions of completions get logits: the student's gradient is that of all positions with a mask."""
-    task, gradients = Arithmetic(), []
-    cfg = Config(divergence=divergence, distill_prompts=8, distill_minibatches=2, rl_max_new_tokens=12, micro_batch=90)
-    for large in (4_096, 4):
-        monkeypatch.setattr(distill, "LARGE_VOCABULARY", large)
-        student, teacher = (make_gpt(task.encoding.n_vocab, seed, spread=3.0) for seed in (1, 2))
-        optimizer = Descent(student, distance=0.1)
-        problems = [task.make_problem(random.Random(n)) for n in range(8)]
-        distill_step(student, teacher, optimizer, problems, lambda text, problem: {"accuracy": 1.0}, task, cfg,
-                     torch.Generator().manual_seed(0))
-        gradients.append(torch.stack(optimizer.gradients))
-    assert gradients[0].norm(dim=1).min() > 0 and torch.allclose(*gradients, atol=1e-5)
+def test_a_checkpoint_keeps_the_rotation(both, tmp_path):
+    """The tables of Llama 3's scaled frequencies are no parameters. A model that is made again without them would go on
+    from its checkpoint with other positions, and only a little worse."""
+    _, ours = both
+    save_checkpoint(tmp_path / "base.pt", {"nanor1": 1, "stage": "base", "config": {"dtype": "float32"},
+                                           "shape": dataclasses.asdict(ours.config), "model": ours.state_dict()})
+    again = build_model(load_checkpoint(tmp_path / "base.pt", "base"))
+    idx = torch.randint(ours.config.vocab_size, (2, 60))
+    assert again.config == ours.config and torch.equal(again(idx), ours(idx))
+    assert torch.equal(again.cos, ours.cos) and torch.equal(again.sin, ours.sin)
+    assert torch.equal(again.cos, GPT(ours.config).cos) == (ours.config.rope_scaling is None)
 
 
 def test_rows_that_no_token_names_are_left_out(tmp_path):
@@ -243,12 +239,6 @@ def test_rows_that_no_token_names_are_left_out(tmp_path):
     ours = load_model(tmp_path, n := Encoding(tmp_path).n_tokens, 64)
     idx = torch.randint(n, (2, 30))
     assert n < 400 and torch.allclose(theirs(idx).logits[..., :n], ours(idx), atol=2e-4)
-
-
-@pytest.mark.parametrize("sizes", [dict(n_kv_head=2), dict(head_size=7)])
-def test_shapes_that_do_not_fit(sizes):
-    with pytest.raises(ValueError, match="head"):
-        GPTConfig(11, n_head=3, n_embd=96, **sizes)
 
 
 # The tokenizer
@@ -521,7 +511,7 @@ def test_settings_that_need_init(refused, tmp_path, folder):
 TINY = ["--device=cpu", "--dtype=float32", "--compile=off", "--threads=1", "--block_size=64", "--rl_max_new_tokens=12",
         "--eval_problems=2", "--rl_prompts=4", "--rl_samples=4", "--rl_steps=4", "--distill_steps=2", "--eval_every=2",
         "--distill_prompts=8", "--on_policy=True", "--save_every=0", "--max_ops=2", "--instruction=Go.",
-        "--kl_coef=0.01", "--skip_no_signal=False", "--rl_lr=0.001"]
+        "--kl_coef=0.01", "--rl_lr=0.001"]
 
 
 @pytest.fixture(scope="module")
@@ -549,7 +539,6 @@ def test_rl_reports_heldout_accuracy(run):
 
 def test_a_killed_run_goes_on_to_the_same_weights(run, folder, tmp_path, monkeypatch):
     """resume.pt does not hold the frozen reference: it is the base again."""
-    import train
     step = train.grpo_step
     calls = []
 
@@ -560,11 +549,11 @@ def test_a_killed_run_goes_on_to_the_same_weights(run, folder, tmp_path, monkeyp
         return step(*args, **kwargs)
 
     monkeypatch.setattr(train, "grpo_step", die)
-    command = [f"--init={folder}", *TINY, f"--out={tmp_path}"]
-    assert main(command) == 130
+    argv = [f"--init={folder}", *TINY, f"--out={tmp_path}"]
+    assert main(argv) == 130
     saved = load_checkpoint(tmp_path / "resume.pt")
     assert saved["step"] == 2 and set(saved["parts"]) == {"model", "optimizer"}
-    assert main(command) == 0
+    assert main(argv) == 0
     assert all(weights_equal(tmp_path / f"{name}.pt", run / f"{name}.pt") for name in ("zero", "student"))
     assert [row["step"] for row in rows(tmp_path) if row["stage"] == "zero"] == [1, 2, 3, 4]
 
@@ -600,7 +589,7 @@ def test_own_problems_with_shots(folder, tmp_path, refused):
     path.write_text("".join(f'{{"prompt": "{n} and 2?",{solved * (n == 2)} "answer": {n + 2}, "split": "{side}"}}\n'
                             for n, side in enumerate(["train", "test", "train", "train", "test", "train"]))
                     + '{"prompt": "2 AND 2?", "answer": 4, "split": "train"}\n')
-    cfg, _ = parse_args([f"--init={folder}", f"--problems={path}", "--shots=1", "--instruction="])
+    cfg, _ = parse([f"--init={folder}", f"--problems={path}", "--shots=1", "--instruction="])
     task = make_task(cfg)
     text = task.encoding.decode(task.encode_prompt(task.parse("0 and 2?")))
     assert "2 and 2?<|im_end|>\n<|im_start|>assistant\n<think>2 and 2 is 4</think><answer>4</answer><|im_end|>" in text
@@ -625,7 +614,7 @@ def test_out_again(family, tmp_path):
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "8*7"}], add_generation_prompt=True,
                                            return_tensors="pt")["input_ids"]
     assert prompt[0].tolist() == task.encode_prompt(Problem("8*7", ""))
-    answer, = generate(ours, prompt.tolist(), 12, temperature=0.0, eos_id=task.stop_ids)
+    (answer,), _ = generate(ours, prompt.tolist(), 12, temperature=0.0, stop_ids=task.stop_ids)
     assert theirs.generate(prompt)[0, prompt.size(1):].tolist() == answer
     assert torch.allclose(theirs(prompt).logits, ours(prompt), atol=2e-4)
 
@@ -650,20 +639,16 @@ def test_pretraining_further(folder, tmp_path):
 
 def test_the_best_model_is_kept(folder, tmp_path, monkeypatch):
     """RL that gets worse again leaves the model of its best held-out accuracy."""
-    import train
-    answers = iter([0.5, 0.25])
-    real = train.sample_rollout
+    answers, real = iter([0.5, 0.25]), evaluation.sample_rollout
 
-    def looked(*args, **kwargs):
-        rollout = real(*args, **kwargs)
-        if kwargs["samples"] == 4 and kwargs["max_new_tokens"] == 12:
-            score = next(answers)
-            for row in rollout.scores:
-                row["accuracy"] = score
+    def looked(*args):
+        rollout, score = real(*args), next(answers)
+        for row in rollout.scores:
+            row["accuracy"] = score
         return rollout
 
-    monkeypatch.setattr(train, "sample_rollout", looked)
-    monkeypatch.setattr(train, "evaluate_stage", lambda run, name: None)
+    monkeypatch.setattr(evaluation, "sample_rollout", looked)
+    monkeypatch.setattr(command, "evaluate_stage", lambda run, name: None)
     main([f"--init={folder}", *TINY, "--stage=base", f"--out={tmp_path}"])
     assert main([f"--init={folder}", *TINY, "--stage=zero", f"--out={tmp_path}"]) == 0
     best, last = (load_checkpoint(tmp_path / f"{name}.pt") for name in ("zero_best", "zero"))
@@ -686,13 +671,15 @@ def test_saving_takes_a_twentieth_of_the_time(tmp_path, monkeypatch):
         now[0] += 2.0
         saved.append(path.name)
 
-    def step(number):
-        now[0] += 1.0
-        return {"loss": 0.0, "tokens": 1}
-
-    monkeypatch.setattr(run_module, "save_checkpoint", save)
-    monkeypatch.setattr(run_module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(progress, "save_checkpoint", save)
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
     model = GPT(GPTConfig(11, n_layer=1, n_head=1, n_embd=8))
-    a_run = run_module.Run(Config(save_every=3.0), None, tmp_path, {"models": {}, "seconds": {}})
-    run_module.train_stage(a_run, "base", 200, {"model": model}, step)
+    a_run = Run(Config(device="cpu", save_every=3.0), None, tmp_path, {"models": {}, "seconds": {}}, train.STAGES)
+    a_run.stage = "base"
+    for step in a_run.steps(200, model=model):
+        now[0] += 1.0
+        metrics = Metrics()
+        metrics.add("loss", 0.0, 1)
+        metrics.add("tokens", 1, 1)
+        step.log(metrics)
     assert saved == ["resume.pt"] * 6 + ["base.pt"]  # after 3 steps, and then after 38 each

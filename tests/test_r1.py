@@ -9,13 +9,19 @@ import pytest
 
 import r1
 from data.arithmetic import is_test
-from data.bilingual import STEPS, Bilingual, Everyday, Problem, everyday, everyday_answer, in_symbols, in_words
+from data.bilingual import (STEPS, Bilingual, Everyday, Problem, everyday, everyday_answer, in_symbols, in_words,
+                            language_reward)
 from data.tokenizer import END_OF_TEXT, get_tokenizer
-from rewards import language_reward, rule_rewards
-from run import Config
+from engine.arguments import Program, parse_args
+from engine.command import run_command
+from engine.settings import settings_of, shaped_by
+from engine.tasks import make_task
+from r1 import Config
+from rewards import rule_rewards
 from tests.conftest import QUICK, ROOT, results, rows, weights_equal
 
 TASK = Bilingual()
+PROGRAM = Program(r1.STAGES, Config, r1.__doc__, make_task, "r1.py")
 SYMBOLS, WORDS = (Problem("8*7-19", "37", words=False), Problem("8 times 7 minus 19", "37", words=True))
 
 
@@ -109,6 +115,22 @@ def test_held_out_problems_are_in_no_corpus():
     assert not any(is_test(TASK.make_everyday(rng).question) for _ in range(300))
 
 
+@pytest.mark.parametrize("text", ("say 100", "say 07", "say", "larger 37", "larger 0 5", "reverse 37", "8 times",
+                                  "8*7 is 56", "8 times 7" + " minus 19" * 6, "say 37; 1"))
+def test_what_is_no_problem_is_refused(text):
+    """--ask answers what is no question of this task, or ends in a traceback."""
+    with pytest.raises(ValueError, match="is no e"):
+        TASK.parse(text)
+
+
+def test_too_many_everyday_questions_are_refused(monkeypatch):
+    """An evaluation of fewer problems than was asked for, or a search for them that never ends."""
+    monkeypatch.setattr(Bilingual, "make_everyday", lambda self, rng, test: everyday(f"say {rng.randint(1, 3)}"))
+    assert len(TASK.heldout_problems(3, "everyday", 0)) == 3
+    with pytest.raises(ValueError, match="fewer than 4 everyday problems"):
+        TASK.heldout_problems(4, "everyday", 0)
+
+
 def test_the_authors_are_as_described():
     """The corpus has another share of languages, everyday questions or slips than the file says."""
     rng, kinds, wrong, steps = random.Random(0), {"own": 0, "other": 0, "both": 0}, [0, 0], [0, 0]
@@ -145,23 +167,141 @@ def test_the_default_has_its_own_vocabulary():
 # The stages
 
 
+def made_with(**settings):
+    """A run as far as rewards and problems are concerned."""
+    return SimpleNamespace(task=TASK, cfg=Config(**settings))
+
+
 def test_rewards_by_kind():
     """The language is not paid for, or an everyday question is paid for its format."""
-    reward_fn = r1.language_reward_function(Config(language_weight=0.25), TASK)
+    reward_fn = r1.language_reward_function(made_with(language_weight=0.25))
     right, mixed = complete("8*7=56, 56-19=37"), complete("8*7=56, 56 minus 19 is 37")
     assert [reward_fn(text, SYMBOLS)["reward"] for text in (right, mixed)] == [2.25, 2.125]
     assert reward_fn(complete("so", "52"), everyday("larger 37 52"))["reward"] == 3
-    accept = r1.good(Config(), TASK)
+    accept = r1.good(made_with())
     assert accept(right, SYMBOLS).keys() == accept("52", everyday("larger 37 52")).keys()
     assert [accept(text, SYMBOLS)["accuracy"] for text in (right, mixed, complete("8*7=56", "38"))] == [1, 0, 0]
     assert accept("52", everyday("larger 37 52"))["format"] == 1
 
 
 def test_everyday_questions_have_their_share():
-    """r1 is asked arithmetic alone."""
-    make = r1.mixed(SimpleNamespace(task=TASK, cfg=Config(everyday_share=0.25)), longer=False)
-    rng = random.Random(0)
-    assert sum(isinstance(make(rng), Everyday) for _ in range(2000)) / 2000 == pytest.approx(0.25, abs=0.04)
+    """r1 is asked arithmetic alone, or problems as long as the hard ones; or its students are not."""
+    for longer, most in ((False, 4), (True, 6)):
+        make, rng = r1.mixed_problems(made_with(everyday_share=0.25), longer), random.Random(0)
+        problems = [make(rng) for _ in range(2000)]
+        assert sum(isinstance(p, Everyday) for p in problems) / 2000 == pytest.approx(0.25, abs=0.04)
+        assert max(len(p.working.split(", ")) for p in problems) == most
+    make, rng = r1.longer_problems(made_with()), random.Random(0)
+    assert max(len(make(rng).working.split(", ")) for _ in range(500)) == 6
+
+
+# What a change of each setting of this file, and of some others, must refuse: by hand.
+LATE = "r1 student student_sft"
+SHAPES = {
+    "cold_steps cold_prompts cold_epochs sft_muon_lr sft_adam_lr": f"dev1 dev2 dev3 {LATE}",
+    "dev2_steps language_weight cold_start": f"dev2 dev3 {LATE}",
+    "sft_steps sft_epochs distill_prompts distill_minibatches": f"dev3 {LATE}",
+    "r1_steps everyday_share": LATE,
+    "distill_steps distill_epochs distill_muon_lr divergence on_policy": "student student_sft",
+    "rl_lr rl_prompts kl_coef instruction problems rl_max_new_tokens": f"zero dev1 dev2 dev3 {LATE}",
+    "seed block_size": f"base zero dev1 dev2 dev3 student_base {LATE}",
+    "base_tokens": f"base zero dev1 dev2 dev3 {LATE}",
+    "student_n_embd": "student_base student student_sft",
+    "dtype save_every micro_batch eval_problems": "",
+}
+
+
+def test_which_settings_shape_which_stage():
+    """A stage goes on from one that was made with other settings; or one that is as good as before is refused."""
+    by_hand = {name: set(stages.split()) for names, stages in SHAPES.items() for name in names.split()}
+    own = [name for group in (r1.ColdStart, r1.Rejection, r1.Dev2, r1.FinalRL) for name in vars(group())]
+    assert set(own) <= set(by_hand), "a new setting needs a line in SHAPES"
+    for name, expected in by_hand.items():
+        assert {stage for stage in r1.STAGES if name in shaped_by(r1.STAGES, stage)} == expected, name
+
+
+def test_the_task_cannot_be_another(capsys):
+    """r1.py pretrains on the arithmetic of train.py, and fails when it first asks an everyday question."""
+    assert parse_args(PROGRAM, [])[0].task == "bilingual" and settings_of(Config)["task"].choices == ("bilingual",)
+    assert run_command(PROGRAM, ["--task=arithmetic"]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("r1.py: argument --task: ") and printed.err.count("\n") == 1 and not printed.out
+
+
+class Calls:
+    """A run whose stages end where training begins: what they call the three ways to train with."""
+
+    def __init__(self, monkeypatch, **settings):
+        self.run, self.made = made_with(**settings), []
+        for name in ("run_grpo", "run_distillation", "fine_tune"):
+            monkeypatch.setattr(r1, name, lambda run, *args, name=name: self.made.append((name, *args)))
+
+    def of(self, stage):
+        """A stage's call, if it starts from models that are called like their stages."""
+        self.made.clear()
+        r1.STAGES[stage].train(self.run, *r1.STAGES[stage].starts)
+        call, = self.made
+        return call
+
+
+def test_what_each_stage_is_made_of(monkeypatch):
+    """A stage starts from another model, learns from another teacher, or has another stage's settings or rewards."""
+    calls = Calls(monkeypatch, cold_steps=2, cold_prompts=30, cold_epochs=5, dev2_steps=6, sft_steps=7, sft_epochs=8,
+                  r1_steps=9, distill_steps=10, distill_epochs=11, distill_prompts=12, distill_minibatches=13,
+                  everyday_share=1.0)
+    rng, mixed = random.Random(0), complete("8*7=56, 56 minus 19 is 37")
+
+    how, cfg, model, ((teacher, make_problem),), n_steps = calls.of("dev1")
+    assert (how, model, teacher, n_steps) == ("fine_tune", "base", "zero", 2) and isinstance(make_problem(rng), Problem)
+    assert (cfg.distill_prompts, cfg.distill_minibatches, cfg.distill_epochs) == (30, 4, 5)
+
+    how, cfg, model, n_steps, make_problem, reward_fn = calls.of("dev2")
+    assert (how, model, n_steps, cfg) == ("run_grpo", "dev1", 6, calls.run.cfg)
+    assert isinstance(make_problem(rng), Problem) and reward_fn(mixed, SYMBOLS)["reward"] == 2.5
+
+    how, cfg, model, turns, n_steps = calls.of("dev3")
+    assert (how, model, n_steps) == ("fine_tune", "base", 7)
+    assert (cfg.distill_prompts, cfg.distill_minibatches, cfg.distill_epochs) == (12, 13, 8)
+    assert [teacher for teacher, _ in turns] == ["dev2", "dev2", "dev2", "base"]
+    assert [isinstance(make_problem(rng), Everyday) for _, make_problem in turns] == [False, False, False, True]
+
+    how, cfg, model, n_steps, make_problem, reward_fn = calls.of("r1")
+    assert (how, model, n_steps, cfg) == ("run_grpo", "dev3", 9, calls.run.cfg)
+    assert isinstance(make_problem(rng), Everyday) and reward_fn(mixed, SYMBOLS)["reward"] == 2.5
+
+    for stage, divergence in (("student", "forward"), ("student_sft", "sft")):
+        how, cfg, teacher, student, n_steps, make_problem, reward_fn = calls.of(stage)
+        assert (how, teacher, student, n_steps) == ("run_distillation", "r1", "student_base", 10)
+        assert (cfg.divergence, cfg.distill_epochs) == (divergence, 11) and isinstance(make_problem(rng), Everyday)
+        assert reward_fn(mixed, SYMBOLS)["accuracy"] == 0, "the answer is in two languages"
+    assert Calls(monkeypatch, cold_start=False).of("dev2")[2] == "base"
+    assert Calls(monkeypatch, on_policy=True).of("student_sft")[1].on_policy is False
+
+
+def test_fine_tuning_takes_turns(monkeypatch):
+    """Every step asks the same teacher, a teacher gets the other's problems, or the student learns at another rate."""
+    asked, made = [], []
+    monkeypatch.setattr(r1, "Optimizer", lambda *args: made.append(args) or "optimizer")
+    monkeypatch.setattr(r1, "distill_step", lambda model, teacher, optimizer, problems, reward_fn, task, cfg, *rest:
+                        asked.append((model, teacher, optimizer, problems, cfg)))
+
+    def steps(n_steps, watch, model, optimizer):
+        assert (watch.make_problem, watch.teacher, model, optimizer) == ("sums", "first", "student", "optimizer")
+        for number in range(1, n_steps + 1):
+            yield SimpleNamespace(number=number, problems=lambda n, make_problem: (n, make_problem), generator=None,
+                                  lr_scale=1.0, log=lambda metrics: None)
+
+    fast = []
+    run = made_with(divergence="forward", on_policy=True, sft_adam_lr=0.5, sft_muon_lr=0.25)
+    run.steps, run.fast = steps, lambda model, **kinds: fast.append((model, kinds)) or model
+    r1.fine_tune(run, run.cfg, "student", [("first", "sums")] * 3 + [("second", "talk")], n_steps=8)
+    assert made == [("student", 0.5, 0.25)]
+    assert fast == [("first", {"sampling": True}), ("second", {"sampling": True}), ("student", {"training": True})]
+    assert [teacher for _, teacher, *_ in asked] == ["first", "first", "second", "first"] * 2
+    for model, teacher, optimizer, (n, make_problem), cfg in asked:
+        assert (model, optimizer, n) == ("student", "optimizer", run.cfg.distill_prompts)
+        assert make_problem == {"first": "sums", "second": "talk"}[teacher]
+        assert cfg.divergence == "sft" and not cfg.on_policy
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +314,7 @@ def pipeline(tmp_path_factory):
     return out, args, done.stdout
 
 
-def test_the_pipeline_runs(pipeline):
+def test_the_pipeline_runs(pipeline, capsys):
     """A stage is missing, starts from the wrong model, or is not evaluated in what this task measures."""
     out, _, printed = pipeline
     found = results(out)["models"]
@@ -184,8 +324,8 @@ def test_the_pipeline_runs(pipeline):
     assert [row["stage"] for row in rows(out) if row["step"] == 2 and row["stage"].startswith(("dev", "r1"))] == [
         "dev1", "dev2", "dev3", "r1"]
     assert "|language|consistent" in printed and "\nr1 " in printed and f"python r1.py --out={out} --ask=" in printed
-    asked = subprocess.run([sys.executable, "r1.py", f"--out={out}", "--ask=larger 37 52", "--samples=8"], cwd=ROOT,
-                           capture_output=True, text=True).stdout.splitlines()
+    assert run_command(PROGRAM, [f"--out={out}", "--ask=larger 37 52", "--samples=8"]) == 0
+    asked = capsys.readouterr().out.splitlines()
     assert asked[0] == "larger 37 52 = 52" and len(asked) == 1 + 9 * 8
     assert all((line[14:19] == "right") == (everyday_answer(line[21:]) == "52") for line in asked[1:])
 
@@ -193,24 +333,29 @@ def test_the_pipeline_runs(pipeline):
 def test_a_stage_that_is_made_again_is_the_same(pipeline):
     """A stage's samples hang on something else than seed, stage and step."""
     out, args, _ = pipeline
-    for name in ("dev3", "student_sft"):
-        (out / f"{name}.pt").rename(out / "before.pt")
-        done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert weights_equal(out / "before.pt", out / f"{name}.pt")
+    again = ("dev3", "student_sft")
+    for name in again:
+        (out / f"{name}.pt").rename(out / f"before_{name}.pt")
+    done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [name for name in r1.STAGES if f"\n{name}: stage " in done.stdout] == list(again)
+    for name in again:
+        assert weights_equal(out / f"before_{name}.pt", out / f"{name}.pt")
+        (out / f"before_{name}.pt").unlink()
 
 
-def test_settings_of_later_stages_are_refused(pipeline):
+def test_settings_of_later_stages_are_refused(pipeline, capsys):
     """A stage goes on from one that was made with another reward."""
-    out, args, _ = pipeline
-    done = subprocess.run([*args, "--language_weight=0.5"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "dev2.pt was made with language_weight=1.0, not 0.5" in done.stderr
-    assert done.stderr.startswith("r1.py: ")
+    _, (_, _, *args), _ = pipeline
+    assert run_command(PROGRAM, [*args, "--language_weight=0.5"]) == 2
+    error = capsys.readouterr().err
+    assert "dev2.pt was made with language_weight=1.0, not 0.5" in error
+    assert error.startswith("r1.py: ") and error.count("\n") == 1
 
 
 def test_train_does_not_know_the_pipeline(tmp_path):
     """A reader of R1-Zero alone meets R1's further stages, or an import goes in a circle."""
     code = "import sys, train; assert 'r1' not in sys.modules; print(list(train.STAGES))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "['base', 'zero', 'student_base', 'student', 'student_rl']"
+    assert done.stdout.strip() == "['base', 'zero', 'student_base', 'student']"
     assert rule_rewards("", SYMBOLS).keys() == {"accuracy", "format", "reflection"}

@@ -1,16 +1,14 @@
 """The samples that a run keeps, and how they are shown."""
 import json
-import random
 
 import pytest
 import torch
 
-import run as run_module
+import engine.progress
 import samples
 from data.arithmetic import Arithmetic
 from grpo import group_advantages
-from tests.conftest import QUICK, copy, weights_equal
-from train import main
+from tests.conftest import QUICK, copy, main, weights_equal
 
 TASK = Arithmetic()
 
@@ -46,13 +44,13 @@ def test_a_killed_run_keeps_no_row_twice(quick, tmp_path, monkeypatch):
     copy(quick, tmp_path, "base.pt")
     steps = []
 
-    def killed(path, content, save=run_module.save_checkpoint):
+    def killed(path, content, save=engine.progress.save_checkpoint):
         save(path, content)
         steps.append(content["step"])
         if content["step"] == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_module, "save_checkpoint", killed)
+    monkeypatch.setattr(engine.progress, "save_checkpoint", killed)
     assert main([*QUICK, "--stage=zero", f"--out={tmp_path}"]) == 130
     monkeypatch.undo()
     rows = kept(tmp_path)
@@ -84,10 +82,3 @@ def test_bad_input(quick, capsys, args, words):
     assert samples.main([*([] if "out" in args else [f"--out={quick}"]), args]) == 2
     printed = capsys.readouterr()
     assert words in printed.err and printed.err.count("\n") == 1 and not printed.out
-
-
-def test_samples_have_random_numbers_of_their_own():
-    """Keeping samples draws from a step's generator."""
-    cfg = run_module.Config(device="cpu")
-    drawn = [random.Random.getrandbits(run_module.seeded(cfg, name, 0)[0], 64) for name in ("zero", "samples zero")]
-    assert drawn[0] != drawn[1]

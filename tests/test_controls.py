@@ -1,0 +1,434 @@
+"""The controls: what each of them changes, that it changes nothing else, and that train.py takes none for its own."""
+import copy
+import doctest
+import random
+import re
+import zlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import controls
+import train
+from controls import (CONTROLS, FORUMS, HalfWorking, NoWait, NoWorking, all_completions, batch_baseline, make_task_of,
+                      run_grpo_with, shuffled, style_shares)
+from data import countdown
+from data.arithmetic import STYLES, Arithmetic, parse
+from data.countdown import Countdown
+from data.tokenizer import get_tokenizer
+from engine.command import run_command
+from engine.corpus import MADE
+from engine.loop import Step
+from grpo import group_advantages
+from tests.conftest import NAMES, PROGRAM, QUICK, main, results, rows, weights_equal
+from tests.conftest import copy as copy_files
+
+QUESTIONS = ("1+2", "3*4", "20-7")
+
+
+@pytest.fixture(scope="module")
+def with_shuffled(quick, tmp_path_factory):
+    """A quick run that has gained the control "shuffled". No test changes it."""
+    out = tmp_path_factory.mktemp("shuffled")
+    copy_files(quick, out, *(f"{name}.pt" for name in NAMES), "log.jsonl", "results.json", "samples.jsonl")
+    assert controls.main(["shuffled", *QUICK, f"--out={out}"]) == 0
+    return out
+
+
+@pytest.fixture
+def refused(capfd):
+    """refused(*args): controls.py ends with exit code 2 and one line on stderr, which is returned."""
+    def check(*args):
+        capfd.readouterr()
+        assert controls.main(list(args)) == 2
+        line = capfd.readouterr().err
+        assert line.count("\n") == 1, line
+        return line
+    return check
+
+
+class Bench:
+    """A run without files: it has what run_grpo_with asks of a run, and keeps the metrics of each step."""
+
+    def __init__(self, reward, questions=QUESTIONS, **settings):
+        self.cfg = train.Config(**{"rl_prompts": len(questions), "rl_samples": 8, "rl_minibatches": 1, "rl_lr": 0.01,
+                                   "rl_max_new_tokens": 6, "kl_coef": 0.0, "micro_batch": 4096} | settings)
+        self.task = SimpleNamespace(
+            encode_prompt=Arithmetic().encode_prompt, encoding=Arithmetic.encoding, stop_ids=Arithmetic.stop_ids,
+            reward=reward, make_problem=lambda rng: parse(questions[rng.randrange(len(questions))]))
+        self.metrics = []
+
+    frozen = staticmethod(copy.deepcopy)
+
+    def fast(self, model, training, sampling):
+        return model
+
+    def steps(self, n, hold, watch, **parts):
+        for number in range(1, n + 1):
+            step = Step(number, number == n, random.Random(number), torch.Generator().manual_seed(number), 1.0)
+            yield step
+            self.metrics.append(step.metrics)
+
+
+# Other advantages
+
+
+def test_shuffling_keeps_each_groups_rewards():
+    """A control that mixes rewards between prompts changes which groups have a signal, and so tests something else."""
+    rewards = torch.arange(40.0).view(5, 8) ** 2  # each group has a mean and a deviation of its own
+    honest = group_advantages(rewards, "std")
+    adv = shuffled(rewards, "std", torch.Generator().manual_seed(0))
+    order = adv.argsort(dim=1)
+    assert torch.allclose(adv.sort(dim=1).values, honest, atol=1e-6)  # honest advantages rise in each group
+    assert not (order == torch.arange(8)).all(dim=1).any()
+    assert len({tuple(row) for row in order.tolist()}) == 5, "each group has its own order"
+    assert torch.equal(shuffled(rewards, "std", torch.Generator().manual_seed(0)), adv)
+    assert not torch.equal(shuffled(rewards, "std", torch.Generator().manual_seed(1)), adv)
+    assert torch.allclose(shuffled(rewards, "none", torch.Generator().manual_seed(0)).sort(dim=1).values,
+                          group_advantages(rewards, "none"))
+    assert torch.equal(rewards, torch.arange(40.0).view(5, 8) ** 2)
+    equal = torch.ones(5, 8)
+    assert not shuffled(equal, "std", torch.Generator().manual_seed(0)).any()
+
+
+def test_the_batch_as_baseline():
+    """The control that compares with the batch would show nothing if it used the mean or the deviation of the group."""
+    rewards = torch.tensor([[1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
+    assert batch_baseline(rewards, "none", None).tolist() == (rewards - 0.5).tolist()
+    assert torch.allclose(batch_baseline(rewards, "std", None), (rewards - 0.5) / (rewards.flatten().std() + 1e-4))
+    solved = torch.tensor([[1.0, 1.0], [0.0, 1.0]])
+    assert (batch_baseline(solved, "none", None)[0] == 0.25).all(), "an easy prompt has advantages, too"
+
+
+@pytest.mark.parametrize("scale", ("std", "none"))
+def test_all_completions_have_an_advantage(scale):
+    """A completion without an advantage would not be computed, or what has it computed would show in the gradient or in
+    the other advantages."""
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.5, 0.5, 0.5, 0.5], [0.0, 1.0, 0.5, 0.5]])
+    honest, adv = group_advantages(rewards, scale), all_completions(rewards, scale, None)
+    assert adv.ne(0).all() and torch.equal(adv[honest != 0], honest[honest != 0]) and adv[honest == 0].max() < 1e-20
+
+
+def test_the_penalty_acts_on_every_completion(make_gpt):
+    """Rows of advantage 0 are left out although the penalty is to act on all rows (Algorithm 1 to the letter)."""
+    def equal_rewards(text, problem):
+        return {"reward": 0.1, "accuracy": 0.0, "format": 0.0}
+
+    for advantages, share in ((all_completions, 1), (lambda rewards, scale, _: group_advantages(rewards, scale), 0)):
+        run = Bench(equal_rewards, kl_coef=0.1, rl_steps=2)
+        model = make_gpt(Arithmetic.encoding.n_vocab)
+        before = copy.deepcopy(model.state_dict())
+        run.frozen = lambda policy: make_gpt(Arithmetic.encoding.n_vocab, seed=1)
+        run_grpo_with(run, model, advantages)
+        for metrics in run.metrics:
+            assert metrics.counts["kl"] == share * metrics.sums["tokens"] and metrics.means()["no_signal"] == 1
+        assert torch.equal(before["embedding.weight"], model.embedding.weight) == (share == 0)
+        if share:
+            means = run.metrics[0].means()
+            assert means["kl"] > 0 and means["ratio"] == 1
+            assert means["loss"] == pytest.approx(0.1 * means["kl"], rel=1e-4)
+
+
+@pytest.mark.parametrize("advantages, learns", ((batch_baseline, True), (all_completions, True), (shuffled, False)))
+def test_bandit(make_gpt, advantages, learns):
+    """A few steps must find the letters if one token is sampled and a letter is rewarded. They cannot with a gradient
+    of the wrong sign, or with credit for the wrong row. And nothing must be learnt from a reward that is given to
+    another answer than the one that earned it."""
+    encoding = Arithmetic.encoding
+    model, prompt = make_gpt(encoding.n_vocab), Arithmetic().encode_prompt(parse("1+2"))
+
+    def is_letter(text):
+        return len(text) == 1 and text.isascii() and text.isalpha()
+
+    def reward(text, problem):
+        right = float(is_letter(text))
+        return {"reward": right, "accuracy": right}
+
+    def chance():
+        with torch.no_grad():
+            probs = model(torch.tensor([prompt]))[0, -1].softmax(-1)
+        return sum(p for t, p in enumerate(probs.tolist()) if is_letter(encoding.decode([t])))
+
+    before, run = chance(), Bench(reward, ("1+2",), rl_steps=12, rl_samples=64, rl_max_new_tokens=1)
+    run_grpo_with(run, model, advantages)
+    after = chance()
+    assert 0.1 < before < 0.3 and (after > 0.9 if learns else after < 0.5), (before, after)
+
+
+@pytest.mark.parametrize("flags", ([], ["--ref_every=2", "--kl_coef=0.5", "--rl_minibatches=3"]))
+def test_the_loop_is_that_of_train_py(quick, tmp_path, flags):
+    """A control would differ from zero by more than its advantages: in the learning rate, in the reference, or in what
+    the random numbers are drawn for."""
+    def train_zero(run, base):
+        run_grpo_with(run, base, lambda rewards, scale, generator: group_advantages(rewards, scale))
+
+    program = PROGRAM._replace(stages=train.STAGES | {"zero": train.STAGES["zero"]._replace(train=train_zero)})
+    made, own = tmp_path / "made", tmp_path / "own"
+    for out in (made, own):
+        copy_files(quick, out, "base.pt", "results.json")
+    assert run_command(program, [*QUICK, *flags, "--stage=zero", f"--out={made}"]) == 0
+    expected = quick
+    if flags:
+        expected = own
+        assert main([*QUICK, *flags, "--stage=zero", f"--out={own}"]) == 0
+    assert weights_equal(made / "zero.pt", expected / "zero.pt")
+    assert not weights_equal(made / "zero.pt", quick / "base.pt")
+
+
+def test_a_killed_control_goes_on_to_the_same_result(with_shuffled, tmp_path, monkeypatch):
+    """The order in which rewards are dealt out would come from a generator whose state is lost."""
+    copy_files(with_shuffled, tmp_path, "base.pt", "results.json")
+    calls = []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return grpo_update(*args)
+
+    grpo_update = controls.grpo_update
+    args = ["shuffled", *QUICK, f"--out={tmp_path}"]
+    monkeypatch.setattr(controls, "grpo_update", interrupted)
+    assert controls.main(args) == 130 and (tmp_path / "resume.pt").exists()
+    assert controls.main(args) == 0 and len(calls) == 6
+    assert weights_equal(tmp_path / "shuffled.pt", with_shuffled / "shuffled.pt")
+    assert not weights_equal(tmp_path / "shuffled.pt", with_shuffled / "base.pt")
+
+
+@pytest.mark.parametrize("name, advantages", (
+    ("shuffled", shuffled), ("batch_baseline", batch_baseline), ("all_completions", all_completions)))
+def test_each_name_has_its_advantages(monkeypatch, name, advantages):
+    """Two controls would change places."""
+    used = []
+    monkeypatch.setattr(controls, "run_grpo_with", lambda run, policy, advantages: used.append(advantages))
+    CONTROLS[name].train(None, None)
+    assert used == [advantages] and CONTROLS[name].starts == ("base",)
+
+
+# Another reward, other problems
+
+
+def test_format_alone(monkeypatch):
+    """The control would still pay for right answers, or zero would be trained for a different number of steps."""
+    given, cfg = [], train.Config(accuracy_weight=5)
+    monkeypatch.setattr(train, "run_grpo", lambda *args: given.append(args))
+    run = SimpleNamespace(cfg=cfg, task=Arithmetic())
+    CONTROLS["format_alone"].train(run, "base")
+    (_, used, policy, n_steps, make_problem, reward_fn), = given
+    assert (used, policy, n_steps, make_problem) == (cfg, "base", cfg.rl_steps, run.task.make_problem)
+    right = "<think>8*7=56, 56-19=37</think><answer>37</answer>"
+    wrong = right.replace(">37", ">38")
+    for text, accuracy, well_formed in ((right, 1, 1), (right + ".", 1, 0), (wrong, 0, 1), ("37", 0, 0)):
+        scores = reward_fn(text, parse("8*7-19"))
+        assert (scores["accuracy"], scores["format"], scores["reward"]) == (accuracy, well_formed, well_formed)
+
+
+def test_finished_run_may_gain_the_control(quick, tmp_path):
+    """student_rl starts from student_base and has the student's number of updates, each on as many completions; nothing
+    else is made again."""
+    copy_files(quick, tmp_path, *(f"{name}.pt" for name in NAMES), "log.jsonl", "results.json")
+    assert controls.main(["student_rl", *QUICK, f"--out={tmp_path}"]) == 0
+    config = results(tmp_path)["config"]
+    control = [row for row in rows(tmp_path) if row["stage"] == "student_rl"]
+    updates = config["distill_steps"] * config["distill_epochs"] * config["distill_minibatches"]
+    assert len(control) == updates / config["rl_minibatches"]
+    completions = config["distill_prompts"] / config["distill_minibatches"] * config["rl_minibatches"]
+    assert all((row["format"] * completions).is_integer() for row in control)  # a share of a rollout's completions
+    assert list(results(tmp_path)["models"]) == [*NAMES, "student_rl"]
+    before = [row for row in rows(tmp_path) if row["stage"] != "student_rl"]
+    assert before == rows(quick)
+    for name in NAMES:
+        assert (tmp_path / f"{name}.pt").read_bytes() == (quick / f"{name}.pt").read_bytes()
+    assert "\nstudent_rl|test" in (tmp_path / "report.md").read_text().replace(" ", "")
+
+
+def test_who_is_asked_longer_problems(quick, tmp_path, monkeypatch):
+    """The control of the student trains on other problems than the student, or on fewer, or the two short ones train on
+    problems that they are to do without."""
+    asked = {}
+
+    def recorded(step, model_of):
+        def wrapper(model, other, optimizer, problems, *args):
+            asked.setdefault(model_of, []).extend(len(re.findall("[-+*]", problem.question)) for problem in problems)
+            return step(model, other, optimizer, problems, *args)
+        return wrapper
+
+    monkeypatch.setattr(train, "grpo_step", recorded(train.grpo_step, "RL"))
+    monkeypatch.setattr(train, "distill_step", recorded(train.distill_step, "distillation"))
+    copy_files(quick, tmp_path, "base.pt", "zero.pt", "student_base.pt", "results.json")
+    few = [*QUICK, "--distill_steps=1", "--distill_epochs=4", f"--out={tmp_path}"]
+    n = 4 * 64 // 8  # problems of RL, each with 8 completions: 4 epochs on 64 completions
+    expected = {"student_rl": ("RL", n, 6), "student_short": ("distillation", 64, 4), "student_rl_short": ("RL", n, 4)}
+    for name, (how, n_problems, most) in expected.items():
+        asked.clear()
+        assert controls.main([name, *few]) == 0
+        found = {key: (len(n_ops), min(n_ops), max(n_ops)) for key, n_ops in asked.items()}
+        assert found == {how: (n_problems, 1, most)}
+
+
+# Another corpus
+
+
+@pytest.mark.parametrize("worked, wait", [(1.0, 1.0), (0.5, 0.0), (0.0, 1.0), (0.5, 0.5)])
+def test_styles_can_be_thinned_out(assert_frequencies, worked, wait):
+    """A control would show nothing if its corpus still held what it should lack, or if the shares no longer added up to
+    1."""
+    class Thinned(Arithmetic):
+        styles = style_shares(STYLES, worked, wait)
+
+    rng, task = random.Random(1), Thinned()
+    threads = [task.write_thread(rng) for _ in range(4_000)]
+    shares = dict(STYLES)
+    shares["worked"] += (1 - wait) * STYLES["rechecked"]
+    shares["rechecked"] *= wait
+    for style in ("plain working", "lost tag", "worked", "rechecked"):
+        shares["blurt"] += (1 - worked) * shares[style]
+        shares[style] *= worked
+    assert abs(sum(task.styles.values()) - 1) < 1e-9
+    assert list(task.styles) == list(STYLES) and task.styles == pytest.approx(shares)
+    assert_frequencies([sum(style == s for _, style, _ in threads) for s in STYLES], list(shares.values()))
+    assert any("=" in text for text, _, _ in threads) == (worked > 0)
+    assert any("wait" in text for text, _, _ in threads) == (worked * wait > 0)
+
+
+def test_a_corpus_without_waiting_has_none():
+    """The corpus of the control contains a "wait"."""
+    class NoWorkingCountdown(Countdown):
+        styles = style_shares(countdown.STYLES, worked=0.0)
+
+    for task in (NoWait(), NoWorkingCountdown()):
+        text = get_tokenizer().decode(task.make_corpus(200_000, seed=0).tolist())
+        assert "wait" not in text
+    assert "=" not in "".join(re.findall("Assistant: (.*?)<.endoftext", text, re.DOTALL))
+
+
+@pytest.mark.parametrize("task, checksums", [
+    (Arithmetic(), (3699883978, 4267924140, 935227476)), (NoWorking(), (2468789226, 2020710829, 1190136487)),
+    (HalfWorking(), (3320767345, 2084047436, 1227814961)),
+    (HalfWorking(6, 99, 20, True), (3323178239, 1200127608, 663624344)),
+    (Countdown(), (2633002514, 3604116091, 4100066674)), (NoWait(), (2008780298, 2299350909, 1807971703))])
+def test_corpora_are_those_of_the_stored_results(task, checksums):
+    """A control would be trained on another corpus than the one that findings.md is about."""
+    corpora = [task.make_corpus(20_000, seed, heldout) for seed, heldout in ((0, False), (1, False), (0, True))]
+    assert tuple(zlib.crc32(corpus.tobytes()) for corpus in corpora) == checksums
+
+
+def test_a_control_makes_a_base_of_its_own_first(quick, tmp_path):
+    """The base of the control would read train.py's corpus, which this process keeps from an earlier test, or take the
+    place of train.py's base; or the RL would begin from another base."""
+    few = [*QUICK, "--base_tokens=10000", "--rl_steps=1", f"--out={tmp_path}"]
+    assert controls.main(["zero_half_working", *few]) == 0
+    assert {path.name for path in tmp_path.glob("*.pt")} == {"base_half_working.pt", "zero_half_working.pt"}
+    assert list(results(tmp_path)["models"]) == ["base_half_working", "zero_half_working"]
+    assert {type(task) for task, *_ in MADE} >= {Arithmetic, HalfWorking}
+    assert list(dict.fromkeys(row["stage"] for row in rows(tmp_path))) == ["base_half_working", "zero_half_working"]
+    assert controls.main(["zero_half_working", *few]) == 0 and len(rows(tmp_path)) == 20, "nothing is made again"
+
+
+def test_what_a_control_starts_from():
+    """A zero would be compared with another base than its own, or be trained in another forum than this."""
+    for name, stage in CONTROLS.items():
+        kind = name.partition("_")[2]
+        if name.startswith("zero_"):
+            assert stage.starts == (f"base_{kind}",) and FORUMS[name] is FORUMS[f"base_{kind}"]
+        if name.startswith("base_"):
+            assert stage == train.STAGES["base"]
+        assert name not in train.STAGES and all(start in train.STAGES | CONTROLS for start in stage.starts)
+    forums = {"no_working": NoWorking, "half_working": HalfWorking, "no_wait": NoWait}
+    assert FORUMS == {f"{model}_{kind}": forum for kind, forum in forums.items() for model in ("base", "zero")}
+
+
+def test_a_forum_inside_other_tasks(tmp_path):
+    """With --corpus or --problems, the control would read the corpus of train.py, or lose the problems of the file."""
+    (tmp_path / "text.txt").write_text("A text.\n\n" * 5_000)
+    (tmp_path / "problems.jsonl").write_text("".join(f'{{"prompt": "{n}", "answer": "1"}}\n' for n in range(50)))
+    cfg = train.Config(corpus=str(tmp_path / "text.txt"), corpus_share=0.5, problems=str(tmp_path / "problems.jsonl"))
+    task = make_task_of(NoWorking)(cfg)
+    assert type(task.task.task) is NoWorking and task.make_problem(random.Random(0)).answer == "1"
+    corpus = task.encoding.decode(task.make_corpus(100_000, 0).tolist())
+    answers = re.findall("Assistant: (.*?)<.endof", corpus)
+    assert "A text." in corpus and len(answers) > 100 and "=" not in "".join(answers)
+    plain = make_task_of(NoWorking)(train.Config(max_ops=5))
+    assert plain == NoWorking(max_ops=5) and plain != Arithmetic(max_ops=5), "a corpus is kept for tasks that are equal"
+
+
+# Beside the models of train.py
+
+
+def test_train_never_uses_a_control(quick, with_shuffled, tmp_path, capfd):
+    """A student would be distilled from a control, a stage would count as finished because a control is, or the control
+    would be hidden from --ask."""
+    kept = [name for name in NAMES if name != "student"]
+    copy_files(quick, tmp_path, *(f"{name}.pt" for name in kept), "log.jsonl", "samples.jsonl")
+    content = torch.load(with_shuffled / "shuffled.pt", weights_only=True)
+    beside = ("base_no_wait", "shuffled", "student_rl", "student_short", "zero_no_wait")
+    for name in beside:
+        torch.save(content | {"stage": name}, tmp_path / f"{name}.pt")
+    copy_files(with_shuffled, tmp_path, "results.json")
+    assert main([*QUICK, "--stage=student", f"--out={tmp_path}"]) == 0
+    assert weights_equal(tmp_path / "student.pt", quick / "student.pt")
+    for name in kept:
+        assert (tmp_path / f"{name}.pt").read_bytes() == (quick / f"{name}.pt").read_bytes()
+    assert not weights_equal(tmp_path / "shuffled.pt", tmp_path / "zero.pt")
+    assert list(results(tmp_path)["models"]) == [*NAMES[:3], "shuffled", "student"]
+    assert "\nshuffled" in (tmp_path / "report.md").read_text()
+    capfd.readouterr()
+    assert main([f"--out={tmp_path}", "--ask=8*7-19"]) == 0
+    assert [line.split()[0] for line in capfd.readouterr().out.splitlines()[1:]] == [*NAMES, *beside]
+    (tmp_path / "problems.jsonl").write_text('{"prompt": "1+2", "answer": "3"}\n{"prompt": "2+2", "answer": "4"}\n')
+    assert main([f"--out={tmp_path}", f"--evaluate={tmp_path / 'problems.jsonl'}"]) == 0
+    assert set(beside) <= {line.split("|")[0].strip() for line in capfd.readouterr().out.splitlines()}
+
+
+def test_changed_settings_are_refused(with_shuffled, tmp_path, refused):
+    """A control would be compared with a zero, or another control, of other settings."""
+    copy_files(with_shuffled, tmp_path, "base.pt", "shuffled.pt", "results.json")
+    here = f"--out={tmp_path}"
+    assert "shuffled.pt was made with rl_steps=5, not 4" in refused("shuffled", *QUICK, "--rl_steps=4", here)
+    assert "shuffled.pt was made with rl_steps=5, not 4" in refused("batch_baseline", *QUICK, "--rl_steps=4", here)
+    assert "base.pt was made with base_tokens=40000" in refused("shuffled", *QUICK, "--base_tokens=50000", here)
+    (tmp_path / "shuffled.pt").unlink()
+    copy_files(with_shuffled, tmp_path, "zero.pt")
+    assert "zero.pt was made with rl_lr=0.001, not 0.1" in refused("shuffled", *QUICK, "--rl_lr=0.1", here)
+    assert not (tmp_path / "shuffled.pt").exists()
+    (tmp_path / "zero.pt").unlink()
+    copy_files(with_shuffled, tmp_path, "shuffled.pt", "log.jsonl")
+    assert controls.main(["shuffled", *QUICK, "--micro_batch=512", here]) == 0, "this shapes nothing"
+    assert (tmp_path / "shuffled.pt").read_bytes() == (with_shuffled / "shuffled.pt").read_bytes()
+
+
+def test_bad_input(refused, tmp_path, capfd):
+    """A misspelt name would be a traceback, or train something else."""
+    for args in ([], ["shufled"], ["zero"], ["--out=out"]):
+        line = refused(*args)
+        assert line.startswith("controls.py: ") and all(name in line for name in CONTROLS)
+    assert "--rl_lr" in refused("shuffled", "--rl_ls=1", f"--out={tmp_path}")
+    assert "--task=countdown" in refused("zero_no_wait", *QUICK, f"--out={tmp_path / 'new'}")
+    assert "--task=arithmetic" in refused("zero_no_working", *QUICK, "--task=bilingual", f"--out={tmp_path / 'new'}")
+    assert not list(tmp_path.glob("**/*.pt"))
+
+
+def test_help(capsys):
+    """--help would be taken for a control, or leave one out."""
+    assert controls.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in CONTROLS)
+    with pytest.raises(SystemExit) as ended:
+        controls.main(["shuffled", "--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0 and "controls.py shuffled [--key=value" in text and "--rl_lr VALUE" in text
+
+
+def test_no_name_begins_with_another_that_is_needed():
+    """--stage takes all stages whose names begin so: a control would train one that it does not need."""
+    for name in CONTROLS:
+        needed = controls.needed(name)
+        for stage in needed:
+            others = {*train.STAGES, *needed} - {stage}
+            assert not any(other.startswith(stage) for other in others), (name, stage)
+
+
+def test_examples_in_the_docstrings():
+    """An example in a docstring would be wrong. pytest looks for doctests outside experiments/ alone."""
+    assert doctest.testmod(controls).failed == 0
