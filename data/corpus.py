@@ -49,7 +49,7 @@ def corpus_rows(task, n_rows: int, length: int, seed: int, heldout: bool = False
     n_tokens, starts = int(1.35 * n_rows * length), []  # about a quarter is skipped; if it was more, make twice as many
     while len(starts) < n_rows:
         corpus = task.make_corpus(n_tokens, seed, heldout)
-        documents = np.append(0, np.flatnonzero(corpus == task.stop_ids[0]) + 1)  # where each starts
+        documents = np.append(0, np.flatnonzero(corpus == task.stop_ids[0]) + 1)  # their starts
         starts, position = [], 0
         while position + length <= len(corpus):
             starts.append(position)
