@@ -235,9 +235,10 @@ def make_minibatch(rollout: "Rollout", rows: Tensor, adv: Tensor, cfg, device: t
     weight[rows] = token_weights(lengths[rows], cfg.normalize, cfg.rl_max_new_tokens)
     live = rows[adv[rows] != 0]
     batches = micro_batches(rollout, live.tolist(), cfg.micro_batch, device)
+    adv, weight = adv.to(device), weight.to(device)
     for batch in batches:
-        batch.adv = adv.to(device)[batch.row]        # (M,)
-        batch.weight = weight.to(device)[batch.row]  # (M,)
+        batch.adv = adv[batch.row]        # (M,)
+        batch.weight = weight[batch.row]  # (M,)
     share = int(lengths[rows].sum()) if cfg.normalize == "token" else len(rows)
     return batches, share
 

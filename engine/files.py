@@ -44,10 +44,6 @@ def write_file(path: Path, content: bytes) -> None:
             file.write(content)
 
 
-def save_results(out: Path, results: dict) -> None:
-    write_file(out / "results.json", json.dumps(results, indent=1).encode())
-
-
 def log_rows(out: Path) -> list[dict]:
     """The rows of log.jsonl, without a last line that a killed run left unfinished."""
     path = out / "log.jsonl"

@@ -11,6 +11,7 @@ A run can be interrupted or killed at any moment. The same command resumes it fr
 a step draws at random is seeded by (seed, stage, step, rank), so no generator's state is saved. Where nothing is
 compiled, the resumed run reaches the same result, bit for bit.
 """
+import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import torch
 
 from engine.corpus import Corpus
 from engine.evaluation import heldout_accuracy
-from engine.files import build_model, load_checkpoint, save_results
+from engine.files import build_model, load_checkpoint, write_file
 from engine.machine import return_memory
 from engine.parallel import check_launcher, rank, world_size
 from engine.pretrained.weights import make_model, starting_model
@@ -181,4 +182,4 @@ class Run:
         return model
 
     def save_results(self) -> None:
-        save_results(self.out, self.results)
+        write_file(self.out / "results.json", json.dumps(self.results, indent=1).encode())

@@ -12,20 +12,17 @@ import torch.nn.functional as F
 
 import engine.command as command
 import engine.evaluation as evaluation
-import engine.progress as progress
 import export_hf
 import train
 from data.arithmetic import Arithmetic, Problem
 from engine.files import build_model, load_checkpoint, save_checkpoint
-from engine.loop import Run
 from engine.pretrained.bpe import Encoding
 from engine.pretrained.chat import SLOT, Pretrained
 from engine.pretrained.weights import load_model, make_model
 from engine.speed.fast import frozen, make_fast
 from engine.speed.sampler import Reader, generate
 from engine.tasks import make_task
-from grpo import Metrics
-from model import GPT, GPTConfig, token_logprobs
+from model import GPT, token_logprobs
 from tests.conftest import main, parse, results, rows, weights_equal
 from train import Config
 
@@ -660,26 +657,3 @@ def test_safetensors_is_asked_for(folder, tmp_path, refused, monkeypatch):
     what to do."""
     monkeypatch.setitem(sys.modules, "safetensors", None)
     assert "pip install safetensors" in refused(f"--init={folder}", f"--out={tmp_path / 'out'}", *TINY)
-
-
-def test_saving_takes_a_twentieth_of_the_time(tmp_path, monkeypatch):
-    """The checkpoint of a large model takes seconds, and saving it every save_every seconds would take most of the
-    run."""
-    now, saved = [0.0], []
-
-    def save(path, content):
-        now[0] += 2.0
-        saved.append(path.name)
-
-    monkeypatch.setattr(progress, "save_checkpoint", save)
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
-    model = GPT(GPTConfig(11, n_layer=1, n_head=1, n_embd=8))
-    a_run = Run(Config(device="cpu", save_every=3.0), None, tmp_path, {"models": {}, "seconds": {}}, train.STAGES)
-    a_run.stage = "base"
-    for step in a_run.steps(200, model=model):
-        now[0] += 1.0
-        metrics = Metrics()
-        metrics.add("loss", 0.0, 1)
-        metrics.add("tokens", 1, 1)
-        step.log(metrics)
-    assert saved == ["resume.pt"] * 6 + ["base.pt"]  # after 3 steps, and then after 38 each
