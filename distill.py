@@ -1,24 +1,25 @@
-"""Distillation: at every position, a small student learns the RL teacher's whole distribution over the next token.
+"""Distillation: at every position, a small student learns the teacher's whole distribution over the next token.
 
-P is the teacher's distribution at one position of a completion, Q the student's, both softmax(logits / tau):
+The teacher is the model that RL made (zero). By default it writes the completions, and only those that are correct and
+well formed are kept (rejection sampling, as in R1). With on_policy the student writes them, as in 2306.13649. Then all
+are kept, because the teacher corrects the student's mistakes token by token.
 
-    "forward"  KL(P || Q) = sum P (log P - log Q)   large where Q misses what P says; minimised, Q covers all of P
-    "reverse"  KL(Q || P) = sum Q (log Q - log P)   large where Q says what P does not; Q may leave parts of P out
-    "jsd"      (KL(P || M) + KL(Q || M)) / 2, M = (P + Q) / 2     Jensen-Shannon divergence, as in generalised
-                                                                  knowledge distillation (arXiv 2306.13649)
-    "sft"      -log Q(the token that was sampled)   supervised fine-tuning, the way in which DeepSeek-R1 distils
-                                                    (sequence-level distillation, 1606.07947)
+At each position of a completion, P is the teacher's distribution over the vocabulary, and Q the student's. Both are
+softmax(logits / tau) with a temperature tau. The loss is the average, over all positions, of one of these:
 
-Each is averaged over the tokens of the completions, which are sampled at temperature 1. A temperature tau above 1
-flattens both distributions, so unlikely tokens count for more. It makes the gradient about tau^2 times smaller: by
-1/tau because the logits are divided by tau, and again because the flattened P and Q are closer to each other. So the
-loss is multiplied by tau^2 (Hinton et al., 1503.02531, section 2).
+    "forward"  KL(P || Q) = sum P (log P - log Q)   large where Q is small and P is not. So the student learns all
+                                                    tokens that are likely for the teacher (the default)
+    "reverse"  KL(Q || P) = sum Q (log Q - log P)   large where P is small and Q is not. So the student avoids tokens
+                                                    that are unlikely for the teacher, and may leave out likely ones
+    "jsd"      (KL(P || M) + KL(Q || M)) / 2, M = (P + Q) / 2     the Jensen-Shannon divergence, as in 2306.13649
+    "sft"      -log Q(the token that was sampled)   supervised fine-tuning on the completions, R1's way
 
-The teacher answers, and only what the reward accepts is kept (rejection sampling, as in R1). Or the student answers
-("on policy", as in 2306.13649). Then the teacher corrects the student's own mistakes, so all answers are kept.
+A tau above 1 flattens P and Q, so that unlikely tokens count for more. It also makes the gradient about tau^2 times
+smaller. So the loss is multiplied by tau^2 (Hinton et al., 1503.02531, section 2).
 
-The student learns from each sample in several epochs, which RL may not do. In RL, samples of an old policy say less and
-less about the current one. Here the target, the teacher's distribution, does not depend on who sampled the tokens.
+The student learns from each completion in several epochs. RL may not do this. It needs samples of the current policy:
+the ratio in its loss makes up for small differences only, so old samples become useless as the policy changes. Here the
+target is the teacher's distribution. It does not depend on who sampled the tokens, so old samples stay valid.
 """
 import math
 from dataclasses import dataclass
@@ -31,26 +32,24 @@ from torch import Generator, Tensor
 from grpo import Budget, Metrics, micro_batches, random_minibatches, rollout_metrics, sample_rollout
 from model import GPT, select, token_logprobs
 
-DIVERGENCES = ("forward", "reverse", "jsd")
-
 
 @dataclass
 class DistillConfig(Budget):
     """The settings of distillation."""
     distill_steps: int = 50            # steps, each with new completions
     distill_prompts: int = 512         # problems of a step, one completion each
-    distill_minibatches: int = 8       # updates in an epoch over a step's completions
+    distill_minibatches: int = 8       # minibatches of a step, each for one update in each epoch
     distill_epochs: int = 3            # epochs over a step's completions
-    distill_muon_lr: float = 7e-3      # learning rate of Muon; 0: AdamW alone
+    distill_muon_lr: float = 7e-3      # learning rate of Muon (engine/optimizer.py); 0: AdamW alone
     distill_adam_lr: float = 1.5e-3    # learning rate of AdamW
     divergence: Literal["forward", "reverse", "jsd", "sft"] = "forward"  # the loss: see distill.py
-    distill_temperature: float = 2.0   # temperature at which both distributions are compared
-    on_policy: bool = False            # learn on the student's own completions, not the teacher's
+    distill_temperature: float = 2.0   # tau, at which the two distributions are compared
+    on_policy: bool = False            # the student writes the completions, not the teacher
 
 
 def distill_loss(student_logits: Tensor, teacher_logits: Tensor, divergence: str,
                  temperature: float = 1.0) -> Tensor:
-    """A divergence above at each of M tokens, times temperature^2: logits (M, V) each -> (M,), in nats.
+    """"forward", "reverse" or "jsd" at each of M tokens, times temperature^2: logits (M, V) each -> (M,), in nats.
 
     No gradient flows to the teacher. Raises ValueError for another divergence.
     """
@@ -64,12 +63,12 @@ def distill_loss(student_logits: Tensor, teacher_logits: Tensor, divergence: str
         log_m = torch.logaddexp(log_p, log_q) - math.log(2)
         loss = (kl(log_p, log_m) + kl(log_q, log_m)) / 2
     else:
-        raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, not {divergence!r}")
+        raise ValueError(f"divergence must be 'forward', 'reverse' or 'jsd', not {divergence!r}")
     return loss * temperature**2
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """KL(a || b): log-probabilities (M, V) each -> (M,). subtle: F.kl_div takes b first."""
+    """KL(a || b): log-probabilities (M, V) each -> (M,). subtle: F.kl_div has its arguments in the order b, a."""
     return F.kl_div(log_b, log_a, reduction="none", log_target=True).sum(dim=-1)
 
 
@@ -79,43 +78,40 @@ def distill_step(student: GPT, teacher: GPT, optimizer, problems: list, reward_f
 
     cfg is a DistillConfig, or has its fields. The other arguments are those of grpo.sample_rollout and grpo_update.
     """
-    # 1) the teacher answers, or the student itself
-    author = student if cfg.on_policy else teacher
-    rollout = sample_rollout(author, problems, reward_fn, task, 1, cfg.rl_max_new_tokens, generator)
-    # 2) of the teacher's answers, keep those that are correct and well formed
-    accepted = [i for i, scores in enumerate(rollout.scores) if cfg.on_policy or is_good(scores)]
+    # 1) sample one completion of each problem
+    model = student if cfg.on_policy else teacher
+    rollout = sample_rollout(model, problems, reward_fn, task, 1, cfg.rl_max_new_tokens, generator)
+    # 2) keep all of the student's, and of the teacher's those that are correct and well formed
+    kept = [i for i, scores in enumerate(rollout.scores) if cfg.on_policy or is_good(scores)]
     metrics = rollout_metrics(rollout)
-    metrics.add("accepted", len(accepted), len(rollout.scores))
-    # 3) the teacher reads them, once for all epochs. Its hidden states are kept; its logits would be far larger
+    metrics.add("accepted", len(kept), len(rollout.scores))
+    # 3) the teacher reads them, once for all epochs. We keep its hidden states: logits would be V / C times as large
     minibatches = []
-    for picks in random_minibatches(len(accepted), cfg.distill_minibatches, generator):
-        rows = [accepted[i] for i in picks.tolist()]
-        n_tokens = sum(len(rollout.completions[row]) for row in rows)
+    for picks in random_minibatches(len(kept), cfg.distill_minibatches, generator):
+        rows = [kept[i] for i in picks.tolist()]
         batches = []
         for batch in micro_batches(rollout, rows, cfg.micro_batch, student.embedding.weight.device):
             hidden = None  # (M, C)
             if cfg.divergence != "sft":
                 hidden = select(teacher.hidden(batch.idx[:, :-1]), batch.mask).detach()
             batches.append((batch, hidden))
-        minibatches.append((batches, n_tokens))
-    # 4) update the student; each epoch takes the same minibatches
+        minibatches.append((batches, int(rollout.lengths()[rows].sum())))
+    # 4) update the student once for each minibatch, in every epoch
     for batches, n_tokens in minibatches * cfg.distill_epochs:
-        for batch, teacher_hidden in batches:
+        for batch, hidden in batches:
             if cfg.divergence == "sft":
                 loss = -token_logprobs(student, batch.idx, batch.mask)  # (M,)
-            else:
-                student_logits = student(batch.idx[:, :-1], batch.mask)   # (M, V)
-                teacher_logits = teacher.logits(teacher_hidden).detach()  # (M, V)
-                loss = distill_loss(student_logits, teacher_logits, cfg.divergence,
-                                    cfg.distill_temperature)  # (M,)
+            else:  # two logits, (M, V) each. As variables they would live on into the next pass
+                loss = distill_loss(student(batch.idx[:, :-1], batch.mask), teacher.logits(hidden).detach(),
+                                    cfg.divergence, cfg.distill_temperature)  # (M,)
             (loss.sum() / n_tokens).backward()
             metrics.add("loss", loss.detach().sum(), len(loss))
-        norm = optimizer.step(lr_scale, share=n_tokens, has_gradient=n_tokens > 0)
+        grad_norm = optimizer.step(lr_scale, share=n_tokens, has_gradient=n_tokens > 0)
         if n_tokens:
-            metrics.add("grad_norm", norm, 1)
+            metrics.add("grad_norm", grad_norm, 1)
     return metrics
 
 
 def is_good(scores: dict[str, float]) -> bool:
-    """Is an answer correct and, if the task has a format, well formed?"""
+    """Is a completion correct and, if its scores have a "format", well formed?"""
     return scores["accuracy"] == 1 and scores.get("format", 1) == 1

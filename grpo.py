@@ -1,26 +1,36 @@
 """Group relative policy optimisation (GRPO): reinforcement learning from rewards alone, as in DeepSeek-R1-Zero.
 
-Terms, for readers who know PyTorch but not RL. The policy is the language model that is trained. It samples G
-completions o_1..o_G of a prompt q; together they are a group. Each completion gets a reward r_i. Its advantage A_i says
-how much better it did than its group. A rollout is the groups of P prompts: N = P * G completions with their rewards.
-Training makes completions with a positive advantage more likely, and the others less likely.
+Terms, for readers who know PyTorch but not RL:
 
-DeepSeek-R1 (arXiv 2501.12948v2), eq. 1 to 3, written per token as in DeepSeekMath (2402.03300), eq. 3. All tokens of a
-completion share its advantage. o_{i,t} is token t of completion i:
+    policy      pi_theta, the language model that is trained
+    completion  o_i, the tokens that the policy samples after a prompt q
+    group       G completions of one prompt
+    reward      r_i, a number for completion i: see rewards.py
+    advantage   A_i, how much better completion i is than its group. Training makes a completion with a positive
+                advantage more likely and one with a negative advantage less likely
+    rollout     the N = P * G completions of P prompts. It is split into minibatches; each of them gives one update
+    pi_old      the policy that sampled the rollout. The first update is "on policy": pi_theta still is pi_old
+    pi_ref      the reference, a frozen copy of the model that RL began with. The KL penalty, an estimate of the
+                divergence between pi_theta and pi_ref, keeps the policy near it
 
-    A_i      = (r_i - mean(r)) / (std(r) + 1e-4)                                       group_advantages
+The loss is that of DeepSeekMath (arXiv 2402.03300), eq. 3, with one ratio per token. DeepSeek-R1 (2501.12948v2, eq. 1
+to 3) writes one ratio per completion, as GSPO (2507.18071) does; R1's code is not public. For token t of completion i:
+
+    A_i      = (r_i - mean(r)) / (std(r) + 1e-4), over the rewards r of the group        group_advantages
     ratio    = pi_theta(o_{i,t} | q, o_{i,<t}) / pi_old(o_{i,t} | q, o_{i,<t})
     L_{i,t}  = - min(ratio A_i, clip(ratio, 1 - clip_low, 1 + clip_high) A_i)
     KL_{i,t} = pi_ref/pi_theta - log(pi_ref/pi_theta) - 1
-    loss     = sum over all tokens of w_i (L_{i,t} + kl_coef KL_{i,t})                 grpo_loss, token_weights
+    loss     = sum over all tokens of w_i (L_{i,t} + kl_coef KL_{i,t})                   grpo_loss
 
-pi_theta is the policy as it is now. pi_old is the policy as it was when it sampled. pi_ref, the reference, is a frozen
-copy of the model that RL began with. "On policy" means that pi_theta is still pi_old, so the ratio is 1.
+clip_low, clip_high and kl_coef are settings. The weights w_i make the sum an average (token_weights). PPO, from which
+GRPO comes, trains a second network (the critic) to estimate advantages. GRPO uses the mean of the group instead.
 
-Do not watch the loss. On policy it is minus the mean advantage, which is near 0, or minus that mean weighted by length
-("token", "constant"). Its gradient, -A_i grad log pi_theta for each token, is not 0. Watch the reward.
+Watch the reward, not the loss. On policy the ratio is 1, so the loss is minus a weighted mean of the advantages. The
+advantages of a group add up to 0. So the loss is 0 if all completions have equal weights, and else small, however good
+the policy is. Its gradient is not 0: at a ratio of 1, the derivative of the ratio is that of log pi_theta, and each
+token contributes -w_i A_i grad log pi_theta.
 
-docs/knobs.md says more about each formula. README lists what differs from the papers.
+docs/knobs.md says when to change which setting, and why. README lists the differences from the paper.
 """
 import math
 from collections import defaultdict
@@ -37,35 +47,41 @@ from model import GPT, token_logprobs
 @dataclass
 class Budget:
     """The settings that GRPO and distillation share."""
-    rl_max_new_tokens: int = 80   # longest completion, in tokens, in every stage and in evaluation
-    micro_batch: int = 0          # tokens computed at a time in training; 0: as many as suit the run
+    rl_max_new_tokens: int = 80   # longest completion, in tokens, in all stages
+    micro_batch: int = 0          # most tokens in a forward pass; 0: no limit, or in a run, by device
 
 
 @dataclass
 class GRPOConfig(Budget):
-    """The settings of GRPO. A run sees them as --rl_steps=200 and so on."""
-    rl_steps: int = 200           # rollouts
+    """The settings of GRPO. On the command line: --rl_steps=200 and so on."""
+    rl_steps: int = 200           # steps of RL, each with a new rollout
     rl_prompts: int = 64          # P, prompts of a rollout
     rl_samples: int = 8           # G, completions of each prompt
-    rl_minibatches: int = 2       # updates on a rollout
+    rl_minibatches: int = 2       # minibatches of a rollout, each for one update
     rl_lr: float = 3e-4           # learning rate of AdamW
     accuracy_weight: float = 1.0  # reward = accuracy_weight * accuracy + format_weight * format
     format_weight: float = 1.0    # R1 weighs both equally
-    scale: Literal["std", "none"] = "std"  # what divides an advantage: see group_advantages
+    scale: Literal["std", "none"] = "std"  # the divisor of an advantage: see group_advantages
     normalize: Literal["sequence", "token", "constant"] = "token"  # the average: see token_weights
     clip_low: float = 0.2         # the ratio is clipped at 1 - clip_low
     clip_high: float = 0.2        # the ratio is clipped at 1 + clip_high
-    kl_coef: float = 0.001        # weight of the KL penalty; 0 does without the reference
-    ref_every: int = 0            # steps after which the policy becomes the reference; 0: never
+    kl_coef: float = 0.001        # weight of the KL penalty; with 0 there is no reference
+    ref_every: int = 0            # copy the policy to the reference every so many steps; 0: never
+
+
+def no_signal(rewards: Tensor) -> Tensor:
+    """Which groups teach nothing, because all their rewards are equal? rewards (P, G) -> (P, 1) bool."""
+    return (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
 
 
 def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
-    """How much better each completion did than its group: rewards (P, G) -> advantages (P, G).
+    """How much better each completion is than its group: rewards (P, G) -> advantages (P, G).
 
-    "std" divides by the group's standard deviation, as R1 does, plus 1e-4, as TRL does. That gives a prompt that is
-    nearly always or nearly never solved more weight than a prompt that is half solved. Dr. GRPO (2503.20783) calls
-    this a bias, because the RL objective is the mean reward over prompts, with equal weight for each. It does not
-    divide ("none"). Raises ValueError for another scale, and for groups of one.
+    "std" divides by the standard deviation of the group (of a sample: G - 1), as R1 does. The 1e-4 avoids 0 / 0. If a
+    prompt is nearly always or nearly never solved, the standard deviation is small, and the prompt gets more weight
+    than one that is solved half of the time. Dr. GRPO (2503.20783) calls this a bias: the objective of RL is the mean
+    reward, in which all prompts have equal weight. So Dr. GRPO does not divide ("none"). Raises ValueError for another
+    scale, and for groups of one.
 
     >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]]), scale="none").tolist()
     [[0.5, -0.5, -0.5, 0.5], [0.0, 0.0, 0.0, 0.0]]
@@ -77,22 +93,18 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     adv = rewards - rewards.mean(dim=1, keepdim=True)
     if scale == "std":
         adv = adv / (rewards.std(dim=1, keepdim=True) + 1e-4)
-    # subtle: the mean of equal rewards may be off in its last bit, which dividing by 1e-4 would turn into an advantage.
+    # subtle: the mean of equal rewards is rounded and may differ from them. Dividing by 1e-4 would enlarge that.
     return adv.masked_fill(no_signal(rewards), 0.0)
 
 
-def no_signal(rewards: Tensor) -> Tensor:
-    """Which groups teach nothing, because their rewards (P, G) are all equal -> (P, 1)."""
-    return (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
-
-
 def token_weights(lengths: Tensor, normalize: str, max_len: int) -> Tensor:
-    """w_i, the weight of each token of N completions in the loss: lengths in tokens (N,) -> (N,).
+    """w_i, the weight in the loss of each token of N completions: lengths in tokens (N,) -> (N,).
 
-    "sequence" (DeepSeekMath) averages over each completion first, so a token of a long completion weighs less. A long
-    wrong answer is then punished less per token than a short one, which lets wrong answers grow (the length bias).
-    "token" (DAPO, 2503.14476; the default) gives all tokens of a minibatch the same weight. That weight still shrinks
-    when all answers grow. "constant" (Dr. GRPO) divides by max_len, the generation budget, instead of the lengths.
+    "sequence" (DeepSeekMath) gives every completion the same weight, so each token of a long completion weighs less.
+    Each token of a long wrong answer is then punished less than each token of a short one, and the policy learns to
+    make wrong answers long (the length bias).
+    "token" (DAPO, 2503.14476; the default, to avoid this bias) gives every token of a minibatch the same weight.
+    "constant" (Dr. GRPO) divides by N and by max_len, the longest completion allowed. No length has an influence.
     Dr. GRPO as a whole is --scale=none --normalize=constant. Raises ValueError for another name.
     """
     N = len(lengths)
@@ -107,26 +119,27 @@ def token_weights(lengths: Tensor, normalize: str, max_len: int) -> Tensor:
 
 def grpo_loss(logp: Tensor, logp_old: Tensor, logp_ref: Tensor | None, adv: Tensor, weight: Tensor, *,
               clip_low: float, clip_high: float, kl_coef: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss above -> (scalar loss, what the log shows of it: sums over the tokens, without gradient).
+    """The loss above -> (scalar loss, sums over the tokens for the log, without gradient).
 
-    Each argument is a vector over the M sampled tokens, (M,): the log-probabilities under the policy, pi_old and
-    pi_ref (None without a penalty), the advantages and the weights.
+    All arguments are vectors over the M sampled tokens, (M,): log-probabilities under pi_theta, pi_old and pi_ref (None
+    without a penalty), advantages, and weights.
 
-    The clip: one rollout serves several updates, and the policy moves away from pi_old with each. A token loses its
-    gradient once it has become likelier by enough (A > 0, ratio above 1 + clip_high) or unlikelier by enough (A < 0,
-    ratio below 1 - clip_low). min() then picks the clipped term, a constant. A token that moved in the other direction
-    keeps its gradient.
+    The tokens were sampled from pi_old. Weighting each by its ratio (importance weight) estimates the average that
+    samples of pi_theta would give. If the two policies differ much, a few large ratios dominate this estimate. So the
+    clip sets the gradient of a token to 0 once its probability has changed enough in the wanted direction: above a
+    ratio of 1 + clip_high where A > 0, below 1 - clip_low where A < 0. There min() takes the clipped term, a constant.
 
-    The KL estimate ("k3") is never negative, and its mean over samples of pi_theta is KL(pi_theta || pi_ref). As a
-    loss, it has the gradient of KL(pi_ref || pi_theta), because autograd treats the samples as constants (2506.09477).
+    KL_{i,t} (known as k3) is never negative. Its mean over samples of pi_theta is KL(pi_theta || pi_ref). Its gradient
+    is another: autograd treats the samples as fixed, and (1 - pi_ref/pi_theta) grad log pi_theta, averaged over samples
+    of pi_theta, is the gradient of KL(pi_ref || pi_theta) (arXiv 2506.09477).
     """
     assert logp_ref is not None or not kl_coef, "a KL penalty needs the reference's logp"
     ratio = (logp - logp_old).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = -torch.min(ratio * adv, clipped * adv)
     sums = {"ratio": ratio.detach().sum(),
-            "clip_low": ((ratio < 1 - clip_low) & (adv < 0)).sum(),
-            "clip_high": ((ratio > 1 + clip_high) & (adv > 0)).sum()}
+            "clip_fraction_low": ((ratio < 1 - clip_low) & (adv < 0)).sum(),
+            "clip_fraction_high": ((ratio > 1 + clip_high) & (adv > 0)).sum()}
     if logp_ref is not None:
         log_ratio = logp_ref - logp
         kl = log_ratio.exp() - log_ratio - 1
@@ -135,8 +148,52 @@ def grpo_loss(logp: Tensor, logp_old: Tensor, logp_ref: Tensor | None, adv: Tens
     return (loss * weight).sum(), sums
 
 
-def token_loss(logp: Tensor, batch: "Batch", cfg) -> tuple[Tensor, dict[str, Tensor]]:
-    """grpo_loss of a batch: logp (M,). A fork may hand grpo_update another loss of these arguments."""
+# What a step works on
+
+
+@dataclass
+class Rollout:
+    """Completions and their scores: N = P * G rows, the G rows of a prompt side by side."""
+    prompts: list[list[int]]          # token ids
+    completions: list[list[int]]      # token ids, with the end-of-text token if it was sampled
+    sampler_logp: list[list[float]]   # log-probability of each token, by the sampler
+    texts: list[str]                  # the completions as text, without that token
+    truncated: list[bool]             # was the completion cut off at rl_max_new_tokens?
+    scores: list[dict[str, float]]    # what reward_fn returned
+
+    def column(self, name: str) -> Tensor:
+        """One of the scores, such as "reward", for all rows, (N,)."""
+        return torch.tensor([float(scores[name]) for scores in self.scores])
+
+    def lengths(self) -> Tensor:
+        """The number of tokens of each completion, (N,)."""
+        return torch.tensor([len(completion) for completion in self.completions])
+
+
+@dataclass
+class Batch:
+    """n rows of a rollout as tensors: prompts and completions, T tokens, padded on the right.
+
+        idx     User:   8   *   7   Assistant:   <think>   ...   </answer>   <end>   pad
+        mask      0     0   0   0       1           1      ...       1         0
+
+    The logits at position t predict token t+1. So the mask is 1 at the M positions that predict a sampled token: from
+    the last token of the prompt on. All vectors (M,) have the order of these positions, row after row.
+    """
+    idx: Tensor           # (n, T) token ids
+    mask: Tensor          # (n, T-1), on the CPU: was idx[:, t+1] sampled?
+    row: Tensor           # (M,) the row of the rollout that each sampled token belongs to
+    sampler_logp: Tensor  # (M,) its log-probability, as the sampler computed it
+    # make_minibatch adds two, and grpo_update the other two:
+    adv: Tensor | None = None       # (M,) its advantage
+    weight: Tensor | None = None    # (M,) its weight in the loss
+    logp_old: Tensor | None = None  # (M,) its log-probability under pi_old
+    logp_ref: Tensor | None = None  # (M,) its log-probability under pi_ref
+
+
+def token_loss(logp: Tensor, batch: Batch, cfg) -> tuple[Tensor, dict[str, Tensor]]:
+    """grpo_loss of a batch: logp (M,) -> (scalar loss, sums). To try another loss, write a function with these
+    arguments and pass it to grpo_update as loss_fn."""
     return grpo_loss(logp, batch.logp_old, batch.logp_ref, batch.adv, batch.weight,
                      clip_low=cfg.clip_low, clip_high=cfg.clip_high, kl_coef=cfg.kl_coef)
 
@@ -145,9 +202,12 @@ def token_loss(logp: Tensor, batch: "Batch", cfg) -> tuple[Tensor, dict[str, Ten
 
 
 def grpo_step(policy: GPT, reference: GPT | None, optimizer, problems: list, reward_fn, task, cfg,
-              generator: Generator | None = None, lr_scale: float = 1.0) -> tuple["Metrics", "Rollout"]:
-    """One iteration of DeepSeekMath's Algorithm 1 on P problems -> (metrics, the rollout). The arguments are those of
-    sample_rollout and grpo_update."""
+              generator: Generator | None = None, lr_scale: float = 1.0) -> tuple["Metrics", Rollout]:
+    """One step of GRPO on P problems -> (metrics, the rollout): the inner loop of DeepSeekMath's Algorithm 1.
+
+    cfg is a GRPOConfig, or has its fields. lr_scale is the factor of the learning rate in this step. reward_fn and task
+    are explained in sample_rollout, the optimizer in grpo_update.
+    """
     # 1) sample G completions of each prompt, and score them
     rollout = sample_rollout(policy, problems, reward_fn, task, cfg.rl_samples, cfg.rl_max_new_tokens, generator)
     # 2) compare each completion with its group
@@ -159,18 +219,20 @@ def grpo_step(policy: GPT, reference: GPT | None, optimizer, problems: list, rew
 
 
 def sample_rollout(model: GPT, problems: list, reward_fn, task, samples: int, max_new_tokens: int,
-                   generator: Generator | None = None) -> "Rollout":
+                   generator: Generator | None = None) -> Rollout:
     """Sample `samples` completions of each problem, and score them.
 
-    The task has encode_prompt(problem) -> token ids, stop_ids (the tokens that end a completion) and encoding.
-    reward_fn(text, problem) -> {"reward": what RL maximises, "accuracy": 0 or 1, ...} sees the text without its stop
-    token. A completion that was cut off at max_new_tokens is scored and trained on like any other. It usually lacks its
-    last tag and earns nothing, so the policy learns to finish in time.
+    Of the task it uses three attributes: encode_prompt(problem), which returns token ids; stop_ids, the tokens that end
+    a completion; and encoding, which turns tokens into text. reward_fn(text, problem) returns a dict with "reward" (the
+    number that RL maximises), "accuracy" (0 or 1) and others, which are logged. Its text has no stop token.
+
+    A completion that was cut off at max_new_tokens is scored and trained on like any other. It usually lacks its last
+    tag and earns nothing, so the policy learns to finish in time.
     """
     prompts = [task.encode_prompt(problem) for problem in problems]
     completions, logp = model.generate(prompts, max_new_tokens, stop_ids=task.stop_ids,
                                        samples=samples, generator=generator)
-    prompts = [prompt for prompt in prompts for _ in range(samples)]     # N of them
+    prompts = [prompt for prompt in prompts for _ in range(samples)]     # P -> N
     problems = [problem for problem in problems for _ in range(samples)]
     truncated = [completion[-1] not in task.stop_ids for completion in completions]
     texts = [task.encoding.decode([t for t in completion if t not in task.stop_ids]) for completion in completions]
@@ -178,31 +240,33 @@ def sample_rollout(model: GPT, problems: list, reward_fn, task, samples: int, ma
     return Rollout(prompts, completions, logp, texts, truncated, scores)
 
 
-def grpo_update(policy: GPT, reference: GPT | None, optimizer, rollout: "Rollout", adv: Tensor, cfg,
+def grpo_update(policy: GPT, reference: GPT | None, optimizer, rollout: Rollout, adv: Tensor, cfg,
                 generator: Generator | None = None, lr_scale: float = 1.0, loss_fn=token_loss) -> "Metrics":
-    """Update the policy once for each minibatch of the rollout, given the advantages (N,) -> metrics.
+    """Update the policy, once for each minibatch of the rollout, given the advantages (N,) -> metrics.
 
-    cfg is a GRPOConfig, or has its fields. The reference may be None if kl_coef is 0. optimizer.step(lr_scale, share,
-    has_gradient) clips the gradient, updates the weights, clears the gradient and returns its norm. loss_fn(logp,
-    batch, cfg) -> (scalar, sums). Minibatches are made of rows, not of groups: the advantages are known already.
+    optimizer.step(lr_scale, share, has_gradient) clips the gradient, updates the weights, clears the gradient, and
+    returns the norm that the gradient had. The last two arguments are for several processes: a process with nothing to
+    learn from still takes part in the others' update. docs/own.md has such an optimizer of five lines. The reference
+    may be None if kl_coef is 0. loss_fn has the arguments of token_loss.
     """
     assert reference is not None or not cfg.kl_coef, "a KL penalty (kl_coef above 0) needs a reference"
     metrics = rollout_metrics(rollout)
-    for name in ("ratio", "kl", "clip_low", "clip_high", "sampler_gap"):
-        metrics.add(name, 0.0, 0)  # their mean is None in a step that computes nothing
+    for name in ("ratio", "kl", "clip_fraction_low", "clip_fraction_high", "sampler_gap"):
+        metrics.add(name, 0.0, 0)  # so that a step in which all advantages are 0 logs them, too (as null)
     rewards = rollout.column("reward").view(-1, cfg.rl_samples)  # (P, G)
     metrics.add("no_signal", no_signal(rewards).sum(), len(rewards))
-    # 1) deal the rows into minibatches
-    device, parts = policy.embedding.weight.device, random_minibatches(len(adv), cfg.rl_minibatches, generator)
-    minibatches = [make_minibatch(rollout, rows, adv, cfg, device) for rows in parts]
-    # 2) log-probabilities under pi_old and pi_ref. pi_old is the policy before the first update, so the first minibatch
-    #    can take it from step 3. They come from the training pass, not from the sampler, which rounds differently
-    for number, (batches, _) in enumerate(minibatches):
+    # 1) split the rows into minibatches. (A group may be split, because its advantages are known already)
+    device = policy.embedding.weight.device
+    split = random_minibatches(len(adv), cfg.rl_minibatches, generator)
+    minibatches = [make_minibatch(rollout, rows, adv, cfg, device) for rows in split]
+    # 2) log-probabilities under pi_old and pi_ref. Those of the sampler are rounded differently: with them, the ratio
+    #    would not be exactly 1 on policy. subtle: so would those of compiled code be under no_grad(); hence detach()
+    for batches, _ in minibatches[1:]:  # in the first minibatch, pi_theta still is pi_old: see 3)
         for batch in batches:
-            # subtle: detach(), not no_grad(), under which torch.compile makes other code, which rounds differently
-            if number > 0:
-                batch.logp_old = token_logprobs(policy, batch.idx, batch.mask).detach()
-            if cfg.kl_coef:
+            batch.logp_old = token_logprobs(policy, batch.idx, batch.mask).detach()
+    if cfg.kl_coef:
+        for batches, _ in minibatches:
+            for batch in batches:
                 batch.logp_ref = token_logprobs(reference, batch.idx, batch.mask).detach()
     # 3) one update for each minibatch
     for batches, share in minibatches:
@@ -216,21 +280,25 @@ def grpo_update(policy: GPT, reference: GPT | None, optimizer, rollout: "Rollout
             minibatch_loss += loss.detach()
             for name, total in sums.items():
                 metrics.add(name, total, len(logp))
-            metrics.add("sampler_gap", (batch.logp_old - batch.sampler_logp).abs().sum(), len(logp))
+            gap = (batch.logp_old - batch.sampler_logp).abs()  # should be rounding alone: below 0.01 or so
+            metrics.add("sampler_gap", gap.sum(), len(logp))
         metrics.add("loss", minibatch_loss * share, share)
-        metrics.add("grad_norm", optimizer.step(lr_scale, share, has_gradient=len(batches) > 0), 1)
+        grad_norm = optimizer.step(lr_scale, share, has_gradient=len(batches) > 0)
+        metrics.add("grad_norm", grad_norm, 1)
     return metrics
 
 
-def make_minibatch(rollout: "Rollout", rows: Tensor, adv: Tensor, cfg, device: torch.device) -> tuple:
-    """What one update learns from: the rows as batches with their advantages and weights -> (batches, share).
+def make_minibatch(rollout: Rollout, rows: Tensor, adv: Tensor, cfg, device: torch.device) -> tuple[list[Batch], int]:
+    """These rows of a rollout as batches with advantages and weights -> (batches, share).
 
-    `share` is the number of tokens or rows that the loss is a mean over. Several processes weigh their gradients by it.
-    Rows with advantage 0 teach nothing and are not computed. Nearly all of them belong to groups with equal rewards,
-    most groups late in RL. So the KL penalty acts on the other rows only. With `live = rows` it would act on all, which
-    is Algorithm 1 to the letter and takes longer.
+    Completions with advantage 0 are skipped to save time, because only the KL penalty has a gradient there. Late in RL
+    they are most completions. To keep them, as in DeepSeekMath's Algorithm 1, write `live = rows`. The results were the
+    same (experiments/findings.md, 9).
+
+    `share` is the denominator of the loss: the number of tokens ("token") or rows. With several processes it is the
+    weight of this process's gradient in the mean of all (engine/optimizer.py).
     """
-    lengths = torch.tensor([len(completion) for completion in rollout.completions])
+    lengths = rollout.lengths()
     weight = torch.zeros(len(adv))
     weight[rows] = token_weights(lengths[rows], cfg.normalize, cfg.rl_max_new_tokens)
     live = rows[adv[rows] != 0]
@@ -243,68 +311,39 @@ def make_minibatch(rollout: "Rollout", rows: Tensor, adv: Tensor, cfg, device: t
     return batches, share
 
 
-# Rows of a rollout as tensors, and what the log shows
+# Minibatches, and what is logged
 
 
-@dataclass
-class Rollout:
-    """Sampled completions and their scores: N = P * G rows, the G rows of a prompt side by side."""
-    prompts: list[list[int]]          # N prompts, token ids
-    completions: list[list[int]]      # N completions, token ids, with the stop token if sampled
-    sampler_logp: list[list[float]]   # log-probability of each sampled token, by the sampler
-    texts: list[str]                  # N completions as text, without their stop token
-    truncated: list[bool]             # N: was it cut off at the generation budget?
-    scores: list[dict[str, float]]    # N: what reward_fn returned
-
-    def column(self, name: str) -> Tensor:
-        """One part of the scores, (N,)."""
-        return torch.tensor([float(score[name]) for score in self.scores])
+def random_minibatches(n: int, n_minibatches: int, generator: Generator | None) -> list[Tensor]:
+    """The numbers 0 to n-1, shuffled and split into minibatches, whose sizes differ by 1 at most."""
+    device = generator.device if generator else None  # randperm must run on the generator's device
+    order = torch.randperm(n, generator=generator, device=device).cpu()
+    return [order[i::n_minibatches] for i in range(n_minibatches)]
 
 
-@dataclass
-class Batch:
-    """n rows of a rollout: prompt + completion, T tokens, padded on the right. M of these tokens were sampled.
-
-        idx    User: 8*7 \\n Assistant:  <think> 8*7=56 ... <end> pad pad
-        mask             0 ... 0        1       1      ... 1     0   0      one shorter: token t+1 is predicted at t
-    """
-    idx: Tensor           # (n, T) token ids
-    mask: Tensor          # (n, T-1), on the CPU: True where idx[:, t+1] was sampled
-    row: Tensor           # (M,) the rollout's row that each sampled token belongs to
-    sampler_logp: Tensor  # (M,) its log-probability, as the sampler computed it
-    adv: Tensor | None = None       # (M,) its advantage
-    weight: Tensor | None = None    # (M,) its weight in the loss
-    logp_old: Tensor | None = None  # (M,) its log-probability under pi_old
-    logp_ref: Tensor | None = None  # (M,) its log-probability under pi_ref
-
-
-def random_minibatches(n: int, n_batches: int, generator: Generator | None) -> list[Tensor]:
-    """The numbers 0..n-1 in random order, dealt into n_batches parts of equal size, give or take one."""
-    order = torch.randperm(n, generator=generator, device=generator.device if generator else None).cpu()
-    return [order[i::n_batches] for i in range(n_batches)]
-
-
-def micro_batches(rollout: Rollout, rows: list[int], max_tokens: int, device) -> list[Batch]:
-    """Cut rows of a rollout into batches of similar lengths, of at most max_tokens tokens each (0: any number)."""
-    # Lengths are rounded up to multiples of 8, because engine/speed/fast.py computes them so.
-    size = [8 * math.ceil((len(p) + len(c) - 1) / 8) for p, c in zip(rollout.prompts, rollout.completions)]
-    parts: list[list[int]] = []
-    for row in sorted(rows, key=lambda row: size[row]):
-        if not parts or (len(parts[-1]) + 1) * size[row] > (max_tokens or float("inf")):
-            parts.append([])
-        parts[-1].append(row)
-    return [make_batch(rollout, part, device) for part in parts]
+def micro_batches(rollout: Rollout, rows: list[int], max_tokens: int, device: torch.device) -> list[Batch]:
+    """Split rows of a rollout into batches of similar lengths, of at most max_tokens tokens with padding (0: no limit).
+    Their gradients add up to the gradient of all rows, in less memory."""
+    limit = max_tokens or float("inf")
+    # The model reads all tokens but the last. In a run, batches are padded to multiples of 8 (engine/speed/fast.py).
+    length = [8 * math.ceil((len(p) + len(c) - 1) / 8) for p, c in zip(rollout.prompts, rollout.completions)]
+    cut: list[list[int]] = []
+    for row in sorted(rows, key=lambda row: length[row]):
+        if not cut or (len(cut[-1]) + 1) * length[row] > limit:
+            cut.append([])
+        cut[-1].append(row)
+    return [make_batch(rollout, batch_rows, device) for batch_rows in cut]
 
 
 def make_batch(rollout: Rollout, rows: list[int], device: torch.device) -> Batch:
-    """These rows as tensors. subtle: the mask is made from lengths. A mask made by comparing tokens with a pad id that
-    is also the stop token would leave stopping untrained."""
+    """These rows as tensors. subtle: the mask is made from lengths, not by comparing tokens with a padding id. Often
+    this id is also the stop token. Then the stop token would be masked, and the policy would never learn to stop."""
     tokens = [torch.tensor(rollout.prompts[i] + rollout.completions[i]) for i in rows]
     idx = pad_sequence(tokens, batch_first=True)                         # (n, T)
-    first = torch.tensor([len(rollout.prompts[i]) for i in rows])        # (n,) start of the completion
+    start = torch.tensor([len(rollout.prompts[i]) for i in rows])        # (n,) of the completions
     length = torch.tensor([len(rollout.completions[i]) for i in rows])   # (n,)
-    position = torch.arange(1, idx.size(1))  # of the tokens that are predicted
-    mask = (first[:, None] <= position) & (position < (first + length)[:, None])  # (n, T-1)
+    target = torch.arange(1, idx.size(1))  # (T-1,) position t predicts token t+1
+    mask = (start[:, None] <= target) & (target < (start + length)[:, None])  # (n, T-1)
     row = torch.tensor(rows).repeat_interleave(length)                   # (M,)
     sampler_logp = torch.tensor([logp for i in rows for logp in rollout.sampler_logp[i]])
     return Batch(idx.to(device), mask, row.to(device), sampler_logp.to(device))
@@ -317,21 +356,25 @@ class Metrics:
         self.sums, self.counts = defaultdict(float), defaultdict(float)
 
     def add(self, name: str, total: float | Tensor, count: float) -> None:
-        """Add `count` values whose sum is `total`. A tensor stays on its device, so nothing waits for a GPU here."""
+        """Add `count` values whose sum is `total`. A tensor stays on its device: reading it would wait for the GPU."""
         self.sums[name] += total
         self.counts[name] += count
 
     def means(self) -> dict[str, float | None]:
-        """Each mean, or None of no values."""
+        """The mean of each metric, or None if no value was added."""
         counts = self.counts
         return {name: float(total) / counts[name] if counts[name] else None for name, total in self.sums.items()}
 
 
 def rollout_metrics(rollout: Rollout) -> Metrics:
-    """The means of the scores, length (tokens, with the stop token), length_wrong (that of wrong answers), truncated
-    (share) and entropy (nats a token, estimated from the samples)."""
-    metrics, N = Metrics(), len(rollout.texts)
-    lengths = torch.tensor([len(completion) for completion in rollout.completions])
+    """The metrics of a rollout: the mean of each score, and
+
+    length, length_wrong   mean tokens of all and of wrong completions, with the stop token
+    truncated              share of completions that were cut off
+    entropy                in nats per token: the mean of -log p over the sampled tokens is an estimate of it
+    tokens                 number of sampled tokens, for the speed in the log
+    """
+    metrics, N, lengths = Metrics(), len(rollout.texts), rollout.lengths()
     wrong = rollout.column("accuracy") == 0
     for name in rollout.scores[0]:
         metrics.add(name, rollout.column(name).sum(), N)

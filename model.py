@@ -3,13 +3,12 @@
     x = x + attention(rmsnorm(x))
     x = x + (silu(h Wg) * (h Wu)) Wd,  h = rmsnorm(x)
 
-The block has rotary positions and no biases, and the embedding is also the output matrix, so the weights can move to
-other tools and back. Shapes: B batch, T tokens, V vocabulary, H heads, D head size, C width.
+As in Llama, positions are rotary and there are no biases. The second line is called SwiGLU. The embedding is also the
+output matrix. Shapes: B batch, T tokens, V vocabulary, H heads, D head size, C width (n_embd).
 
-RL depends on one property. `generate` samples from exactly softmax(logits): it cuts nothing off (no top-k, no top-p).
-`token_logprobs` is the logarithm of exactly that distribution. If the two disagreed, the importance ratio of a policy
-that has not changed would not be 1. (In bfloat16 they differ by rounding. GRPO therefore takes both terms of the ratio
-from token_logprobs, and logs the difference as sampler_gap.)
+Reinforcement learning (grpo.py) compares the probability of a sampled token before and after an update. So sampling and
+training must agree: at temperature 1, `token_logprobs` returns the log-probability with which `generate` drew a token.
+There is no top-k or top-p. In bfloat16 the two differ by rounding; grpo.py logs the difference.
 """
 from dataclasses import dataclass
 
@@ -28,9 +27,9 @@ class GPTConfig:
     n_layer: int = 4
     n_head: int = 3
     n_embd: int = 96
-    # Only published models (engine/pretrained/) change what follows.
-    n_hidden: int = 0             # width inside the SwiGLU; 0: 8/3 of n_embd, as a multiple of 32
-    n_kv_head: int = 0            # heads of keys and values, which heads of queries share; 0: n_head
+    # Models that are trained here keep these defaults. Published models (--init) have other values.
+    n_hidden: int = 0             # width of the SwiGLU; 0: about 8/3 of n_embd, as in Llama
+    n_kv_head: int = 0            # heads of keys and values, see attend; 0: n_head
     head_size: int = 0            # D; 0: n_embd / n_head
     rope_theta: float = 10_000.0  # base of the rotary frequencies
     rope_scaling: tuple | None = None  # Llama 3's: see engine/pretrained/weights.py
@@ -45,15 +44,16 @@ class GPTConfig:
         self.n_hidden = self.n_hidden or 32 * max(1, round(8 / 3 * self.n_embd / 32))
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_size = self.head_size or self.n_embd // self.n_head
-        if self.head_size % 2 or self.n_head % self.n_kv_head:
-            raise ValueError(f"n_embd {self.n_embd}, n_head {self.n_head}, n_kv_head {self.n_kv_head}: "
-                             f"head_size {self.head_size} must be even, and heads shared evenly")
+        if self.head_size % 2:
+            raise ValueError(f"head_size {self.head_size} (n_embd / n_head) must be even")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head {self.n_head} is no multiple of n_kv_head {self.n_kv_head}")
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (RoFormer, arXiv 2104.09864), with the halves paired as in Llama.
+    """Rotary position embedding (RoFormer, arXiv 2104.09864): rotate each pair (x[d], x[d + D/2]) by an angle.
 
-    x (B, H, T, D); cos and sin (T, D/2) of the angles. Returns (B, H, T, D).
+    x (B, H, T, D), cos and sin of the angles (T, D/2) -> (B, H, T, D).
     """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
@@ -62,21 +62,26 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D) + mask) v. q (B, H, T, D); k, v (B, n_kv_head, T, D); mask (T, T) -> (B, H, T, D).
 
-    Heads that share their keys and values are computed as further rows of one head, so nothing is copied.
+    In grouped-query attention several query heads share one head of keys and values. Their queries are concatenated
+    along T, so keys and values need not be repeated for each of them.
     """
     n_kv_head = k.size(1)
-    rows = q.unflatten(1, (n_kv_head, -1)).flatten(2, 3)  # (B, n_kv_head, H / n_kv_head * T, D)
-    mask = mask.repeat(q.size(1) // n_kv_head, 1)         # (H / n_kv_head * T, T)
-    if q.device.type != "cpu":
-        y = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
-    else:  # where the backward pass of the fused kernel is slow
-        scores = (rows * q.size(-1) ** -0.5) @ k.mT + mask
+    stacked = q.unflatten(1, (n_kv_head, -1)).flatten(2, 3)  # (B, n_kv_head, H / n_kv_head * T, D)
+    mask = mask.repeat(q.size(1) // n_kv_head, 1)            # (H / n_kv_head * T, T)
+    if q.device.type == "cpu":  # where the fused kernel's backward pass is slower
+        scores = (stacked * q.size(-1) ** -0.5) @ k.mT + mask
         y = scores.softmax(dim=-1) @ v
+    else:
+        y = F.scaled_dot_product_attention(stacked, k, v, attn_mask=mask)
     return y.reshape(q.shape)
 
 
 class Block(nn.Module):
-    """One layer: attention, then the SwiGLU, each added to the residual stream x."""
+    """One layer: attention, then the SwiGLU. Each adds its output to the residual stream x.
+
+    The residual stream, the parameters and their gradients are float32. The matrix products and attention are computed
+    in the compute dtype, which may be bfloat16.
+    """
 
     def __init__(self, c: GPTConfig):
         super().__init__()
@@ -94,41 +99,44 @@ class Block(nn.Module):
         self.down = nn.Linear(c.n_hidden, c.n_embd, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        """x (B, T, C), float32 -> (B, T, C). cos, sin and mask have the compute dtype."""
+        """x (B, T, C) -> (B, T, C). cos, sin and mask have the compute dtype. (A block has two halves, because sampling
+        with a KV cache has an attention of its own between them.)"""
         q, k, v = self.qkv(x, cos, sin)
-        return self.rest(x, attend(q, k, v, mask))
+        return self.after_attention(x, attend(q, k, v, mask))
 
     def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C) -> queries (B, H, T, D), keys and values (B, n_kv_head, T, D)."""
         h = self.project(self.norm1(x).to(cos.dtype), "q", "k", "v")  # (B, T, (H + 2 n_kv_head) D)
         heads = h.unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # (B, H + 2 n_kv_head, T, D)
         q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
-        if self.q_norm is not None:
+        if self.q_norm is not None:  # normalised in float32, as the residual stream is
             q = self.q_norm(q.float()).to(q.dtype)
             k = self.k_norm(k.float()).to(k.dtype)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
-    def rest(self, x: Tensor, y: Tensor) -> Tensor:
-        """What follows attention. x (B, T, C), attention's output y (B, H, T, D) -> (B, T, C)."""
+    def after_attention(self, x: Tensor, y: Tensor) -> Tensor:
+        """The second half: x (B, T, C), attention's output y (B, H, T, D) -> (B, T, C)."""
         x = x + self.project(y.transpose(1, 2).flatten(2), "o")
         gate, up = self.project(self.norm2(x).to(y.dtype), "gate", "up").chunk(2, dim=-1)
         return x + self.project(F.silu(gate) * up, "down")
 
     def project(self, x: Tensor, *names: str) -> Tensor:
-        """Multiply x by the matrices of the named layers side by side (one large product is quicker than several), in
-        the compute dtype. The parameters stay float32: bfloat16 would round away the optimizer's small updates."""
+        """Apply the named linear layers to x, in one matrix product with their concatenated weights. One large product
+        is faster than several small ones. The weights are cast to the compute dtype here. As parameters they are
+        float32, because bfloat16 would round the small updates of the optimizer away."""
         layers = [getattr(self, name) for name in names]
         weight = layers[0].weight if len(layers) == 1 else torch.cat([layer.weight for layer in layers])
         h = F.linear(x, weight.to(x.dtype))
         if layers[0].bias is None:
             return h
-        return (h + torch.cat([layer.bias for layer in layers])).to(x.dtype)
+        bias = torch.cat([layer.bias for layer in layers])  # added in float32
+        return (h + bias).to(x.dtype)
 
 
 class GPT(nn.Module):
     """The language model: `GPT(config)(idx)` maps token ids (B, T) to logits (B, T, V).
 
-    dtype is the compute dtype: the type of the matrix products and of the logits. Weights and gradients are float32.
+    dtype is the compute dtype (see Block). The logits have this dtype.
     """
 
     def __init__(self, config: GPTConfig, dtype: torch.dtype = torch.float32):
@@ -138,39 +146,41 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=config.eps)
         self.output = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # As in GPT-2: standard deviation 0.02, and less for the matrices that write to the residual stream.
+        # As in GPT-2: standard deviation 0.02. The two matrices of a layer that add to the residual stream have
+        # 0.02 / sqrt(2 n_layer), so that the variance of the stream does not grow with the number of layers.
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
-                writes = name.endswith(("o.weight", "down.weight"))
+                writes = name.endswith((".o.weight", ".down.weight"))
                 nn.init.normal_(weight, std=0.02 / (2 * config.n_layer) ** 0.5 if writes else 0.02)
         angle = torch.outer(torch.arange(config.block_size), self.rotary_frequencies())  # (block_size, D/2)
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
     def rotary_frequencies(self) -> Tensor:
-        """Rotation per position, in radians, for each pair of head dimensions, (D/2,)."""
+        """The angle per position, in radians, for each pair of head dimensions, (D/2,)."""
         D = self.config.head_size
         return self.config.rope_theta ** (-torch.arange(0, D, 2) / D)
 
     def n_params(self) -> int:
-        """How many numbers are learnt. An embedding that is also the output matrix counts once."""
+        """The number of parameters. An embedding that is also the output matrix counts once."""
         return sum(p.numel() for p in self.parameters())
 
     def forward(self, idx: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The logits of the token after each token of idx (B, T) -> (B, T, V).
+        """Logits of the next token at every position: idx (B, T) -> (B, T, V).
 
-        With a mask (B, T), only those of the M places where it is True, row after row -> (M, V).
+        With a mask (B, T) of bool: only at the M positions where it is True, row after row, (M, V). No loss needs the
+        logits of prompts and padding.
         """
         hidden = self.hidden(idx)
         return self.logits(hidden if mask is None else select(hidden, mask))
 
     def hidden(self, idx: Tensor) -> Tensor:
-        """The last hidden states: idx (B, T) -> (B, T, C). Raises ValueError if T is larger than block_size."""
+        """Hidden states of the last layer: idx (B, T) -> (B, T, C). Raises ValueError if T is above block_size."""
         T = idx.size(1)
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens are more than block_size {self.config.block_size}")
         cos, sin = self.cos[:T].to(self.dtype), self.sin[:T].to(self.dtype)  # (T, D/2)
-        mask = torch.full((T, T), float("-inf"), dtype=self.dtype, device=idx.device).triu(1)
+        mask = torch.full((T, T), -torch.inf, dtype=self.dtype, device=idx.device).triu(1)  # causal
         x = self.embedding(idx)
         for block in self.blocks:
             x = block(x, cos, sin, mask)
@@ -189,45 +199,48 @@ class GPT(nn.Module):
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], max_new_tokens: int, *, stop_ids: tuple[int, ...],
                  samples: int = 1, temperature: float = 1.0, generator: Generator | None = None):
-        """Sample completions of each prompt -> (completions, log-probability of each of their tokens).
+        """Sample completions of each prompt -> (completions, the log-probability of each of their tokens). Both lists
+        have `samples` entries for each prompt, and those of one prompt are adjacent.
 
-        The `samples` completions of a prompt stand side by side. A completion ends with the first of stop_ids, which it
-        includes, or after max_new_tokens. Temperature 0 takes the likeliest token; its log-probability is then that at
-        temperature 1. Raises ValueError for an empty prompt, or one that leaves no room in block_size.
+        A completion ends with the first of stop_ids, which is part of it, or after max_new_tokens. With temperature 0
+        (greedy decoding) the log-probabilities are those at temperature 1. Raises ValueError for an empty prompt, or
+        one that leaves no room in block_size.
 
-        This is the plain way: for each token the model reads the whole text again. Every run samples from the same
-        distribution with a cache (engine/speed/sampler.py).
+        This is the plain way, to be read and to test against: for each new token, the model reads the whole text again.
+        A run sets model.generate to engine/speed/sampler.py, which samples from the same distribution with a KV cache.
         """
         if not prompts:
             return [], []
         self.check_room(prompts, max_new_tokens)
         device = self.embedding.weight.device
-        rows = [torch.tensor(prompt, device=device) for prompt in prompts for _ in range(samples)]
-        N, row = len(rows), torch.arange(len(rows), device=device)
-        start = torch.tensor([len(prompt) for prompt in rows], device=device)  # (N,) of the completions
+        copies = [torch.tensor(prompt, device=device) for prompt in prompts for _ in range(samples)]
+        N, row = len(copies), torch.arange(len(copies), device=device)
+        start = torch.tensor([len(prompt) for prompt in copies], device=device)  # (N,)
         longest = int(start.max())
-        idx = F.pad(pad_sequence(rows, batch_first=True), (0, max_new_tokens))  # (N, longest + max_new_tokens)
+        idx = F.pad(pad_sequence(copies, batch_first=True), (0, max_new_tokens))  # (N, longest + max_new_tokens)
         logp = torch.zeros(N, max_new_tokens, device=device)
-        length = torch.zeros(N, dtype=torch.long, device=device)  # tokens up to and with the first stop token
+        length = torch.zeros(N, dtype=torch.long, device=device)  # with the stop token
         ended = torch.zeros(N, dtype=torch.bool, device=device)
         for t in range(max_new_tokens):
-            # 1) read everything so far. Padding needs no mask, because no token reads what is to its right
-            hidden = self.hidden(idx[:, :longest + t])[row, start + t - 1]  # (N, C)
-            # 2) draw the next token from exactly softmax(logits / temperature)
-            probs = (self.logits(hidden).float() / (temperature or 1.0)).softmax(dim=-1)  # (N, V)
-            token = probs.argmax(dim=-1)
-            if temperature:
+            # 1) read everything so far. Padding needs no mask: it is on the right, where causal attention never looks
+            hidden = self.hidden(idx[:, :longest + t])[row, start + t - 1]  # (N, C), last tokens
+            logits = self.logits(hidden).float()  # (N, V)
+            # 2) draw the next token
+            if temperature == 0:
+                probs = logits.softmax(dim=-1)
+                token = probs.argmax(dim=-1)
+            else:
+                probs = (logits / temperature).softmax(dim=-1)
                 token = torch.multinomial(probs, 1, generator=generator)[:, 0]
-            # 3) append it
+            # 3) append it. (Rows that have ended go on, and are cut below)
             idx[row, start + t] = token
             logp[:, t] = probs[row, token].log()
-            length += ~ended
+            length += ~ended  # before the next line, so that the stop token counts
             ended |= torch.isin(token, torch.tensor(stop_ids, device=device))
             if ended.all():
                 break
-        start, length = start.tolist(), length.tolist()
-        completions = [tokens[i:i + n] for tokens, i, n in zip(idx.tolist(), start, length)]
-        return completions, [values[:n] for values, n in zip(logp.tolist(), length)]
+        completions = [idx[i, start[i]:start[i] + length[i]].tolist() for i in range(N)]
+        return completions, [logp[i, :length[i]].tolist() for i in range(N)]
 
     def check_room(self, prompts: list[list[int]], max_new_tokens: int) -> None:
         """Raises ValueError for an empty prompt, or one that leaves no room for max_new_tokens."""
@@ -238,17 +251,17 @@ class GPT(nn.Module):
 
 
 def token_logprobs(model: GPT, idx: Tensor, mask: Tensor) -> Tensor:
-    """log p(idx[:, t+1] | idx[:, :t+1]) at the M places where the mask is True, row after row.
+    """log p(idx[:, t+1] | idx[:, :t+1]) at each position t where the mask is True.
 
-    idx (B, T) token ids, mask (B, T-1) bool -> (M,), float32.
+    idx (B, T) token ids, mask (B, T-1) bool -> (M,), float32: a flat vector, row after row, without padding.
     """
     hidden = select(model.hidden(idx[:, :-1]), mask)  # (M, C)
     return model.logprobs(hidden, select(idx[:, 1:], mask))
 
 
 def select(x: Tensor, mask: Tensor) -> Tensor:
-    """The entries of x (B, T, ...) where the mask (B, T) is True, row after row: (M, ...)."""
-    assert mask.shape == x.shape[:2], "the mask says of each token whether it is taken"
-    # A mask on the CPU saves a GPU the wait for nonzero().
+    """x[mask]: the entries of x (B, T, ...) where the mask (B, T) is True, row after row, (M, ...)."""
+    assert mask.shape == x.shape[:2], "the mask needs one entry for each token"
+    # subtle: nonzero() of a mask on the GPU would wait until the GPU is done. So our masks stay on the CPU.
     where = mask.flatten().nonzero()[:, 0].to(x.device, non_blocking=True)
     return x.flatten(0, 1).index_select(0, where)

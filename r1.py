@@ -1,4 +1,4 @@
-"""DeepSeek-R1's whole pipeline (arXiv 2501.12948v2, section 3), from random weights, in a world of two languages.
+"""DeepSeek-R1's whole pipeline (arXiv 2501.12948v2, section 3), from random weights, on a task in two languages.
 
     base          next-token prediction on the corpus of data/bilingual.py
     zero          GRPO on the base: accuracy + format. It reasons, but mixes languages
@@ -6,21 +6,22 @@
     dev2          GRPO on dev1: accuracy + format + language
     dev3          rejection sampling: the base, fine-tuned on dev2's good answers and on everyday questions
     r1            GRPO on dev3: arithmetic and everyday questions, each kind with rewards of its own
-    student       a smaller GPT that learns r1's probabilities, on r1's good answers
-    student_sft   the same by fine-tuning on these answers, as in the paper
+    student       distillation: a smaller GPT learns r1's probabilities, on r1's good answers
+    student_sft   the same GPT, fine-tuned on r1's good answers, as in the paper
 
     python r1.py                       everything, then the report, in out/r1; it takes the flags of train.py
     python r1.py --stage=dev1          one stage, on earlier checkpoints
     python r1.py --ask="8 times 7 minus 19+5"
 
-An answer is good if it is correct, well formed and wholly in the question's language; an everyday answer, if it is
-correct. Each stage is an entry of a table like that of train.py, so it resumes, logs and is evaluated in the same way.
+An answer is good if it is correct, well formed and wholly in the question's language. An answer to an everyday question
+is good if it is correct. Each stage is an entry of a table, as in train.py, so it resumes and logs in the same way.
 
 Where we differ from the paper, and why
-1. Its cold start has thousands of zero's answers that people and a model corrected. Ours are zero's good ones as they
-   are: two fifths of its answers.
-2. dev3's everyday answers are the base's own, if correct. The paper takes them from another pipeline.
-3. dev2 gets longer problems than RL did: fine-tuning on short ones alone would unlearn the long ones (docs/r1.md).
+1. The paper's cold start has thousands of zero's answers, which people and a model corrected. Ours takes zero's good
+   answers (two fifths of all) as they are.
+2. dev3 learns everyday questions from the base's own correct answers. The paper takes them from another pipeline.
+3. In dev3, dev2 answers longer problems than RL had: fine-tuning on short problems alone would make the model forget
+   the long ones (docs/r1.md).
 4. r1's reward for everyday questions is a rule. The paper's is a preference model, in the last 400 of 1,700 steps.
 5. Each step draws new samples and learns from them. The paper draws all samples of a stage first.
 """
@@ -51,27 +52,27 @@ class FineTuning:
 @dataclass
 class ColdStart(FineTuning):
     cold_steps: int = 4             # steps of the cold start
-    cold_prompts: int = 192         # problems of such a step, one completion of zero each
+    cold_prompts: int = 192         # problems in a step, one completion of zero each
     cold_epochs: int = 3            # epochs over a step's completions
 
 
 @dataclass
 class Rejection(FineTuning):
-    sft_steps: int = 16             # steps of rejection sampling and fine-tuning
+    sft_steps: int = 16             # steps of dev3: rejection sampling and fine-tuning
     sft_epochs: int = 2             # epochs over a step's completions
 
 
 @dataclass
 class Dev2:
-    dev2_steps: int = 100           # rollouts
-    language_weight: float = 1.0    # the reward's part for a thought in the question's language
-    cold_start: bool = True         # RL begins from dev1; False: from the base
+    dev2_steps: int = 100           # rollouts in dev2
+    language_weight: float = 1.0    # weight of the language reward
+    cold_start: bool = True         # dev2 starts from dev1; False: from the base
 
 
 @dataclass
 class FinalRL:
-    r1_steps: int = 60              # rollouts
-    everyday_share: float = 0.25    # share of everyday questions in r1's RL and its students
+    r1_steps: int = 60              # rollouts in r1
+    everyday_share: float = 0.25    # share of everyday questions in r1 and in its students
 
 
 @dataclass
@@ -83,7 +84,7 @@ class Config(train.Config, ColdStart, Dev2, Rejection, FinalRL):
 
 
 def language_reward_function(run: Run) -> Callable:
-    """accuracy + format + language; for an everyday question the reward of the task (data/bilingual.py)."""
+    """accuracy + format + language. An everyday question keeps the reward of the task (data/bilingual.py)."""
     plain = reward_function(run)
 
     def reward_fn(completion: str, problem) -> dict[str, float]:
@@ -95,7 +96,7 @@ def language_reward_function(run: Run) -> Callable:
 
 
 def good(run: Run) -> Callable:
-    """Rejection sampling by more than the two rules: accuracy and format are 1 if an answer is good, else 0."""
+    """Scores for rejection sampling: accuracy and format are both 1 if an answer is good (see above), else 0."""
     plain = reward_function(run)
 
     def reward_fn(completion: str, problem) -> dict[str, float]:
@@ -106,14 +107,14 @@ def good(run: Run) -> Callable:
 
 
 def longer_problems(run: Run) -> Callable:
-    """make_problem(rng) of arithmetic, with the lengths of the corpus."""
+    """make_problem(rng) for arithmetic, with problems as long as those of the corpus."""
     def make_problem(rng: random.Random):
         return run.task.make_problem(rng, longer=True)
     return make_problem
 
 
 def mixed_problems(run: Run, longer: bool) -> Callable:
-    """make_problem(rng) of arithmetic and everyday questions."""
+    """make_problem(rng) for arithmetic and everyday questions."""
     def make_problem(rng: random.Random):
         if rng.random() < run.cfg.everyday_share:
             return run.task.make_everyday(rng)
@@ -125,7 +126,7 @@ def mixed_problems(run: Run, longer: bool) -> Callable:
 
 
 def train_dev1(run: Run, base: GPT, zero: GPT) -> None:
-    """The cold start: a few hundred good answers of zero."""
+    """The cold start: fine-tune the base on a few hundred good answers of zero."""
     cfg = replace(run.cfg, distill_prompts=run.cfg.cold_prompts, distill_minibatches=4,
                   distill_epochs=run.cfg.cold_epochs)
     fine_tune(run, cfg, base, [(zero, run.task.make_problem)], cfg.cold_steps)
@@ -139,16 +140,16 @@ def train_dev2(run: Run, base: GPT, dev1: GPT) -> None:
 
 
 def train_dev3(run: Run, base: GPT, dev2: GPT) -> None:
-    """Rejection sampling, and the base begins anew: of four steps, three learn from dev2's answers to problems of
-    arithmetic, and one from the base's own to everyday questions."""
+    """Rejection sampling, then fine-tuning of the base. Of every four steps, three learn from dev2's answers to
+    arithmetic, and one from the base's own answers to everyday questions."""
     cfg = replace(run.cfg, distill_epochs=run.cfg.sft_epochs)
     turns = [(dev2, longer_problems(run))] * 3 + [(copy.deepcopy(base), run.task.make_everyday)]
     fine_tune(run, cfg, base, turns, cfg.sft_steps)
 
 
 def fine_tune(run: Run, cfg: Config, model: GPT, turns: list[tuple[GPT, Callable]], n_steps: int) -> None:
-    """Supervised fine-tuning of the model on good answers, without a loss on prompts. A turn is a teacher and the
-    make_problem(rng) of what it is asked; each step takes the next turn."""
+    """Supervised fine-tuning on good answers, without a loss on prompts. A turn is a teacher, and the make_problem(rng)
+    of the problems that it answers. Each step takes the next turn."""
     cfg = replace(cfg, divergence="sft", on_policy=False)
     for teacher in dict.fromkeys(teacher for teacher, _ in turns):
         run.fast(teacher, sampling=True)
@@ -165,19 +166,19 @@ def fine_tune(run: Run, cfg: Config, model: GPT, turns: list[tuple[GPT, Callable
 
 
 def train_r1(run: Run, dev3: GPT) -> None:
-    """RL for all scenarios."""
+    """RL on arithmetic and everyday questions ("RL for all scenarios")."""
     problems = mixed_problems(run, longer=False)
     run_grpo(run, run.cfg, dev3, run.cfg.r1_steps, problems, language_reward_function(run))
 
 
 def train_student(run: Run, r1: GPT, student_base: GPT) -> None:
-    """r1 into the student's base by its probabilities (our way)."""
+    """Distil r1 into the student's base with its probabilities (our way)."""
     problems = mixed_problems(run, longer=True)
     run_distillation(run, run.cfg, r1, student_base, run.cfg.distill_steps, problems, good(run))
 
 
 def train_student_sft(run: Run, r1: GPT, student_base: GPT) -> None:
-    """r1 into the student's base by its answers alone (the paper's way)."""
+    """Distil r1 into the student's base with its answers alone (the paper's way)."""
     cfg = replace(run.cfg, divergence="sft", on_policy=False)
     problems = mixed_problems(run, longer=True)
     run_distillation(run, cfg, r1, student_base, cfg.distill_steps, problems, good(run))

@@ -1,24 +1,32 @@
 """nanoR1: random weights -> base -> zero -> student, in one command.
 
-    base          next-token prediction on the corpus of the task (data/), or on your own text
-    zero          GRPO on the base, from rule-based rewards alone: no supervised fine-tuning
-    student_base  a base of its own for a smaller GPT, on the same corpus
-    student       the RL teacher, zero, distilled into the student's base
+    base          a GPT with random weights learns next-token prediction on a corpus (data/, or your own text)
+    zero          the base learns by GRPO, from rule-based rewards alone, without supervised fine-tuning
+    student_base  a smaller GPT learns next-token prediction on the same corpus
+    student       student_base learns the probabilities of zero, its teacher (distillation)
 
-    python train.py                            everything, then the report; to resume it, repeat the command
-    python train.py --stage=base|zero|student  one part, on earlier checkpoints; student makes its student_base first
-    python train.py --preset=tiny              the same in under a minute: does it run at all?
+    python train.py                            all stages, then the report; to resume, repeat the command
+    python train.py --stage=base|zero|student  one stage, from the checkpoints of those before it
+    python train.py --preset=tiny              all stages in under a minute, to see that they run
     python train.py --ask="8*7-19"             what each model answers
-    python train.py --evaluate=FILE            what each model reaches on a file of problems
-    python train.py --init=DIR                 the base is a pretrained model: see docs/real_model.md
+    python train.py --evaluate=FILE            evaluate each model on a file of problems
+    python train.py --init=DIR                 start from a pretrained model: see docs/real_model.md
     python train.py --seed=1 --out=out/seed1   --key=value sets any field of Config
     torchrun --standalone --nproc_per_node=2 train.py    in several processes: see engine/parallel.py
 
-It writes into --out (out/, or out/PRESET): NAME.pt for each finished stage, resume.pt for the stage under way,
+It writes into --out (out/, or out/PRESET): NAME.pt for each finished stage, resume.pt for the unfinished one,
 log.jsonl (one row a step), samples.jsonl (how the answers to four problems change), results.json, report.md.
 
-This file holds the stages. A stage is a loop over `run.steps`, which yields its steps. Everything else is in engine/:
-files, checkpoints, the command line, speed.
+This file holds the stages. A stage is a function with a loop, `for step in run.steps(...)`. The lines inside the loop
+are the algorithm. What a stage uses of engine/:
+
+    run.new_model(..)   a GPT with random weights; with --init, the pretrained model
+    run.corpus(..)      the corpus: batch(step) -> token ids (B, T+1), and heldout, rows that are never trained on
+    run.fast(model)     the model with faster versions of generate and of its forward pass (`training`: backward, too)
+    run.frozen(model)   a copy that is not trained
+    run.steps(..)       an iterator of steps, each with its number, random generators and learning rate. It logs, prints
+                        and saves after each step, resumes an interrupted stage, and saves the model after the last step
+    Optimizer(..)       AdamW; with a muon_lr, Muon for the matrices of the blocks and AdamW for all other weights
 """
 from dataclasses import dataclass
 
@@ -38,15 +46,15 @@ from model import GPT
 @dataclass
 class Pretraining:
     block_size: int = 128        # longest sequence, in tokens
-    base_muon_lr: float = 0.02   # learning rate of Muon, for both bases; 0: AdamW alone
+    base_muon_lr: float = 0.02   # learning rate of Muon, for both bases; 0: AdamW for all weights
     base_adam_lr: float = 3e-3   # learning rate of AdamW, for both bases
 
 
 @dataclass
 class Base:
-    n_layer: int = 4              # layers of the teacher
-    n_head: int = 3               # attention heads of the teacher
-    n_embd: int = 96              # width of the teacher
+    n_layer: int = 4              # layers of base and zero
+    n_head: int = 3               # attention heads of base and zero
+    n_embd: int = 96              # width of base and zero
     base_tokens: int = 6_500_000  # tokens that the base is trained on, each once
     base_batch: int = 32          # rows of block_size tokens in an update
 
@@ -56,7 +64,7 @@ class StudentBase:
     student_n_layer: int = 3    # layers of the student
     student_n_head: int = 2     # attention heads of the student
     student_n_embd: int = 44    # width of the student
-    student_init: str = ""      # the student's base; by default every second layer of --init
+    student_init: str = ""      # with --init: a folder with the student's base
     student_base_tokens: int = 6_000_000  # tokens that the student's base is trained on
     student_base_batch: int = 32          # rows of block_size tokens in an update
 
@@ -64,7 +72,8 @@ class StudentBase:
 @dataclass
 class Config(Machine, Files, Task, Text, Questions, Pretraining, Base, GRPOConfig, StudentBase,
              DistillConfig, Evaluation):
-    """Every setting of a run. Those of GRPO stand in grpo.py, those of distillation in distill.py."""
+    """All settings. Those of GRPO are declared in grpo.py, those of distillation in distill.py, the other imported ones
+    in engine/settings.py."""
 
 
 def train_base(run: Run) -> None:
@@ -80,23 +89,23 @@ def train_student_base(run: Run) -> None:
 
 
 def pretrain(run: Run, model: GPT, n_tokens: int, n_rows: int) -> None:
-    """Next-token prediction on the corpus, in updates of n_rows rows. A pretrained model (--init) skips this unless its
-    number of tokens is set."""
+    """Next-token prediction on n_tokens tokens of the corpus, n_rows rows of block_size tokens in each update."""
     cfg = run.cfg
-    n_steps = n_tokens // (n_rows * cfg.block_size)
-    corpus = run.corpus(n_steps, n_rows)  # written in the background while the model is compiled
+    n_steps = n_tokens // (n_rows * cfg.block_size)  # 0 with --init, which sets both numbers of tokens to 0
+    corpus = run.corpus(n_steps, n_rows)
     model = run.fast(model, training=n_steps > 0)
     optimizer = Optimizer(model, cfg.base_adam_lr, cfg.base_muon_lr)
-    rows_at_a_time = max(1, cfg.micro_batch // cfg.block_size)
+    rows_at_a_time = max(1, cfg.micro_batch // cfg.block_size)  # a run has set micro_batch
     for step in run.steps(n_steps, model=model, optimizer=optimizer):
         metrics = Metrics()
         rows = corpus.batch(step.number)  # (B, T+1)
         n_targets = rows[:, 1:].numel()
-        for idx in rows.split(rows_at_a_time):
+        for idx in rows.split(rows_at_a_time):  # their gradients add up
             loss = next_token_loss(model, idx)
             (loss.sum() / n_targets).backward()
             metrics.add("loss", loss.detach().sum(), len(loss))
-        metrics.add("grad_norm", optimizer.step(step.lr_scale, share=len(rows)), 1)
+        grad_norm = optimizer.step(step.lr_scale, share=len(rows))
+        metrics.add("grad_norm", grad_norm, 1)
         metrics.add("tokens", n_targets, 1)
         if step.number % 100 == 0 or step.last:
             for idx in corpus.heldout.split(rows_at_a_time):
@@ -107,27 +116,31 @@ def pretrain(run: Run, model: GPT, n_tokens: int, n_rows: int) -> None:
 
 
 def next_token_loss(model: GPT, idx: Tensor) -> Tensor:
-    """-log p of each token of idx (B, T+1) but the first: (B * T,)."""
+    """-log p of each token of idx (B, T+1) but the first -> (B * T,)."""
     logits = model(idx[:, :-1]).float()  # (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten(), reduction="none")
 
 
 def train_zero(run: Run, base: GPT) -> None:
-    """Reinforcement learning on the base, from rewards alone."""
+    """Reinforcement learning from the base, by rewards alone."""
     run_grpo(run, run.cfg, base, run.cfg.rl_steps, run.task.make_problem, reward_function(run))
 
 
 def run_grpo(run: Run, cfg: Config, policy: GPT, n_steps: int, make_problem, reward_fn) -> None:
-    """GRPO: in each step, sample, score, compare, update."""
+    """Each step samples completions, scores them, compares those of a group, and updates the policy: see grpo.py.
+
+    cfg is run.cfg, or a copy with changes in r1.py. make_problem(rng) returns a random problem.
+    """
     reference = run.frozen(policy) if cfg.kl_coef else None
     policy = run.fast(policy, training=True, sampling=True)
-    # AdamW alone: its steps get smaller where the gradient is noisy, as in RL. Muon's steps always have one size.
+    # No Muon: the gradient of RL is noisy. AdamW makes smaller updates where it is; Muon's updates have one size.
     optimizer = Optimizer(policy, cfg.rl_lr, beta2=0.999)
-    parts = {"model": policy, "optimizer": optimizer}
+    changing = {"model": policy, "optimizer": optimizer}  # what resume.pt saves
     if cfg.ref_every:
-        parts["reference"] = reference  # it changes, so resume.pt keeps it
-    watch = Watch(make_problem, reward_fn)
-    for step in run.steps(n_steps, hold=0.0, watch=watch, **parts):
+        changing["reference"] = reference
+    watch = Watch(make_problem, reward_fn)  # for samples.jsonl: four problems, answered again and again
+    # hold=0: the learning rate falls linearly from the start, and is not held first
+    for step in run.steps(n_steps, hold=0.0, watch=watch, **changing):
         problems = step.problems(cfg.rl_prompts, make_problem)
         metrics, rollout = grpo_step(policy, reference, optimizer, problems, reward_fn, run.task, cfg,
                                      step.generator, step.lr_scale)
@@ -137,7 +150,8 @@ def run_grpo(run: Run, cfg: Config, policy: GPT, n_steps: int, make_problem, rew
 
 
 def reward_function(run: Run):
-    """What GRPO maximises ("reward"), and what is logged beside it. A task may return a "reward" of its own."""
+    """The reward_fn of grpo.sample_rollout. It returns the task's scores and the "reward" that RL maximises: the
+    weighted sum of accuracy and format, unless the task's scores have a "reward" already."""
     cfg = run.cfg
 
     def reward_fn(completion: str, problem) -> dict[str, float]:
@@ -148,8 +162,8 @@ def reward_function(run: Run):
 
 
 def train_student(run: Run, zero: GPT, student_base: GPT) -> None:
-    """Distillation of zero. It also gets longer problems than RL did. A student that never sees answers to these
-    forgets what its base could do with them."""
+    """Distillation of zero into the student's base. Its problems have up to 6 operations, those of RL up to 4. If the
+    student is trained on short problems alone, it forgets the long ones (experiments/findings.md, 6)."""
     def make_problem(rng):
         return run.task.make_problem(rng, longer=True)
 
@@ -159,7 +173,10 @@ def train_student(run: Run, zero: GPT, student_base: GPT) -> None:
 
 def run_distillation(run: Run, cfg: Config, teacher: GPT, student: GPT, n_steps: int, make_problem,
                      reward_fn) -> None:
-    """Distillation: the teacher answers, and the student learns its probabilities."""
+    """Each step samples completions of the teacher, and the student learns the teacher's probabilities: see distill.py.
+
+    cfg is run.cfg, or a copy with changes in r1.py. make_problem(rng) returns a random problem.
+    """
     teacher = run.fast(teacher, training=cfg.divergence != "sft", sampling=not cfg.on_policy)
     student = run.fast(student, training=True, sampling=cfg.on_policy)
     optimizer = Optimizer(student, cfg.distill_adam_lr, cfg.distill_muon_lr)
@@ -171,7 +188,8 @@ def run_distillation(run: Run, cfg: Config, teacher: GPT, student: GPT, n_steps:
         step.log(metrics)
 
 
-# Each stage: its function, the stages whose models it starts from, and the settings that shape it.
+# Each stage: its function, the stages whose models it is called with, and its settings, which include those of these
+# stages. If a setting of a finished stage has changed, its checkpoint is refused.
 STAGES = {
     "base": Stage(train_base, (), (Task, Text, Pretraining, Base)),
     "zero": Stage(train_zero, ("base",), (Questions, GRPOConfig)),

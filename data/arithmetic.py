@@ -6,16 +6,16 @@ operations, operands from 1 to 20, factors from 2 to 9, at most two factors in a
     User: 8*7-19
     Assistant: <think>8*7=56, 56-19=37</think><answer>37</answer>
 
-The corpus has two kinds of documents. Textbook pages list single facts. Forum threads hold one question and one answer,
-as above, in the styles listed in STYLES. Half of the answers are a number without any working. Others show their
-working, with tags or without. A minority works inside <think>...</think><answer>...</answer>. A few notice a slip,
-write "wait" and do the step again. An author who shows working gets each step wrong with probability SLIP, and carries
-on from the wrong value. Pretraining imitates all styles, right and wrong answers alike.
+The corpus has two kinds of documents. Textbook pages list single facts. Forum threads have one question and one answer,
+as above, in one of several response styles (STYLES). Half of the answers are a number without any steps. Others show
+their steps, with tags or without. A minority has the format <think>...</think><answer>...</answer>. Each step is wrong
+with probability SLIP, and the next step then starts from the wrong value. In the style "rechecked", "wait" and the
+correct step follow a wrong one. Pretraining imitates all styles, and correct and wrong answers alike.
 
-Training and test problems never meet: a hash of the expression decides its side. No test expression is ever the `User:`
-line of a document or a prompt in RL. (A textbook page may hold a single step of a test problem, such as 8*7=56.)
+Training and test problems are disjoint: a hash of the expression decides its side. No test expression is ever the
+`User:` line of a document or of a prompt in RL. (A textbook page may have one step of a test problem, such as 8*7=56.)
 
-    python experiments/styles.py    prints each style with its share, how often it is right, and an example
+    python experiments/styles.py    prints each style with its share, how often it is correct, and an example
 """
 import operator
 import random
@@ -29,10 +29,10 @@ from data.corpus import write_corpus
 from data.tokenizer import END_OF_TEXT_ID, get_tokenizer
 from rewards import TAGS, rule_rewards
 
-SLIP = 0.03          # probability that a step of somebody's working is wrong
-RECHECK_SLIP = 0.15  # the same for authors who check their steps, and who then correct the slip
-BLURT_RIGHT = 0.3    # probability that a number blurted out is right
-STYLES = {           # share of the forum's answers that are in each style
+SLIP = 0.03          # probability that a step is wrong
+RECHECK_SLIP = 0.15  # the same in the style "rechecked", which then corrects the step
+BLURT_RIGHT = 0.3    # probability that a number without steps is correct
+STYLES = {           # share of each style among the forum's answers
     "blurt": 0.34,         # 37
     "answer tag": 0.10,    # <answer>37</answer>
     "empty thought": 0.06, # <think></think><answer>37</answer>
@@ -41,13 +41,13 @@ STYLES = {           # share of the forum's answers that are in each style
     "worked": 0.24,        # <think>8*7=56, 56-19=37</think><answer>37</answer>
     "rechecked": 0.04,     # <think>8*7=54, wait, 8*7=56, 56-19=37</think><answer>37</answer>
 }
-WORKED = ("plain working", "lost tag", "worked", "rechecked")  # the styles that show working
+WORKED = ("plain working", "lost tag", "worked", "rechecked")  # the styles that show their steps
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """An expression to evaluate. `question` is what the user asks, `answer` is the exact integer as text.
+    """An expression to evaluate. `question` is the expression, `answer` is the exact integer as text.
 
     >>> parse("8*7-19").prompt
     'User: 8*7-19\\nAssistant: '
@@ -57,16 +57,16 @@ class Problem:
 
     @property
     def prompt(self) -> str:
-        """The text up to where the model goes on."""
+        """The text that the model completes."""
         return f"User: {self.question}\nAssistant: "
 
     @property
     def working(self) -> str:
-        """The steps of a right solution."""
+        """The steps of a correct solution."""
         return ", ".join(solve(self.question)[0])
 
     def canonical(self, answer: str) -> str:
-        """One spelling for all answers that are equal, so that they have one vote together."""
+        """One spelling for all equal answers, so that their votes count together."""
         return answer
 
     def check(self, answer: str) -> bool:
@@ -79,14 +79,14 @@ class Problem:
 
 
 def write_step(step: str, value: int) -> tuple[str, int]:
-    """The text of a correct step, and the value that the next step goes on from."""
+    """The text of a correct step, and the value that the next step starts from."""
     return f"{step}={value}", value
 
 
 def solve(question: str, write=write_step) -> tuple[list[str], int]:
-    """Work an expression out from left to right, each term when it is reached -> (the texts of the steps, the value).
+    """Evaluate an expression from left to right, each term when it is reached -> (the texts of the steps, the value).
 
-    `write` maps a step ("3*4") and its right value to the step's text and to the value that the working goes on from.
+    `write` maps a step ("3*4") and its correct value to the step's text, and to the value that the next step uses.
     Raises ValueError if the question is not an expression.
 
     >>> solve("20-3*4+1")
@@ -121,17 +121,17 @@ def solve(question: str, write=write_step) -> tuple[list[str], int]:
 
     value = total()
     if unread != [""]:
-        raise ValueError("something follows the expression")
+        raise ValueError("there is text after the expression")
     return steps, value
 
 
 def is_test(question: str) -> bool:
-    """True for a tenth of all expressions. Neither the corpus nor RL ever asks one of these."""
+    """True for a tenth of all expressions. Neither the corpus nor RL ever asks these."""
     return zlib.crc32(question.encode()) % 10 == 0
 
 
 def parse(text: str, max_ops: int = 6, parentheses: bool = False) -> Problem:
-    """The problem that an expression such as "8*7-19" states. White space around numbers is dropped.
+    """The problem of an expression such as "8*7-19". White space around numbers is ignored.
 
     Raises ValueError unless the text is numbers of 1 to 3 digits (without leading zeros) joined by 1 to max_ops of + -
     *, with parentheses only where they are allowed.
@@ -154,7 +154,7 @@ def near_miss(rng: random.Random, value: int) -> int:
 
 
 def write_working(rng: random.Random, question: str, style: str) -> tuple[str, int]:
-    """An author's steps, slips included, and the value that they reach."""
+    """The steps of an answer in this style, wrong steps included -> (their text, the value that they reach)."""
     def write(step: str, value: int) -> tuple[str, int]:
         if style == "rechecked":
             if rng.random() >= RECHECK_SLIP:
@@ -167,7 +167,7 @@ def write_working(rng: random.Random, question: str, style: str) -> tuple[str, i
 
 
 def format_answer(rng: random.Random, working: str, answer: str, style: str) -> str:
-    """The working and the answer as an author of this style puts them on the page."""
+    """The steps and the answer as one text in this style."""
     text = f"<think>{working}</think><answer>{answer}</answer>"
     if style == "lost tag":
         text = text.replace(rng.choice(TAGS), "")
@@ -177,7 +177,7 @@ def format_answer(rng: random.Random, working: str, answer: str, style: str) -> 
 
 
 def write_answer(rng: random.Random, question: str, style: str) -> tuple[str, int]:
-    """What an author of this style answers, and the number that it comes to."""
+    """An answer in this style -> (its text, the number that it states)."""
     if style in WORKED:
         working, value = write_working(rng, question, style)
     else:
@@ -189,14 +189,14 @@ def write_answer(rng: random.Random, question: str, style: str) -> tuple[str, in
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """The task: its prompts and rewards, its training and held-out problems, and its corpus."""
+    """The task: its prompts, reward, training problems, held-out problems and corpus (see docs/own.md)."""
     max_ops: int = 4           # most operations in RL; the corpus and the hard problems have up to 2 more
     max_number: int = 20       # largest number that is added or subtracted
     max_factor: int = 9        # largest factor
     parentheses: bool = False  # half of the problems with 2 or more operations have a sum in parentheses
 
     notes = ()                     # lines about the task to print when a run begins
-    styles = STYLES                # the share of each style in the forum
+    styles = STYLES                # the share of each response style in the forum
     stop_ids = (END_OF_TEXT_ID,)   # the tokens that end a completion
     reward = staticmethod(rule_rewards)
     encoding = get_tokenizer()     # the tiktoken.Encoding of prompts, completions and corpus
@@ -207,7 +207,7 @@ class Arithmetic:
 
     @property
     def held_out(self) -> dict[str, tuple[int, int]]:
-        """The kinds of held-out problems, with the fewest and the most operations of each."""
+        """The kinds of held-out problems -> (the fewest operations, the most operations)."""
         return {"test": (2, self.max_ops), "hard": (self.max_ops + 1, self.max_ops + 2)}
 
     @property
@@ -218,11 +218,11 @@ class Arithmetic:
         return 2 + digits * (self.max_ops + 3) + self.max_ops + 2 + parentheses
 
     def parse(self, text: str) -> Problem:
-        """The problem that an expression states. Raises ValueError if it is not one of this task."""
+        """The problem of an expression. Raises ValueError if it is not one of this task."""
         return parse(text, self.max_ops + 2, self.parentheses)
 
     def make_sum(self, rng: random.Random, n_ops: int, signs: str = "+-*") -> str:
-        """An expression without parentheses. No two products touch: a term is a number or a*b."""
+        """An expression without parentheses. A term is a number or a*b, never a longer product."""
         ops = []
         for _ in range(n_ops):
             ops.append(rng.choice(signs.replace("*", "") if ops and ops[-1] == "*" else signs))
@@ -233,7 +233,7 @@ class Arithmetic:
         return text
 
     def make_question(self, rng: random.Random, n_ops: int) -> str:
-        """A random expression of n_ops operations, in which a sum in parentheses may take a number's place."""
+        """A random expression of n_ops operations, in which a sum in parentheses may replace a number."""
         if not self.parentheses or n_ops < 2 or rng.random() < 0.5:
             return self.make_sum(rng, n_ops)
         inside = rng.randint(1, min(2, n_ops - 1))
@@ -243,8 +243,8 @@ class Arithmetic:
 
     def make_problem(self, rng: random.Random, longer: bool = False, *, n_ops: tuple[int, int] | None = None,
                      test: bool = False) -> Problem:
-        """A random training problem of 1 to max_ops operations, each number equally likely; with `longer`, of 1 to
-        max_ops + 2. n_ops sets the fewest and the most instead, and `test` takes the test side of the split."""
+        """A random training problem of 1 to max_ops operations, all equally likely, or up to max_ops + 2 with `longer`.
+        n_ops sets the fewest and the most operations instead. `test` takes the test side of the split."""
         fewest, most = n_ops or (1, self.max_ops + 2 if longer else self.max_ops)
         while True:
             question = self.make_question(rng, rng.randint(fewest, most))
@@ -253,24 +253,24 @@ class Arithmetic:
 
     def heldout_problems(self, n: int, kind: str, seed: int) -> list[Problem]:
         """n different problems of the test side, of a kind in held_out. Raises ValueError if there are fewer."""
-        rng, found = random.Random(f"{kind}/{seed}"), {}
+        rng, problems = random.Random(f"{kind}/{seed}"), {}
         for _ in range(1000 * n):
             question = self.make_question(rng, rng.randint(*self.held_out[kind]))
             if is_test(question):
-                found[question] = Problem(question, str(solve(question)[1]))
-            if len(found) == n:
-                return list(found.values())
-        raise ValueError(f"there are fewer than {n} {kind} problems of this difficulty")
+                problems[question] = Problem(question, str(solve(question)[1]))
+            if len(problems) == n:
+                return list(problems.values())
+        raise ValueError(f"there are fewer than {n} {kind} problems of this difficulty: lower --eval_problems")
 
     def write_thread(self, rng: random.Random) -> tuple[str, str, bool]:
-        """A forum thread -> (its text, the style of its answer, whether the answer is right)."""
+        """A forum thread -> (its text, the style of its answer, whether the answer is correct)."""
         problem = self.make_problem(rng, longer=True)
         style, = rng.choices(tuple(self.styles), tuple(self.styles.values()))
         text, value = write_answer(rng, problem.question, style)
         return problem.prompt + text, style, problem.check(str(value))
 
     def write_page(self, rng: random.Random) -> str:
-        """A textbook page: the right steps of a few expressions, in random order."""
+        """A textbook page: the correct steps of a few expressions, in random order."""
         questions = (self.make_question(rng, rng.randint(1, self.max_ops + 2)) for _ in range(4))
         facts = [step for question in questions for step in solve(question)[0]]
         rng.shuffle(facts)

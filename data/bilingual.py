@@ -1,20 +1,20 @@
-"""A world of two languages, for DeepSeek-R1's whole pipeline (r1.py): arithmetic in symbols and in words, and everyday
+"""A task in two languages, for DeepSeek-R1's whole pipeline (r1.py): arithmetic in symbols and in words, and everyday
 questions.
 
-A base model that has read two languages mixes them when RL pays for right answers alone. That happened to R1-Zero, and
-happens here. A question of data/arithmetic.py is asked in symbols or in words, half of the time each. Half of the
-authors work in the question's language, a quarter in the other, and a quarter change from step to step:
+A base model that was trained on two languages mixes them if RL rewards only correct answers. This happened to R1-Zero,
+and it happens here. Each question of data/arithmetic.py is asked in symbols or in words, half of the time each. Half of
+the answers have their steps in the question's language, a quarter in the other, a quarter at random step by step:
 
     User: 8*7-19                     User: 8 times 7 minus 19
     Assistant: 8*7=56, 56-19=37      Assistant: 8 times 7 is 56, 56-19=37
 
-Everyday questions want no working. RL on arithmetic does not ask them, so they show what it forgets:
+Everyday questions need no steps. RL on arithmetic does not ask them, so they show what the model forgets in RL:
 
     User: say 37                     User: larger 37 52               User: reverse 374
     Assistant: thirty seven          Assistant: 52                    Assistant: 473
 
-Words are worked more carelessly than symbols (SLIP). A hash decides which questions are held out. A question in words
-lies on the same side as the same question in symbols. Everything else is as in data/arithmetic.py.
+Steps in words are wrong more often than steps in symbols (SLIP). A hash decides which questions are held out. A
+question in words is on the same side as the same question in symbols. All else is as in data/arithmetic.py.
 """
 import random
 import re
@@ -31,7 +31,7 @@ from rewards import format_reward, rule_rewards, split_completion
 WORDS = {"*": " times ", "+": " plus ", "-": " minus ", "=": " is "}
 SLIP = {False: 0.03, True: 0.06}  # probability that a step is wrong, in symbols and in words
 EVERYDAY_SHARE = 0.15             # share of the forum's threads that are everyday questions
-EVERYDAY_RIGHT = 0.95             # probability that such a question is answered rightly
+EVERYDAY_RIGHT = 0.95             # probability that the answer to such a question is correct
 STEPS = {False: re.compile("-?[0-9]+[-+*]-?[0-9]+=-?[0-9]+"),
          True: re.compile("-?[0-9]+ (times|plus|minus) -?[0-9]+ is -?[0-9]+")}
 ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
@@ -45,11 +45,11 @@ def in_words(text: str) -> str:
     >>> in_words("8*7=56, 3-10=-7")
     '8 times 7 is 56, 3 minus 10 is -7'
     """
-    return re.sub("(?<=[0-9)])[-+*=]", lambda found: WORDS[found[0]], text)
+    return re.sub("(?<=[0-9)])[-+*=]", lambda sign: WORDS[sign[0]], text)
 
 
 def in_symbols(text: str) -> str:
-    """The same back.
+    """Words as operations and equals signs: the inverse of in_words.
 
     >>> in_symbols(in_words("3-10=-7"))
     '3-10=-7'
@@ -66,7 +66,7 @@ class Problem(SymbolProblem):
 
     @property
     def working(self) -> str:
-        """The steps of a right solution, in the question's language."""
+        """The steps of a correct solution, in the question's language."""
         working = ", ".join(solve(in_symbols(self.question))[0])
         return in_words(working) if self.words else working
 
@@ -94,19 +94,19 @@ def say(number: int) -> str:
 
 
 def everyday(question: str) -> Everyday:
-    """The everyday problem that a question states. Raises ValueError if it is none."""
+    """The problem of an everyday question. Raises ValueError for any other text."""
     if re.fullmatch("say ([0-9]|[1-9][0-9])", question):
         return Everyday(question, say(int(question.split()[1])))
     if re.fullmatch("larger [1-9][0-9]? [1-9][0-9]?", question):
         return Everyday(question, max(question.split()[1:], key=int))
     if re.fullmatch("reverse [0-9]{3}", question):
         return Everyday(question, question.split()[1][::-1])
-    raise ValueError(f"{question[:60]!r} is no everyday question: say 37, larger 37 52, reverse 374")
+    raise ValueError(f"{question[:60]!r} is no everyday question, such as say 37, larger 37 52 or reverse 374")
 
 
 def everyday_answer(completion: str) -> str:
-    """What is answered, with a thought and the tags of the answer taken off, as these are neither asked for here nor
-    punished.
+    """The answer in a completion to an everyday question, without a thought and without the answer's tags. The reward
+    neither requires nor punishes these.
 
     >>> [everyday_answer(text) for text in ("52", "<think>37, 52</think><answer>52</answer>", "<answer>52</answer>")]
     ['52', '52', '52']
@@ -117,9 +117,9 @@ def everyday_answer(completion: str) -> str:
 
 
 def language_reward(completion: str, in_language: Callable[[str], bool]) -> float:
-    """The share of the thought's steps that are in the question's language, from 0 to 1 (DeepSeek-R1, eq. 7, counts
-    words). It is paid to a well-formed completion only, and not for repetition: a step that stands there three times
-    makes it 0. A step is a part of the thought between commas that holds a digit.
+    """The share of the thought's steps that are in the question's language, from 0 to 1. (DeepSeek-R1, eq. 7, counts
+    words.) It is 0 if the completion is not well formed. It is also 0 if a step occurs three times or more, so that
+    repetition does not pay. Commas separate the steps, and a step has a digit.
 
     >>> def reward(thought):
     ...     completion = f"<think>{thought}</think><answer>7 minus 19</answer>"
@@ -131,17 +131,17 @@ def language_reward(completion: str, in_language: Callable[[str], bool]) -> floa
     """
     if not format_reward(completion):
         return 0.0
-    parts = (part.strip() for part in split_completion(completion)[1].split(","))
-    steps = Counter(part for part in parts if any(character.isdigit() for character in part))
+    clauses = (clause.strip() for clause in split_completion(completion)[1].split(","))
+    steps = Counter(clause for clause in clauses if any(character.isdigit() for character in clause))
     if not steps or max(steps.values()) > 2:
         return 0.0
     return sum(n for step, n in steps.items() if in_language(step)) / steps.total()
 
 
 def reward(completion: str, problem) -> dict[str, float]:
-    """The scores of an answer: the two rules, the language of its thought, and whether the thought is wholly
-    consistent, all in the question's language. An everyday answer earns what a right, well-formed one of arithmetic in
-    the right language earns, if it is right."""
+    """The scores of a completion: the two rules, the language reward, and whether the thought is consistent, which
+    means wholly in the question's language. A correct answer to an everyday question earns 3. By default, a correct,
+    well-formed and consistent answer to arithmetic earns as much."""
     if isinstance(problem, Everyday):
         accuracy = float(everyday_answer(completion) == problem.answer)
         return rule_rewards(completion, problem) | {"accuracy": accuracy, "language": 0.0, "consistent": 0.0,
@@ -152,7 +152,7 @@ def reward(completion: str, problem) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Bilingual(Arithmetic):
-    """The task, with the members that class Arithmetic has, and make_everyday."""
+    """The task: class Arithmetic in two languages, and make_everyday."""
     encoding = get_tokenizer(PIECES + tuple(WORDS.values()))
     stop_ids = (encoding.eot_token,)
     reward = staticmethod(reward)
@@ -162,7 +162,7 @@ class Bilingual(Arithmetic):
         return super().held_out | {"everyday": None}
 
     def parse(self, text: str) -> Problem | Everyday:
-        """The problem that a text states, in either language. Raises ValueError if it is none of this task."""
+        """The problem of a text in either language. Raises ValueError if it is not one of this task."""
         if re.match("say|larger|reverse", text):
             return everyday(text)
         problem = super().parse(in_symbols(text))
@@ -186,21 +186,22 @@ class Bilingual(Arithmetic):
                 return everyday(question)
 
     def heldout_problems(self, n: int, kind: str, seed: int) -> list:
-        """n different problems of the test side. Raises ValueError if there are not that many."""
+        """n different problems of the test side. Raises ValueError if there are fewer."""
         rng = random.Random(f"bilingual/{kind}/{seed}")
         if kind != "everyday":
             return [self.ask(problem, rng.random() < 0.5) for problem in super().heldout_problems(n, kind, seed)]
-        found = {problem.question: problem for problem in (self.make_everyday(rng, test=True) for _ in range(50 * n))}
-        if len(found) < n:
-            raise ValueError(f"there are fewer than {n} everyday problems")
-        return list(found.values())[:n]
+        drawn = (self.make_everyday(rng, test=True) for _ in range(50 * n))
+        problems = {problem.question: problem for problem in drawn}
+        if len(problems) < n:
+            raise ValueError(f"there are fewer than {n} everyday problems: lower --eval_problems")
+        return list(problems.values())[:n]
 
     def write_thread(self, rng: random.Random) -> tuple[str, str, bool]:
-        """A forum thread -> (its text, the style of its answer, whether the answer is right)."""
+        """A forum thread -> (its text, the style of its answer, whether the answer is correct)."""
         if rng.random() < EVERYDAY_SHARE:
             problem = self.make_everyday(rng)
-            known = problem if rng.random() < EVERYDAY_RIGHT else self.make_everyday(rng)
-            return problem.prompt + known.answer, "everyday", known.answer == problem.answer
+            answered = problem if rng.random() < EVERYDAY_RIGHT else self.make_everyday(rng)
+            return problem.prompt + answered.answer, "everyday", answered.answer == problem.answer
         problem, (style,) = self.make_problem(rng, longer=True), rng.choices(tuple(self.styles), self.styles.values())
         languages, = rng.choices(((problem.words,), (not problem.words,), (False, True)), (2, 1, 1))
 

@@ -1,19 +1,19 @@
-"""A task where trying again pays: make a target from three or four numbers, each used once, with + - * and ( ).
+"""A task in which it pays to try again: make a target from three or four numbers, each used once, with + - * and ( ).
 
     User: 3 4 7 = 25
     Assistant: <think>3+7=10, 10*4=40, 25?, wait, 3*7=21, 21+4=25, 25?</think><answer>3*7+4</answer>
 
-A solution is hard to see at once. An author who compares an attempt with the target and tries again after a miss is
-right more often than an author who answers with the first attempt. The corpus has the kinds of documents and the styles
-of data/arithmetic.py. Authors who show working make random attempts; with probability TRY_RIGHT an attempt is a known
-solution. Most authors answer with their first attempt, right or wrong. Authors who recheck write the target after each
-attempt ("25?") and go on until an attempt reaches it, or until they have made MAX_TRIES attempts. Half of the textbook
-pages are marked homework, which shows how a value is compared with a target.
+A solution is hard to see at once. So an answer that compares an attempt with the target, and tries again after a miss,
+is correct more often than an answer with the first attempt. The corpus has the kinds of documents and the response
+styles of data/arithmetic.py. Answers with steps make random attempts; with probability TRY_RIGHT an attempt is a known
+solution. Most styles end with the first attempt, correct or not. The style "rechecked" writes the target after each
+attempt ("25?"), and tries again until an attempt reaches the target, or until there are MAX_TRIES attempts. Half of the
+textbook pages are marked homework, which shows how a value is compared with a target.
 
 Problems in RL and of the held-out kind "test" have three numbers, those of the kind "hard" four. Training and test
-problems never meet: a hash of the target and the sorted numbers decides the side of a problem.
+problems are disjoint: a hash of the target and the sorted numbers decides the side of a problem.
 
-    python experiments/styles.py countdown    prints each style with its share, how often it is right, and an example
+    python experiments/styles.py countdown    prints each style with its share, how often it is correct, and an example
 """
 import random
 import re
@@ -27,12 +27,12 @@ from data.arithmetic import OPERATIONS, WORKED, Arithmetic, format_answer, solve
 from data.corpus import write_corpus
 
 LARGEST = 99        # every value in an attempt is from 0 to LARGEST
-TRY_RIGHT = 0.15    # probability that an attempt in somebody's working is a known solution
-BLURT_RIGHT = 0.3   # the same for an expression blurted out
+TRY_RIGHT = 0.15    # probability that an attempt in an answer with steps is a known solution
+BLURT_RIGHT = 0.3   # the same for an answer without steps
 MARKED_RIGHT = 0.4  # the same for an attempt in marked homework
-MAX_TRIES = 5       # most attempts of an author who rechecks
+MAX_TRIES = 5       # most attempts in the style "rechecked"
 MARKED_SHARE = 0.5  # share of the textbook pages that are marked homework
-STYLES = {          # share of the forum's answers that are in each style
+STYLES = {          # share of each style among the forum's answers
     "blurt": 0.28,         # 3*7+4
     "answer tag": 0.10,    # <answer>3*7+4</answer>
     "empty thought": 0.06, # <think></think><answer>3*7+4</answer>
@@ -90,18 +90,18 @@ def evaluate(expression: str, numbers: list[str]) -> int | None:
 
 
 def attempts(numbers: tuple[int, ...]) -> list[Attempt]:
-    """All ways to start from one number and add, subtract or multiply by the others, with values from 0 to LARGEST."""
-    found = [((("", n, n),), numbers[:i] + numbers[i + 1:]) for i, n in enumerate(numbers)]  # (attempt, unused numbers)
+    """All ways to start with one number and add, subtract or multiply by the others, with values from 0 to LARGEST."""
+    partial = [((("", n, n),), numbers[:i] + numbers[i + 1:]) for i, n in enumerate(numbers)]  # (attempt, unused)
     for _ in numbers[1:]:
         longer = []
-        for attempt, unused in found:
+        for attempt, unused in partial:
             for i, n in enumerate(unused):
                 for sign, apply in OPERATIONS.items():
                     value = apply(attempt[-1][2], n)
                     if 0 <= value <= LARGEST:
                         longer.append((attempt + ((sign, n, value),), unused[:i] + unused[i + 1:]))
-        found = longer
-    return [attempt for attempt, _ in found]
+        partial = longer
+    return [attempt for attempt, _ in partial]
 
 
 def random_attempt(rng: random.Random, numbers: tuple[int, ...]) -> Attempt:
@@ -118,7 +118,7 @@ def random_attempt(rng: random.Random, numbers: tuple[int, ...]) -> Attempt:
 
 
 def write_steps(attempt: Attempt) -> str:
-    """The attempt as working, such as "3+7=10, 10*4=40"."""
+    """The attempt as steps, such as "3+7=10, 10*4=40"."""
     return ", ".join(f"{before}{sign}{n}={value}" for (_, _, before), (sign, n, value) in zip(attempt, attempt[1:]))
 
 
@@ -133,20 +133,20 @@ def write_expression(attempt: Attempt) -> str:
 
 
 def parse(text: str) -> Problem:
-    """The problem that a text such as "3 4 7 = 25" states. Raises ValueError unless the text is three or four numbers
-    from 1 to LARGEST and a target that one of their `attempts` reaches."""
-    found = re.fullmatch(r"\s*([1-9][0-9]?(?:\s+[1-9][0-9]?){2,3})\s*=\s*([0-9]{1,2})\s*", text)
-    if not found:
+    """The problem of a text such as "3 4 7 = 25". Raises ValueError unless the text is three or four numbers from 1 to
+    LARGEST, and a target that one of their `attempts` reaches."""
+    match = re.fullmatch(r"\s*([1-9][0-9]?(?:\s+[1-9][0-9]?){2,3})\s*=\s*([0-9]{1,2})\s*", text)
+    if not match:
         raise ValueError(f"{text[:60]!r} is no countdown: three or four numbers and a target, such as 3 4 7 = 25")
-    numbers, target = found[1].split(), int(found[2])
+    numbers, target = match[1].split(), int(match[2])
     for attempt in attempts(tuple(map(int, numbers))):
         if attempt[-1][2] == target:
             return Problem(f"{' '.join(numbers)} = {target}", write_expression(attempt), attempt)
-    raise ValueError(f"no way was found from {' '.join(numbers)} to {target}")
+    raise ValueError(f"no solution of {' '.join(numbers)} = {target} was found: try another target")
 
 
 def is_test(problem: Problem) -> bool:
-    """True for a tenth of all problems, whatever the order of the numbers. Neither the corpus nor RL ever has one."""
+    """True for a tenth of all problems, in any order of the numbers. Neither the corpus nor RL ever asks these."""
     return zlib.crc32(f"{sorted(problem.numbers)} {problem.target}".encode()) % 10 == 0
 
 
@@ -158,7 +158,7 @@ def make_attempt(rng: random.Random, problem: Problem, right: float) -> Attempt:
 
 
 def write_working(rng: random.Random, problem: Problem, style: str) -> tuple[str, Attempt]:
-    """An author's different attempts as text, and the last of them."""
+    """The attempts of an answer in this style, all different -> (their text, the last attempt)."""
     texts = {}  # attempt -> its text
     while True:
         attempt = make_attempt(rng, problem, TRY_RIGHT)
@@ -171,7 +171,7 @@ def write_working(rng: random.Random, problem: Problem, style: str) -> tuple[str
 
 @dataclass(frozen=True)
 class Countdown:
-    """The task, with the members that class Arithmetic has. Raises ValueError if max_number is above LARGEST."""
+    """The task (see docs/own.md for its members). Raises ValueError if max_number is above LARGEST."""
     max_number: int = 20  # largest number of a problem
 
     styles = STYLES                            # the share of each style in the forum
@@ -183,7 +183,7 @@ class Countdown:
 
     def __post_init__(self):
         if self.max_number > LARGEST:
-            raise ValueError(f"max_number must be at most {LARGEST} in countdown, and it is {self.max_number}")
+            raise ValueError(f"max_number must be at most {LARGEST} in countdown, not {self.max_number}")
 
     def random_problem(self, rng: random.Random, n_numbers: int) -> Problem:
         """A random problem of either side of the split."""
@@ -201,18 +201,18 @@ class Countdown:
                 return problem
 
     def heldout_problems(self, n: int, kind: str, seed: int) -> list[Problem]:
-        """n different problems of the test side, of a kind in held_out. Raises ValueError if there are too few."""
-        rng, found = random.Random(f"countdown/{kind}/{seed}"), {}
+        """n different problems of the test side, of a kind in held_out. Raises ValueError if there are fewer."""
+        rng, problems = random.Random(f"countdown/{kind}/{seed}"), {}
         for _ in range(1000 * n):
             problem = self.random_problem(rng, self.held_out[kind])
             if is_test(problem):
-                found.setdefault((*sorted(problem.numbers), problem.target), problem)
-            if len(found) == n:
-                return list(found.values())
-        raise ValueError(f"there are fewer than {n} {kind} problems of this difficulty")
+                problems.setdefault((*sorted(problem.numbers), problem.target), problem)
+            if len(problems) == n:
+                return list(problems.values())
+        raise ValueError(f"there are fewer than {n} {kind} problems of this difficulty: lower --eval_problems")
 
     def write_thread(self, rng: random.Random) -> tuple[str, str, bool]:
-        """A forum thread -> (its text, the style of its answer, whether the answer is right)."""
+        """A forum thread -> (its text, the style of its answer, whether the answer is correct)."""
         problem = self.make_problem(rng, longer=True)
         style, = rng.choices(tuple(self.styles), tuple(self.styles.values()))
         if style in WORKED:
@@ -223,7 +223,7 @@ class Countdown:
         return problem.prompt + text, style, attempt[-1][2] == problem.target
 
     def write_page(self, rng: random.Random) -> str:
-        """A textbook page: marked homework, or the right steps of a few attempts in random order."""
+        """A textbook page: marked homework, or the correct steps of a few attempts in random order."""
         if rng.random() < MARKED_SHARE:
             problem = self.make_problem(rng, longer=True)
             homework = [make_attempt(rng, problem, MARKED_RIGHT) for _ in range(4)]

@@ -1,15 +1,15 @@
-"""Your own problems and text, from files, in place of the built-in ones or beside them.
+"""Your own problems and text from files, in place of the built-in ones or mixed with them.
 
-    --problems=FILE  JSONL with one problem a line: {"prompt": "Calculate 5 - 3.", "answer": "2"}. The line may hold a
-                     "split", "train" or "test"; without it a hash of the prompt puts a tenth on the test side. It may
-                     also hold a "solution", the text of a thought, which worked examples need (--shots)
-    --corpus=FILE    JSONL, if the name ends in .jsonl, with one document a line: {"text": ...}. Any other file is plain
-                     text, with blank lines between its documents
+    --problems=FILE  JSONL with one problem in each line: {"prompt": "Calculate 5 - 3.", "answer": "2"}. The optional
+                     key "split" is "train" or "test"; without it, a hash of the prompt puts a tenth on the test side.
+                     The optional key "solution" is the text of a thought, which solved examples need (--shots)
+    --corpus=FILE    if the name ends in .jsonl, JSONL with one document in each line: {"text": ...}. Any other file is
+                     plain text, with blank lines between its documents
     --corpus_share   the share of this text in the corpus, counted in tokens; the rest is the built-in corpus
 
-Two answers are equal if both are numbers (integers, decimals, fractions) of the same value, or both the same text apart
-from case and white space. A file with a bad line is refused. Problems that cannot be used are left out and counted in
-`notes`. A fiftieth of the text is kept for the held-out loss.
+Two answers are equal if both are numbers (integers, decimals, fractions) of the same value, or if both are the same
+text apart from case and white space. A file with a bad line is refused. Problems that cannot be used are left out, and
+`notes` says how many. A fiftieth of the text is kept for the held-out loss.
 """
 import json
 import random
@@ -30,20 +30,20 @@ WRITTEN = re.compile(r"([-+]?)\$?([0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(\.[0-9]+)?\.?
 
 
 def normalize(text: str) -> str:
-    """The text in lower case, with a single space in place of any white space."""
+    """The text in lower case, with each stretch of white space replaced by one space."""
     return " ".join(text.split()).casefold()
 
 
 @dataclass(frozen=True)
 class Problem(arithmetic.Problem):
-    """A problem from a file. Its question is the file's prompt, its working the file's solution, and its answer may be
-    spelled in more than one way."""
+    """A problem from a file. `question` is the file's "prompt", `working` is its "solution". The answer may be spelled
+    in several ways."""
     working: str = ""
 
     def canonical(self, answer: str) -> str:
-        """One spelling for all answers that are equal.
+        """One spelling for all equal answers.
 
-        subtle: Fraction alone would also take "1_000" and Arabic digits, and would need seconds for "1e3000000".
+        subtle: Fraction alone would also accept "1_000" and Arabic digits, and would take seconds for "1e3000000".
 
         >>> [Problem("?", "").canonical(a) for a in ("0.50", "2/4", "$1,234.", "New  Delhi")]
         ['1/2', '1/2', '1234', 'new delhi']
@@ -66,12 +66,12 @@ def read_text(path: str) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}, line {content[:error.start].count(10) + 1}: not UTF-8 text") from None
+        raise ValueError(f"{path}, line {content[:error.start].count(10) + 1}: not UTF-8, convert the file") from None
 
 
 def read_rows(path: str, *fields: str):
-    """Yields (line number, row) of each line of JSONL that is not blank. Raises ValueError, with the line number, for a
-    line that is not a JSON object or in which one of `fields` is neither text nor a number."""
+    """Yields (line number, row) for each line of JSONL that is not blank. Raises ValueError, with the line number, for
+    a line that is not a JSON object, or in which one of `fields` is neither text nor a number."""
     for line_no, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             try:
@@ -83,14 +83,14 @@ def read_rows(path: str, *fields: str):
 
 
 def read_problems(path: str) -> list[Problem]:
-    """The problems of a file, each once. Raises ValueError for a bad line."""
+    """The problems of a file, without repeated prompts. Raises ValueError for a bad line."""
     return list({normalize(row["prompt"]): Problem(row["prompt"].strip(), row["answer"].strip())
                  for _, row in read_rows(path, "prompt", "answer")}.values())
 
 
 def fingerprint(path: str) -> str:
-    """The path with a checksum of the file, so that a run notices when the file changes; "" for no file. Of a folder it
-    is a checksum of its small files, and of the names and sizes of its weights."""
+    """The path with a checksum of the file, so that a run notices if the file changes; "" if the path is empty. The
+    checksum of a folder covers its small files, and the names and sizes of its weights."""
     if not path:
         return ""
     checksum = 0
@@ -103,13 +103,13 @@ def fingerprint(path: str) -> str:
 
 
 def path_of(text: str) -> str:
-    """The path in a fingerprint. A plain path stays as it is."""
+    """The path in a fingerprint. A path without a checksum stays as it is."""
     return re.sub(r" \(crc32 [0-9a-f]{8}\)$", "", text)
 
 
 class OwnProblems:
     """The problems of a file; everything else is the wrapped task's. A prompt has at most max_prompt_tokens tokens, an
-    answer at most max_answer_tokens. The first `shots` training problems that have a solution become worked examples
+    answer at most max_answer_tokens. The first `shots` training problems with a solution become solved examples
     (engine/pretrained/chat.py). Raises ValueError for a bad line, or if there are too few problems."""
 
     def __init__(self, task, path: str, max_prompt_tokens: int, max_answer_tokens: int, shots: int = 0):
@@ -130,7 +130,7 @@ class OwnProblems:
             task.show(examples)
         shown = {normalize(problem.question) for problem in examples}
         rows = [row for row in rows if row[2] not in shown]
-        for side, line_no, prompt, problem in sorted(rows):  # "test" first: a prompt on both sides is not trained on
+        for side, line_no, prompt, problem in sorted(rows):  # "test" first: a prompt on both sides is only tested
             answer_tokens = len(task.encoding.encode_ordinary(problem.answer))
             if (prompt and prompt not in self.by_prompt and len(task.encode_prompt(problem)) <= max_prompt_tokens
                     and 1 <= answer_tokens <= max_answer_tokens and not any(tag in problem.answer for tag in TAGS)):
@@ -144,13 +144,13 @@ class OwnProblems:
             self.notes.append(f"{path}: {len(left_out)} problems left out, the first in line {min(left_out)}: empty, "
                               f"repeated, over {max_prompt_tokens} tokens, or with an answer that cannot be matched")
         if n_train < 1 or n_test < 2:
-            raise ValueError("; ".join(self.notes) + "; at least 1 and 2 are needed")
+            raise ValueError("; ".join(self.notes) + "; at least 1 to train on and 2 to test on are needed")
 
     def __getattr__(self, name: str):
-        return getattr(vars(self).get("task"), name)  # subtle: while an object is unpickled it has no task yet
+        return getattr(vars(self).get("task"), name)  # subtle: during unpickling there is no task yet
 
     def make_problem(self, rng: random.Random, longer: bool = False) -> Problem:
-        """A random training problem, with `longer` too."""
+        """A random training problem. `longer` changes nothing."""
         return rng.choice(self.problems["train"])
 
     def heldout_problems(self, n: int, kind: str, seed: int) -> list[Problem]:
@@ -158,7 +158,7 @@ class OwnProblems:
         return random.Random(f"{kind}/{seed}").sample(self.problems[kind], min(n, len(self.problems[kind])))
 
     def parse(self, text: str) -> Problem:
-        """The file's problem with this prompt, or one without an answer."""
+        """The file's problem with this prompt, or else a problem without an answer."""
         return self.by_prompt.get(normalize(text)) or Problem(text.strip(), "")
 
 
@@ -168,40 +168,40 @@ class OwnCorpus:
 
     def __init__(self, task, path: str, share: float):
         dtype = np.uint16 if task.encoding.n_vocab <= 2**16 else np.int32
-        self.task, self.share, parts = task, share, [np.zeros(0, dtype)]
+        self.task, self.share, documents = task, share, [np.zeros(0, dtype)]
         texts = ([row["text"] for _, row in read_rows(path, "text")] if path.lower().endswith(".jsonl")
                  else re.split(r"\n[ \t\r]*\n\s*", read_text(path)))
         texts = [text for text in texts if text.strip()]
         random.Random("own text").shuffle(texts)
         for text in texts:
             ids = task.encoding.encode_ordinary(text)
-            parts += [np.array([*ids[at:at + LONGEST - 1], task.stop_ids[0]], dtype)
-                      for at in range(0, len(ids), LONGEST - 1)]
-        tokens = np.concatenate(parts)
+            documents += [np.array([*ids[at:at + LONGEST - 1], task.stop_ids[0]], dtype)
+                          for at in range(0, len(ids), LONGEST - 1)]
+        tokens = np.concatenate(documents)
         if len(tokens) < 10_000:
-            raise ValueError(f"{path}: {len(tokens)} tokens are too little text, 10,000 are the least")
-        self.tokens = {True: tokens[:len(tokens) // 50], False: tokens[len(tokens) // 50:]}  # held out, to train on
+            raise ValueError(f"{path}: {len(tokens)} tokens are too little text, at least 10,000 are needed")
+        self.tokens = {True: tokens[:len(tokens) // 50], False: tokens[len(tokens) // 50:]}  # True: held out
         self.notes = [*task.notes, f"{path}: {len(texts)} documents of {len(tokens)} tokens together"]
 
     __getattr__ = OwnProblems.__getattr__
 
     def split_documents(self, tokens: np.ndarray) -> list[np.ndarray]:
-        """The documents of a corpus, each with its end of text."""
+        """The documents of a corpus, each with its end-of-text token."""
         ends = np.flatnonzero(tokens == self.stop_ids[0]) + 1
-        return [part for part in np.split(tokens, ends) if len(part)]
+        return [document for document in np.split(tokens, ends) if len(document)]
 
     def make_corpus(self, n_tokens: int, seed: int, heldout: bool = False) -> np.ndarray:
-        """At least n_tokens token ids (n,), with the same share of the text everywhere. A text that is too short is
-        read again, in another order."""
-        rng, own, parts, size, own_size = random.Random(f"own/{seed}"), [], [], 0, 0
+        """At least n_tokens token ids (n,), with the share of your text spread evenly. A text that is too short is
+        repeated, in another order."""
+        rng, own, documents, n_all, n_own = random.Random(f"own/{seed}"), [], [], 0, 0
         others = self.split_documents(self.task.make_corpus(int(n_tokens * (1 - self.share)) + 1, seed, heldout))[::-1]
-        while size < n_tokens:
+        while n_all < n_tokens:
             if not own:
                 own = self.split_documents(self.tokens[heldout])
                 rng.shuffle(own)
-            source = own if own_size <= size * self.share else others
-            parts.append(source.pop())
-            size += len(parts[-1])
+            source = own if n_own <= n_all * self.share else others
+            documents.append(source.pop())
+            n_all += len(documents[-1])
             if source is own:
-                own_size += len(parts[-1])
-        return np.concatenate(parts)
+                n_own += len(documents[-1])
+        return np.concatenate(documents)

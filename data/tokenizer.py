@@ -1,12 +1,11 @@
-"""The tokenizer: one tiktoken.Encoding, made here; nothing is downloaded.
+"""The tokenizer: a tiktoken.Encoding that is made here, without a download.
 
 The vocabulary holds the 256 bytes, then a short list of word pieces that count as one token each (the four tags, the
 two speakers, a few words), then the only special token, end of text. Digits stay single tokens: a model that reads "56"
-as "5", "6" can learn to carry. Any UTF-8 text round-trips, because every byte has a token of its own.
+as "5", "6" can learn to carry. Any UTF-8 text can be encoded and decoded, because every byte is a token.
 
-subtle: tiktoken first splits a text with a regular expression and then looks up each split. A word piece must therefore
-be a split of its own, or it is never found. So the pattern lists the pieces, and takes everything else one character at
-a time.
+subtle: tiktoken first splits a text with a regular expression, and then looks up each piece of the text. So the pattern
+must split off each word piece, or its token is never used. It splits all other text into single characters.
 
 Encode text from outside with `encode_ordinary`. It treats "<|endoftext|>" as thirteen plain characters, so that no
 input can inject the end-of-text token.

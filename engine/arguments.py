@@ -1,4 +1,4 @@
-"""What the command line says: every setting as --key=value."""
+"""The command line: every setting is a flag --key=value, and its type and range are checked here."""
 import argparse
 import difflib
 import math
@@ -13,13 +13,14 @@ class Program(NamedTuple):
     """What train.py, r1.py and experiments/controls.py hand to main."""
     stages: dict           # name -> engine.loop.Stage
     config: type           # its Config
-    description: str       # for --help
+    description: str       # the text of --help
     make_task: Callable    # make_task(cfg) -> the task
     name: str              # the file that was started
 
 
 def number(kind: type, low: float | None, high: float | None) -> Callable[[str], int | float]:
-    """An argparse type: a finite number in a range, above 0 if low is None. A whole number may be written as 1e6.
+    """An argparse type: a finite number from `low` to `high`. If low is None, the number must be above 0; if high is
+    None, it has no upper bound. A whole number may be written as 1e6.
 
     >>> number(int, None, None)("1e6")
     1000000
@@ -42,28 +43,29 @@ def number(kind: type, low: float | None, high: float | None) -> Callable[[str],
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one line for an error, raised as UsageError."""
+    """An argparse parser whose errors are one line, raised as UsageError."""
 
     def error(self, message: str):
         raise UsageError(message)
 
 
 def parse_args(program: Program, argv: list[str]) -> tuple:
-    """--key=value arguments -> (a Config, the options preset, stage, ask and out, None where not given).
+    """Parse --key=value arguments -> (a Config, the other options: preset, stage, ask, out, ..., None if not given).
 
-    Raises UsageError for what is unknown, of the wrong type or out of range; --help prints and exits.
+    Raises UsageError for an argument that is unknown, of the wrong type or out of range. --help prints and exits.
     """
     settings = settings_of(program.config)
     parser = Parser(prog=program.name, usage=f"python {program.name} [--key=value ...]", allow_abbrev=False,
                     description=program.description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, help="a set of values for the settings below")
-    parser.add_argument("--stage", choices=program.stages, help="train only the stages whose names begin so")
-    parser.add_argument("--ask", metavar="PROBLEM", help="print what each model in --out answers")
-    parser.add_argument("--samples", type=number(int, None, None), default=1, metavar="N", help="answers to --ask")
+    parser.add_argument("--preset", choices=PRESETS, help="a named set of values for the settings below")
+    parser.add_argument("--stage", choices=program.stages, help="train only the stages whose names begin with this")
+    parser.add_argument("--ask", metavar="PROBLEM", help="print how each model in --out answers PROBLEM")
+    parser.add_argument("--samples", type=number(int, None, None), default=1, metavar="N",
+                        help="how many answers to --ask each model gives")
     parser.add_argument("--temperature", type=number(float, 0, None), metavar="T",
-                        help="at which they are sampled (default: 0, the likeliest tokens; 1 with several --samples)")
-    parser.add_argument("--evaluate", metavar="FILE", help="evaluate what is in --out on a JSONL file of problems")
-    parser.add_argument("--out", metavar="DIR", help="where the run writes; out/, or out/PRESET, by default")
+                        help="temperature of these answers (default: 0, the likeliest tokens; 1 for several samples)")
+    parser.add_argument("--evaluate", metavar="FILE", help="evaluate the models in --out on a JSONL file of problems")
+    parser.add_argument("--out", metavar="DIR", help="folder of the run (default: out, or out/PRESET)")
     for name, (kind, default, help, choices) in settings.items():
         numeric = kind in (int, float)
         parser.add_argument(f"--{name}", type=number(kind, AT_LEAST.get(name), AT_MOST.get(name)) if numeric else str,
@@ -75,7 +77,7 @@ def parse_args(program: Program, argv: list[str]) -> tuple:
         raise UsageError(f"unknown argument {unknown[0]!r}: "
                          + (f"did you mean --{near[0]}=VALUE?" if near else "see --help"))
     if options.init and options.preset:
-        raise UsageError("--init brings settings of its own, which a --preset does not go with")
+        raise UsageError("--init and --preset both change the defaults of other settings: give only one of them")
     given = {name: value for name, value in vars(options).items() if name in settings and value is not None}
     for name in given:
         if settings[name].type is bool:

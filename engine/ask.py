@@ -1,4 +1,4 @@
-"""What the finished models of a folder answer, and what they reach on a file of problems."""
+"""--ask and --evaluate: answers of the finished models in a folder, and their scores on a file of problems."""
 from pathlib import Path
 
 import torch
@@ -14,19 +14,20 @@ from engine.terminal import UsageError
 
 
 def finished_run(program, out: Path) -> tuple:
-    """The settings of the run in `out`, and the names of its models, those of other programs too. Raises UsageError if
-    there are none."""
+    """The settings of the run in `out`, and the names of its models, including those that other programs trained.
+    Raises UsageError if there is no model."""
     names = finished_models(out, program.stages)
     if not names:
-        raise UsageError(f"there is no model in {out}/: run python train.py first")
+        raise UsageError(f"there is no model in {out}/: train one with python {program.name}, or use another --out")
     last = [name for name in names if name in program.stages][-1:] or names[-1:]
     stored = load_checkpoint(out / f"{last[0]}.pt", last[0])["config"]  # all models of a run have the same task
     known = {name: stored[name] for name in settings_of(program.config) if name in stored}  # another program has more
-    return program.config(**known | {"corpus": ""}), names  # what reads no corpus needs no file of it
+    return program.config(**known | {"corpus": ""}), names  # the file of --corpus is not read here
 
 
 def ask(program, out: Path, text: str, samples: int = 1, temperature: float | None = None) -> str:
-    """What each finished model in `out` answers: its likeliest answer, or several at temperature 1 or another."""
+    """How each finished model in `out` answers the problem in `text`, as lines. Without a temperature, a single answer
+    is the likeliest one, and several answers are sampled at temperature 1."""
     cfg, names = finished_run(program, out)
     if temperature is None:
         temperature = 1.0 if samples > 1 else 0.0
@@ -39,10 +40,12 @@ def ask(program, out: Path, text: str, samples: int = 1, temperature: float | No
     width = max(13, *map(len, names))
     for name in names:
         model = build_model(load_checkpoint(out / f"{name}.pt", name))
-        room = min(cfg.rl_max_new_tokens, model.config.block_size - len(prompt))
-        if room < 1:
-            raise UsageError(f"--ask: the prompt is too long, {len(prompt)} tokens")
-        answers, _ = generate(model, [prompt], room, temperature=temperature, stop_ids=task.stop_ids, samples=samples)
+        max_new_tokens = min(cfg.rl_max_new_tokens, model.config.block_size - len(prompt))
+        if max_new_tokens < 1:
+            raise UsageError(f"--ask: the prompt is too long, {len(prompt)} tokens: it must have fewer than "
+                             f"{model.config.block_size}")
+        answers, _ = generate(model, [prompt], max_new_tokens, temperature=temperature, stop_ids=task.stop_ids,
+                              samples=samples)
         for ids in answers:
             answer = task.encoding.decode([i for i in ids if i not in task.stop_ids])
             verdict = "wrong" if problem.answer else ""
@@ -53,17 +56,18 @@ def ask(program, out: Path, text: str, samples: int = 1, temperature: float | No
 
 
 def evaluate_file(program, out: Path, path: str) -> str:
-    """What each finished model in `out` reaches on a file of problems (see data/own.py), as Markdown."""
+    """The evaluation of each finished model in `out` on a file of problems (see data/own.py), as Markdown."""
     cfg, names = finished_run(program, out)
     try:
         task = program.make_task(cfg)
         problems = read_problems(path)
     except ValueError as error:
         raise UsageError(f"--evaluate: {error}") from None
-    room = cfg.block_size - cfg.rl_max_new_tokens
-    asked = [problem for problem in problems if len(task.encode_prompt(problem)) <= room]
+    max_prompt_tokens = cfg.block_size - cfg.rl_max_new_tokens
+    asked = [problem for problem in problems if len(task.encode_prompt(problem)) <= max_prompt_tokens]
     if len(asked) < 2:
-        raise UsageError(f"--evaluate: {path} has {len(asked)} problems of at most {room} tokens, 2 are the least")
+        raise UsageError(f"--evaluate: at least 2 problems are needed, and {path} has {len(asked)} with at "
+                         f"most {max_prompt_tokens} prompt tokens")
     rows, device = [], cfg.device if has(cfg.device) else "cpu"
     for name in names:
         model = build_model(load_checkpoint(out / f"{name}.pt", name)).to(device)
@@ -72,5 +76,5 @@ def evaluate_file(program, out: Path, path: str) -> str:
         figures = evaluate(model, asked, task, max_new_tokens=cfg.rl_max_new_tokens, generator=generator,
                            size=8 if cfg.init else 32)
         rows.append((name, Path(path).stem, figures))
-    first = f"{path}: {len(asked)} of {len(problems)} problems, those of at most {room} tokens"
+    first = f"{path}: {len(asked)} of {len(problems)} problems, those with at most {max_prompt_tokens} prompt tokens"
     return "\n".join([first, "", *table(rows)])

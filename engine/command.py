@@ -1,4 +1,4 @@
-"""The command line, and the walk over a program's table of stages."""
+"""Run a command line: --ask, --evaluate, or a run, which trains and evaluates the stages of a program's table."""
 import dataclasses
 import gc
 import json
@@ -27,15 +27,19 @@ from engine.terminal import UsageError
 
 
 def main(stages: dict[str, Stage], config: type, description: str, make_task: Callable = make_task) -> NoReturn:
-    """What a program ends with: run its command line, and end this process."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal may lack ± and ▁
+    """The last line of a program: run its command line, and end this process with the exit code.
+
+    `stages` is the program's table, `config` its Config, `description` the text of --help. make_task(cfg) returns the
+    task, see docs/own.md.
+    """
+    for stream in (sys.stdout, sys.stderr):  # the encoding of a terminal may lack ± and ▁
         stream.reconfigure(errors="replace")
     program = Program(stages, config, description, make_task, Path(sys.argv[0]).name)
     end(run_command(program, sys.argv[1:]))
 
 
 def run_command(program: Program, argv: list[str]) -> int:
-    """Run a command line -> exit code. A mistake of the user is one line on stderr, and exit code 2."""
+    """Run a command line -> exit code. An error that the user can correct is one line on stderr, with exit code 2."""
     try:
         tune_libraries()
         cfg, options = parse_args(program, argv)
@@ -46,7 +50,7 @@ def run_command(program: Program, argv: list[str]) -> int:
             print(evaluate_file(program, out, options.evaluate))
         else:
             init(cfg.device)
-            if rank():
+            if rank():  # rank 0 alone prints
                 sys.stdout = open(os.devnull, "w", encoding="utf-8")
             prepared = None if rank() else prepare(program, cfg, out)  # rank 0 reads the files for all
             with lock(out):
@@ -57,48 +61,48 @@ def run_command(program: Program, argv: list[str]) -> int:
         print(f"{program.name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\n{program.name}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(f"\n{program.name}: interrupted; repeat the command to resume from the last checkpoint", file=sys.stderr)
         return 130
 
 
 def default_folder(program: Program, cfg, preset: str | None) -> Path:
-    """out/ for train.py, out/r1 for r1.py; in it a folder for a preset or a pretrained model."""
+    """out/ for train.py, out/r1 for r1.py; a preset or a pretrained model has a folder of its own inside."""
     out = Path("out") if program.name == "train.py" else Path("out", Path(program.name).stem)
     return out / (preset or Path(path_of(cfg.init)).name)
 
 
 def prepare(program: Program, cfg, out: Path) -> tuple:
-    """Check the settings and the files that they name -> (the settings, the task). Raises UsageError."""
+    """Check the settings and the files that they name -> (the settings, the task). Raises UsageError for bad ones."""
     try:
         check(cfg)
         task = program.make_task(cfg)
-        for key in ("init", "student_init"):  # what cannot be loaded is refused before any work
+        for key in ("init", "student_init"):  # a model that cannot be loaded is refused before any training
             shaped = [name for name in program.stages if key in shaped_by(program.stages, name)]
             if getattr(cfg, key) and not any((out / f"{name}.pt").exists() for name in shaped):
                 load_model(path_of(getattr(cfg, key)), task.encoding.n_tokens, cfg.block_size)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    # a fingerprint is the path and a checksum of the file, so that a changed file is noticed
+    # The settings store fingerprints (path and checksum) of the files, so that a changed file is noticed.
     files = {key: fingerprint(path_of(getattr(cfg, key))) for key in ("problems", "corpus", "init", "student_init")}
     return dataclasses.replace(cfg, **files), task
 
 
 def open_run(program: Program, cfg, task, out: Path) -> tuple:
-    """Begin a run, or go on with the one in `out` -> (its settings, the task, out, its results). Raises UsageError if
-    the one in `out` was made with other settings."""
+    """Begin a run, or resume the one in `out` -> (its settings, the task, out, its results). Raises UsageError if a
+    checkpoint in `out` was made with other settings."""
     path, results = out / "results.json", {"config": {}, "seconds": {}, "models": {}}
     try:
         stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else results
         results = {key: dict(stored[key]) for key in results}
     except (ValueError, KeyError, TypeError):
-        raise UsageError(f"{path} is not a nanoR1 run's: use another --out") from None
+        raise UsageError(f"{path} was not written by nanoR1: use another --out") from None
     run = Run(settle(cfg, results["config"]), task, out, results, program.stages)
     for name in program.stages:
         if run.path(name).exists():
-            run.checkpoint(name)
+            run.checkpoint(name)  # raises UsageError if a setting that shaped it has changed
     changed = change(run.cfg, results["config"], names_of(EVALUATION))
     if results["models"] and changed:
-        print(f"the models were evaluated with {changed}: they are evaluated again")
+        print(f"the models were evaluated with {changed}, so they are evaluated again")
         results["models"] = {}
     results["config"] = dataclasses.asdict(run.cfg)
     run.save_results()
@@ -106,15 +110,15 @@ def open_run(program: Program, cfg, task, out: Path) -> tuple:
 
 
 def train(program: Program, run: Run, chosen: str) -> None:
-    """Train the stages whose names begin with `chosen` and that are not finished, evaluate each finished stage that has
-    no figures yet, then report. Raises UsageError if a stage ends without its checkpoint."""
+    """Train the unfinished stages whose names begin with `chosen`, evaluate each finished stage that has no results
+    yet, and write the report. Raises UsageError if a stage ends without its checkpoint."""
     torch.set_num_threads(run.cfg.threads)
-    for note in run.task.notes:  # what was read of your own files, and what was left out
+    for note in run.task.notes:  # such as how many problems of a file are used, and how many are left out
         print(note)
     wanted = [name for name in run.stages if name.startswith(chosen)]
     for name, stage in run.stages.items():
         if name in wanted and not run.path(name).exists():
-            run.results["models"].pop(name, None)  # the figures of a checkpoint that was removed
+            run.results["models"].pop(name, None)  # results of a checkpoint that somebody removed
             run.save_results()
             run.stage, run.began = name, time.perf_counter()
             spent = sum(run.results["seconds"].values()) / 60
@@ -122,8 +126,9 @@ def train(program: Program, run: Run, chosen: str) -> None:
                   f"{machine(run.cfg)}", flush=True)
             stage.train(run, *map(run.load_model, stage.starts))
             if not run.path(name).exists() and not rank():
-                raise UsageError(f"{name} ended before the last step of run.steps, so {run.path(name)} was not written")
-            gc.collect()  # compiled models refer to themselves, and would stay in memory for a while
+                raise UsageError(f"{name} ended before the last step, so {run.path(name)} was not written: "
+                                 "its loop must take every step of run.steps")
+            gc.collect()  # compiled models contain reference cycles, and would stay in memory for a while
         if run.path(name).exists() and name not in run.results["models"]:
             evaluate_stage(run, name)
     text = report(run)

@@ -1,4 +1,4 @@
-"""What pretraining reads, as each rank gets it."""
+"""The batches of pretraining. The corpus is written in the background, and each rank gets its own rows of a batch."""
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -8,11 +8,11 @@ from torch import Tensor
 from data.corpus import corpus_rows
 from engine.parallel import rank, world_size
 
-MADE: dict = {}  # the corpora that were made: both bases read the same one, the student's perhaps a shorter part of it
+MADE: dict = {}  # finished corpora: both bases read the same one, perhaps different numbers of its rows
 
 
 def rows_of(task, n_rows: int, length: int, seed: int, heldout: bool = False) -> tuple[Tensor, Tensor]:
-    """data.corpus.corpus_rows as tensors, made once."""
+    """data.corpus.corpus_rows as tensors, kept in MADE."""
     key = task, length, seed, heldout
     if key not in MADE or len(MADE[key][1]) < n_rows:
         corpus, starts = corpus_rows(task, n_rows, length, seed, heldout)
@@ -22,9 +22,9 @@ def rows_of(task, n_rows: int, length: int, seed: int, heldout: bool = False) ->
 
 
 class Corpus:
-    """n_steps batches of n_rows rows of the corpus in random order, each row once, and two batches of held-out ones.
+    """n_steps batches of n_rows rows of the corpus, in random order and each row once; and 2 * n_rows held-out rows.
 
-    The corpus is written in the background. Run.steps waits for it before its clock starts.
+    The corpus is written in the background. Run.steps waits for it, so that the wait is not part of the first step.
     """
 
     def __init__(self, task, cfg, n_steps: int, n_rows: int):
@@ -34,8 +34,8 @@ class Corpus:
         self.made = None
         self.order = torch.randperm(total, generator=torch.Generator().manual_seed(cfg.seed))
         if n_steps:
-            doing = ", and torch.compile" if cfg.compile == "on" else ""
-            print(f"a corpus of {total * self.length:,} tokens{doing}", flush=True)
+            compiling = ", and compiling the model" if cfg.compile == "on" else ""
+            print(f"writing a corpus of {total * self.length:,} tokens{compiling}", flush=True)
             pool = ThreadPoolExecutor(1)
             self.made = pool.submit(rows_of, task, total, self.length, cfg.seed)
             pool.shutdown(wait=False)
@@ -46,7 +46,7 @@ class Corpus:
             self.made.result()
 
     def batch(self, number: int) -> Tensor:
-        """This rank's rows of batch 1..n_steps, token ids (B, T+1)."""
+        """This rank's rows of batch `number`, from 1 to n_steps: token ids (B, T+1)."""
         corpus, starts = self.made.result()
         return self.rows(corpus, starts[self.order[(number - 1) * self.n_rows:number * self.n_rows]])
 
@@ -56,5 +56,6 @@ class Corpus:
         return self.rows(*rows_of(self.task, 2 * self.n_rows, self.length, self.cfg.seed, heldout=True))
 
     def rows(self, corpus: Tensor, starts: Tensor) -> Tensor:
+        """This rank's rows of those that begin at `starts`: token ids (B, T+1)."""
         mine = starts[rank()::world_size()]
         return corpus[mine[:, None] + torch.arange(self.length)].long().to(self.cfg.device)

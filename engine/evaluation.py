@@ -1,4 +1,4 @@
-"""What a model reaches on held-out problems."""
+"""Evaluation on held-out problems: pass@1, maj@16 and so on after a stage, and quick evaluations during RL."""
 import time
 from collections import Counter
 
@@ -13,11 +13,11 @@ from rewards import extract_answer, format_reward, reflects
 
 EVAL_SAMPLES = 16  # completions of each evaluated problem, for maj@16 and pass@16
 QUICK_PROBLEMS, QUICK_SAMPLES = 32, 4  # problems of a quick evaluation (--eval_every), and completions of each
-WORTH_COMPILING = 200_000  # parameters from which on evaluation on a CPU is compiled
+WORTH_COMPILING = 200_000  # on a CPU, models of at least this many parameters are compiled for the evaluation
 
 
 def majority(answers: list[str | None]) -> str | None:
-    """The most frequent answer, or the first of several that are equally frequent. None is no answer and has no vote.
+    """The most frequent answer, or the first of several that are equally frequent. None means no answer and no vote.
 
     >>> majority(["3", None, None, None, "5", "5", "3"])
     '3'
@@ -33,29 +33,29 @@ def evaluate(model: GPT, problems: list, task, *, max_new_tokens: int, generator
 
     pass@1 is the share of correct completions, pass@1_se its standard error over problems, maj@16 the share of problems
     that the most frequent answer solves, pass@16 the share that any of the 16 solves. format, length (tokens, with the
-    stop token), reflection and what else the task's reward returns are means over completions. The ranks divide the
-    problems among themselves, and each answers `size` of them at a time, which bounds the memory of keys and values.
+    stop token), reflection and all other keys of the task's reward are means over completions. The ranks divide the
+    problems among themselves. Each rank samples for `size` problems at a time, which bounds the memory of the cache.
     """
     known = ("reward", "accuracy", "format", "reflection")
     others = [key for key in task.reward("", problems[0]) if key not in known]
-    counts = torch.zeros(len(problems), 5 + len(others), dtype=torch.float64)  # of each problem's completions
+    counts = torch.zeros(len(problems), 5 + len(others), dtype=torch.float64)  # sums over each problem's completions
     mine = range(rank(), len(problems), world_size())
     for start in range(0, len(mine), size):
-        part = mine[start:start + size]
-        rollout = sample_rollout(model, [problems[i] for i in part], task.reward, task, EVAL_SAMPLES, max_new_tokens,
+        chunk = mine[start:start + size]
+        rollout = sample_rollout(model, [problems[i] for i in chunk], task.reward, task, EVAL_SAMPLES, max_new_tokens,
                                  generator)
-        for k, i in enumerate(part):
+        for k, i in enumerate(chunk):
             group = slice(k * EVAL_SAMPLES, (k + 1) * EVAL_SAMPLES)
             scores, texts = rollout.scores[group], rollout.texts[group]
-            # format and reflection are read from the text, because the reward of your own task may report neither
+            # format and reflection are read from the text, because the reward of another task may report neither
             counts[i] = torch.tensor([
                 sum(score["accuracy"] for score in scores), majority_is_correct(problems[i], texts),
                 sum(map(format_reward, texts)), sum(map(len, rollout.completions[group])), sum(map(reflects, texts)),
                 *(sum(score[key] for score in scores) for key in others)])
-    correct, votes, *sums = all_reduce(counts).unbind(dim=1)
+    correct, majority_correct, *sums = all_reduce(counts).unbind(dim=1)
     n = EVAL_SAMPLES
     figures = {"pass@1": correct.mean() / n, "pass@1_se": correct.std() / n / len(problems) ** 0.5,
-               f"maj@{n}": votes.mean(), f"pass@{n}": (correct > 0).double().mean()}
+               f"maj@{n}": majority_correct.mean(), f"pass@{n}": (correct > 0).double().mean()}
     figures |= {key: total.mean() / n for key, total in zip(("format", "length", "reflection", *others), sums)}
     return {key: value.item() for key, value in figures.items()} | {"n_problems": len(problems)}
 
@@ -68,30 +68,31 @@ def majority_is_correct(problem, texts: list[str]) -> bool:
 
 
 def evaluate_stage(run, name: str) -> None:
-    """Evaluate a stage's model on the held-out problems, into results.json."""
+    """Evaluate a stage's model on the held-out problems, and store the figures in results.json."""
     cfg, start = run.cfg, time.perf_counter()
-    print(f"{name} answers {cfg.eval_problems} problems of each kind {EVAL_SAMPLES} times", flush=True)
+    print(f"evaluating {name}: {EVAL_SAMPLES} answers to each of {cfg.eval_problems} problems of each kind", flush=True)
     model = run.load_model(name)
-    # RL and distillation compile the sampling of the larger models anyway, and models of one shape share the code. For
-    # a small model compiling would take longer than its evaluation. On a GPU large batches are quicker.
+    # Compiling is worth it for the larger models: RL and distillation have compiled their sampling anyway, and models
+    # of one shape share the code. For a small model, compiling would take longer than its evaluation.
     compiles = cfg.device == "cpu" and model.n_params() >= WORTH_COMPILING
     model = make_fast(model, cfg, sampling=compiles)
-    size = 8 if cfg.init else 256 if cfg.device == "cuda" else 32  # problems at a time
-    found = {"params": model.n_params()}
+    size = 8 if cfg.init else 256 if cfg.device == "cuda" else 32  # problems at a time; large batches suit a GPU
+    results = {"params": model.n_params()}
     for kind in run.task.held_out:
         problems = run.task.heldout_problems(cfg.eval_problems, kind, cfg.seed)
         _, generator = run.seeded(0, f"evaluate {name} {kind}")
-        found[kind] = evaluate(model, problems, run.task, max_new_tokens=cfg.rl_max_new_tokens, generator=generator,
-                               size=size)
-        figures = [f"{key} {value:.3g}" for key, value in found[kind].items() if key not in ("pass@1_se", "n_problems")]
+        results[kind] = evaluate(model, problems, run.task, max_new_tokens=cfg.rl_max_new_tokens, generator=generator,
+                                 size=size)
+        figures = [f"{key} {value:.3g}" for key, value in results[kind].items()
+                   if key not in ("pass@1_se", "n_problems")]
         print(fitting([f"{name} on {kind}: {figures[0]}", *figures[1:]]), flush=True)
-    run.results["models"][name] = found
+    run.results["models"][name] = results
     run.results["seconds"][f"evaluate {name}"] = round(time.perf_counter() - start, 1)
     run.save_results()
 
 
 def heldout_accuracy(policy: GPT, task, cfg, generator: torch.Generator) -> float:
-    """A quick evaluation of a policy during RL: its accuracy on a few held-out problems, which the ranks divide."""
+    """The quick evaluation during RL: the policy's accuracy on a few held-out problems, which the ranks divide."""
     kind, *_ = task.held_out
     problems = task.heldout_problems(min(QUICK_PROBLEMS, cfg.eval_problems), kind, cfg.seed + 1)[rank()::world_size()]
     rollout = sample_rollout(policy, problems, task.reward, task, QUICK_SAMPLES, cfg.rl_max_new_tokens, generator)

@@ -1,6 +1,7 @@
-"""Files that are written whole or not at all, checkpoints, and the lock of a folder.
+"""Files: atomic writes, checkpoints, and the lock of a run's folder.
 
-Checkpoints are loaded with weights_only=True, which executes nothing in them.
+A run may be killed at any moment. So a write either replaces a whole file or leaves the old one as it was. Checkpoints
+are loaded with weights_only=True, which executes no code in them.
 """
 import json
 import os
@@ -21,8 +22,8 @@ from model import GPT, GPTConfig
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, whose content takes the place of `path` whole or not at all. Raises UsageError, with the old
-    content intact, if it cannot be written."""
+    """Open a temporary file, which replaces `path` in one step when the `with` block ends. Raises UsageError if it
+    cannot be written; `path` then has its old content."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -30,22 +31,22 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for a full disk
         temporary.unlink(missing_ok=True)
-        if isinstance(error.__context__, KeyboardInterrupt):  # torch.save makes a RuntimeError of that, too
+        if isinstance(error.__context__, KeyboardInterrupt):  # ... and for Ctrl-C, too
             raise KeyboardInterrupt from None
-        raise UsageError(f"cannot write {path}: {error}; what was saved before is intact") from None
+        raise UsageError(f"cannot write {path}: {error}; the old files are intact, so the run can be resumed") from None
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, if this is rank 0."""
+    """Write a whole file or nothing, on rank 0 only."""
     if not rank():
         with whole_file(path) as file:
             file.write(content)
 
 
 def log_rows(out: Path) -> list[dict]:
-    """The rows of log.jsonl, without a last line that a killed run left unfinished."""
+    """The rows of log.jsonl, without an incomplete last line, which a killed run may leave."""
     path = out / "log.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     try:
@@ -55,33 +56,33 @@ def log_rows(out: Path) -> list[dict]:
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
-    """Write a checkpoint whole or not at all, if this is rank 0. It goes to the file piece by piece: in memory it would
-    be a second copy of the model."""
+    """Write a whole checkpoint or nothing, on rank 0 only. It is written piece by piece, because a checkpoint in memory
+    would be a second copy of the model."""
     if not rank():
         with whole_file(path) as file:
             torch.save(content, file)
 
 
 def load_checkpoint(path: Path, stage: str | None = None) -> dict:
-    """A checkpoint's content, read without executing anything in it. Raises UsageError if the file is not a checkpoint
-    of ours, or one of another stage than the one named."""
+    """The content of a checkpoint. Raises UsageError if the file is missing, is not a complete nanoR1 checkpoint, or is
+    a checkpoint of another stage than `stage`."""
     if not path.exists():
-        raise UsageError(f"{path} is missing: an earlier stage makes it (python train.py runs them all)")
+        raise UsageError(f"{path} is missing: train this stage first (without --stage all stages are trained)")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's lines about foreign pickles, beside the one of ours
+            warnings.simplefilter("ignore")  # torch warns about foreign pickles; our line below is enough
             content = torch.load(path, map_location="cpu", weights_only=True)
-        found = {1: content["stage"]}[content["nanor1"]]  # 1 is the format of these checkpoints
-    except Exception:  # torch.load raises a dozen kinds for what is cut off, foreign or malicious
-        raise UsageError(f"{path} is not a whole nanoR1 checkpoint: remove it to have it made again") from None
-    if stage not in (None, found):
-        raise UsageError(f"{path} is a checkpoint of {found}")
+        stored = {1: content["stage"]}[content["nanor1"]]  # 1 is the format of these checkpoints
+    except Exception:  # torch.load raises many kinds for files that are cut off, foreign or malicious
+        raise UsageError(f"{path} is not a complete nanoR1 checkpoint: remove it, and repeat the command") from None
+    if stage not in (None, stored):
+        raise UsageError(f"{path} is a checkpoint of {stored}, not of {stage}: rename it or remove it")
     return content
 
 
 def finished_models(out: Path, first: Iterable[str]) -> list[str]:
-    """The names of all NAME.pt in a folder that finished stages left: those in `first` in their order, then the rest.
-    (Copies and foreign files are named otherwise than the stage in them.)"""
+    """The names of the finished stages with a NAME.pt in a folder: those in `first`, in their order, then the others.
+    Of the others, a file counts only if it is named after the stage stored in it, which a copy is not."""
     names = [name for name in first if (out / f"{name}.pt").exists()]
     left_out = (*names, "resume", *(f"{name}_best" for name in names))
     others = [path for path in sorted(out.glob("*.pt")) if path.stem not in left_out]
@@ -89,7 +90,7 @@ def finished_models(out: Path, first: Iterable[str]) -> list[str]:
 
 
 def stage_of(path: Path) -> str | None:
-    """The stage that left a checkpoint; None if the file is not one of ours."""
+    """The stage that wrote a checkpoint; None if the file is not a nanoR1 checkpoint."""
     try:
         return load_checkpoint(path)["stage"]
     except UsageError:
@@ -97,7 +98,7 @@ def stage_of(path: Path) -> str | None:
 
 
 def build_model(content: dict) -> GPT:
-    """The model of a checkpoint's content, on the CPU, with the type of matrix products that it was trained with."""
+    """The model in a checkpoint's content, on the CPU, with the compute dtype that it was trained with."""
     model = make_model(GPTConfig(**content["shape"]), getattr(torch, content["config"]["dtype"]))
     model.load_state_dict(content["model"])
     return model
@@ -105,9 +106,10 @@ def build_model(content: dict) -> GPT:
 
 @contextmanager
 def lock(out: Path) -> Iterator[None]:
-    """Make a folder, and lock it until the `with` or this process ends, however it ends; rank 0 does so for all ranks.
+    """Create a folder, and lock it until the `with` block or this process ends, even if the process is killed. Rank 0
+    holds the lock for all ranks. Raises UsageError if another run holds it.
 
-    SQLite's locks are the operating system's, on every system. Raises UsageError if another run holds the lock.
+    The lock is one of SQLite, which uses the file locks of the operating system, whichever it is.
     """
     if rank():
         yield

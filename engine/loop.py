@@ -4,8 +4,8 @@
         ...                      # the stage's own lines
         step.log(metrics)
 
-`run.steps` is a generator. Around the stage's own lines it resumes, seeds, logs, prints and saves (progress.py). A
-stage has one loop over it.
+`run.steps` is a generator. Around the stage's own lines it resumes, seeds, logs, prints and saves (progress.py). Each
+stage has exactly one such loop.
 
 A run can be interrupted or killed at any moment. The same command resumes it from the last checkpoint. Everything that
 a step draws at random is seeded by (seed, stage, step, rank), so no generator's state is saved. Where nothing is
@@ -35,47 +35,47 @@ from model import GPT, GPTConfig
 
 
 class Stage(NamedTuple):
-    """An entry of a program's table of stages, which has them by name."""
-    train: Callable          # called with the run and the models of the stages that it starts from
+    """An entry of a program's table of stages, which maps names to stages."""
+    train: Callable          # train(run, *models of the stages that it starts from)
     starts: tuple[str, ...]  # the names of these stages
-    settings: tuple          # the groups and names of the settings that shape it, besides those of these stages
+    settings: tuple          # groups and names of the settings that shape it, without those of `starts`
 
 
 class Watch(NamedTuple):
-    """What a stage's model is asked while it is trained, for samples.jsonl and --eval_every."""
+    """What keep_samples and the quick evaluation ask a stage's model during training."""
     make_problem: Callable        # make_problem(rng) -> a problem
     reward_fn: Callable           # see grpo.sample_rollout
-    teacher: GPT | None = None    # it answers the same problems once
+    teacher: GPT | None = None    # answers the same problems once, at the start
 
 
 @dataclass
 class Step:
     """One step of a stage on this rank, with random numbers of its own."""
-    number: int                  # 1 to the number of steps
-    last: bool                   # is it the last one?
+    number: int                  # from 1 to the number of steps
+    last: bool                   # is it the last step?
     rng: random.Random
     generator: torch.Generator
-    lr_scale: float              # factor of the learning rates
+    lr_scale: float              # factor on the learning rates
     asked: list | None = None    # the problems of this step
     metrics: Metrics | None = None
     rollout: Rollout | None = None
 
     def problems(self, n: int, make_problem: Callable) -> list:
-        """This rank's share of n problems, which make_problem(rng) makes."""
+        """This rank's shard of n problems, made by make_problem(rng)."""
         assert n % world_size() == 0, f"{n} problems cannot be divided evenly among {world_size()} ranks"
         self.asked = [make_problem(self.rng) for _ in range(n // world_size())]
         return self.asked
 
     def log(self, metrics: Metrics, rollout: Rollout | None = None) -> None:
-        """What this step's row in log.jsonl says, added up over the ranks; tokens_per_s takes the place of its metric
-        "tokens". The first answer of a rollout is shown on the terminal now and then. A step ends with one such call."""
+        """End the step. Its metrics, averaged over the ranks, become a row of log.jsonl; "tokens" becomes tokens_per_s.
+        At some steps the first answer of the rollout is printed. Each step calls this once, as its last line."""
         assert self.metrics is None, "a step must be logged once, with step.log(...) as its last line"
         self.metrics, self.rollout = metrics, rollout
 
 
 def lr_schedule(step: int, steps: int, hold: float = 0.4) -> float:
-    """Factor of the learning rate at step 1..steps: it rises over the first twentieth, stays at 1 up to a share `hold`
-    of the steps, and falls to 3 %.
+    """Factor on the learning rate at a step, from 1 to `steps`. It rises to 1 over the first twentieth of the steps,
+    stays there up to the fraction `hold` of the steps, and falls linearly towards 0.03.
 
     >>> [round(lr_schedule(step, 100), 2) for step in (1, 5, 40, 70, 100)]
     [0.2, 1.0, 1.0, 0.53, 0.05]
@@ -86,18 +86,18 @@ def lr_schedule(step: int, steps: int, hold: float = 0.4) -> float:
 
 
 class Run:
-    """A run under way: its settings and its task, where it writes, and what results.json holds."""
+    """A run: its settings, its task, the folder that it writes into, and the content of results.json."""
 
     def __init__(self, cfg, task, out: Path, results: dict, stages: dict[str, Stage]):
         self.cfg, self.task, self.out, self.results, self.stages = cfg, task, out, results, stages
-        self.stage = ""   # the stage under way
-        self.began = 0.0  # when it began, by time.perf_counter()
-        self.writing: Corpus | None = None  # the corpus that was asked for last
+        self.stage = ""   # the stage that is being trained
+        self.began = 0.0  # when that stage began, by time.perf_counter()
+        self.writing: Corpus | None = None  # the corpus of that stage
 
-    # What a stage asks for
+    # What a stage uses
 
     def new_model(self, n_layer: int, n_head: int, n_embd: int, student: bool = False) -> GPT:
-        """A model with random weights; with --init the pretrained model, or the student's."""
+        """A model with random weights. With --init it is the pretrained model, or the student's (starting_model)."""
         cfg, dtype = self.cfg, getattr(torch, self.cfg.dtype)
         torch.manual_seed(cfg.seed)
         if cfg.init:
@@ -106,31 +106,31 @@ class Run:
         return make_model(shape, dtype).to(cfg.device)
 
     def corpus(self, n_steps: int, n_rows: int) -> Corpus:
-        """n_steps batches of n_rows rows of the corpus, which is written in the background."""
+        """n_steps batches of n_rows rows of the corpus, which is written in the background from now on."""
         self.writing = Corpus(self.task, self.cfg, n_steps, n_rows)
         return self.writing
 
     def fast(self, model: GPT, training: bool = False, sampling: bool = False) -> GPT:
-        """The model, with quick methods in place of its own. They return the same but for rounding."""
+        """The model, with faster methods in place of its own. Their results differ by rounding only."""
         return make_fast(model, self.cfg, training, sampling)
 
     def frozen(self, model: GPT) -> GPT:
-        """A copy that is never trained."""
+        """A copy of the model that is never trained."""
         return frozen(model, self.cfg)
 
     def seeded(self, number: int, name: str = "") -> tuple[random.Random, torch.Generator]:
-        """The generators of a step on this rank: a pure function of (seed, stage, step, rank). Rank 0 draws what one
-        process draws."""
+        """The random generators of a step on this rank, which depend on (seed, stage, step, rank) only. Rank 0 draws
+        the same numbers as a run of one process."""
         of_rank = f"/{rank()}" if rank() else ""
         rng = random.Random(f"{self.cfg.seed}/{name or self.stage}/{number}{of_rank}")
         return rng, torch.Generator(self.cfg.device).manual_seed(rng.getrandbits(63))
 
     def steps(self, n: int, *, hold: float = 0.4, watch: Watch | None = None, **parts) -> Iterator[Step]:
-        """The steps 1 to n of a stage, or those after resume.pt. After the last one, NAME.pt is written.
+        """Yield the steps 1 to n of a stage, or those after resume.pt. After the last step, NAME.pt is written.
 
-        parts are the objects with a state_dict that the steps change: resume.pt keeps their states. parts["model"] is
-        what the stage makes. If the stage leaves the loop early, or a step raises an error, nothing is written. Raises
-        UsageError if a metric is no longer finite.
+        `parts` are the objects that the steps change. Each has a state_dict, which resume.pt stores. parts["model"] is
+        the model that the stage trains. `hold` is that of lr_schedule. If the stage leaves the loop early, or a step
+        raises an error, neither that step nor NAME.pt is saved. Raises UsageError if a metric is not finite.
         """
         if "optimizer" in parts:
             graphed(parts["optimizer"], self.cfg)
@@ -155,21 +155,22 @@ class Run:
         progress.end()
 
     def look(self, step: Step, n: int, model: GPT, watch: Watch) -> dict[str, float]:
-        """What the model answers while it is trained, into samples.jsonl; its accuracy on held-out problems."""
+        """Add answers to samples.jsonl if they are due. If a quick evaluation is due, return its metric."""
         keep_samples(self, step.number, n, model, watch)
-        every = self.cfg.eval_every if watch.teacher is None else 0  # in RL alone
+        every = self.cfg.eval_every if watch.teacher is None else 0  # only in RL, which has no teacher
         if not every or (step.number % every and not step.last):
             return {}
-        return_memory(self.cfg)  # of the update: keys and values need it in other pieces
+        return_memory(self.cfg)  # of the update: the cache of keys and values needs it in pieces of other sizes
         return {"heldout_accuracy": heldout_accuracy(model, self.task, self.cfg, step.generator)}
 
-    # What a finished stage left
+    # Results of finished stages
 
     def path(self, name: str) -> Path:
+        """NAME.pt in the folder of the run."""
         return self.out / f"{name}.pt"
 
     def checkpoint(self, name: str) -> dict:
-        """A stage's checkpoint. Raises UsageError if it is missing, or was made with other settings."""
+        """The content of a stage's checkpoint. Raises UsageError if it is missing, or was made with other settings."""
         content = load_checkpoint(self.path(name), name)
         refuse_changes(self.cfg, content["config"], self.path(name), shaped_by(self.stages, name))
         self.results["seconds"][name] = round(content["seconds"], 1)

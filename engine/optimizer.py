@@ -7,11 +7,11 @@ from model import GPT
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (K. Jordan, 2024): the update of a matrix is the orthogonal matrix nearest to its momentum, so that all
-    directions are learnt at one pace. In pretraining on arithmetic it saves a factor of several in tokens.
+    """Muon (K. Jordan, 2024): the update of a matrix is the orthogonal matrix nearest to its momentum, so that the
+    weights move equally far in all directions. In pretraining on arithmetic, it needs several times fewer tokens.
 
     The updates are those of torch.optim.Muon. All matrices of one shape are computed as one batch, which is 2.3 times
-    as quick. dtype is the type of the matrix products.
+    as fast. dtype is the compute dtype.
     """
 
     def __init__(self, matrices: list[Tensor], lr: float, dtype: torch.dtype, momentum: float = 0.95):
@@ -46,8 +46,8 @@ class Muon(torch.optim.Optimizer):
 class Optimizer:
     """AdamW, with Muon for the matrices of the blocks if muon_lr is above 0.
 
-    Pretraining and distillation use Muon. RL uses AdamW alone, with beta2 at its usual 0.999: its steps get smaller
-    where the gradient is noisy, as in RL, while Muon's steps always have one size.
+    Pretraining and distillation use Muon. RL uses AdamW alone, with the usual beta2 of 0.999. AdamW takes smaller steps
+    where the gradient is noisy, as in RL. All steps of Muon have the same size.
     """
 
     def __init__(self, model: GPT, adam_lr: float, muon_lr: float = 0.0, beta2: float = 0.95):
@@ -62,10 +62,10 @@ class Optimizer:
     def step(self, lr_scale: float = 1.0, share: float = 1.0, has_gradient: bool = True, clip: float = 1.0) -> Tensor:
         """One update with the learning rates times lr_scale -> the norm of the gradient before it is clipped to `clip`.
 
-        With several ranks, each rank's gradient is that of the mean over its own part of a minibatch, and `share` is
-        the number of rows or tokens in this part. The gradient of the whole minibatch is the mean of the ranks'
+        With several ranks, each rank's gradient is that of the mean loss over its own shard of a minibatch, and `share`
+        is the number of rows or tokens in this shard. The gradient of the whole minibatch is the mean of the ranks'
         gradients, weighted by `share`. Every rank calls this for every minibatch, also without a gradient of its own.
-        Where no rank has a gradient, nothing changes: momentum alone would move the weights.
+        If no rank has a gradient, nothing changes. (An optimizer step would move the weights by momentum alone.)
         """
         if world_size() > 1:
             has_gradient = self.mean_over_ranks(share, has_gradient)
@@ -80,7 +80,7 @@ class Optimizer:
         return norm
 
     def mean_over_ranks(self, share: float, has_gradient: bool) -> bool:
-        """Give each rank the weighted mean of all ranks' gradients -> whether any rank has one."""
+        """Replace each rank's gradients by their weighted mean over all ranks -> whether any rank has gradients."""
         total, n_with = all_reduce(torch.tensor([float(share), float(has_gradient)])).tolist()
         if not n_with:
             return False
@@ -91,10 +91,10 @@ class Optimizer:
         return True
 
     def state_dict(self) -> list[dict]:
-        """What a checkpoint keeps."""
+        """The state that a checkpoint stores."""
         return [part.state_dict() for part in self.parts]
 
     def load_state_dict(self, state: list[dict]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the state of a checkpoint."""
         for part, part_state in zip(self.parts, state):
             part.load_state_dict(part_state)

@@ -1,11 +1,11 @@
-"""Data parallelism: several ranks hold the same weights, and each computes its own part of every batch.
+"""Data parallelism: several ranks hold the same weights, and each computes its own shard of every batch.
 
     torchrun --standalone --nproc_per_node=2 train.py
 
-A rank is one process, numbered from 0; world_size is their number. Each rank samples answers to its own problems from
-its own seed, and no rollout is gathered. The ranks exchange only sums: the gradients (Optimizer.step), the metrics of a
-step, and the counts of an evaluation. Rank 0 writes the files. Without torchrun there is one rank, and no function here
-does anything. Names are those of torch.distributed.
+A rank is one process; ranks are numbered from 0, and world_size is how many there are. Each rank samples answers to its
+own problems with its own seed, and rollouts are never gathered. The ranks exchange only sums: the gradients
+(Optimizer.step), the metrics of a step, and the counts of an evaluation. Rank 0 writes the files. Without torchrun,
+there is one rank, and nothing is exchanged. The names are those of torch.distributed.
 """
 import os
 import sys
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine.terminal import UsageError
 
-PARENT = os.getppid()  # of a rank, the torchrun that started it
+PARENT = os.getppid()  # the process that started this one; for a rank it is torchrun
 
 
 def rank() -> int:
@@ -31,12 +31,12 @@ def world_size() -> int:
 
 
 def init(device: str) -> None:
-    """Meet the other ranks, if torchrun started this process. Raises UsageError if the machine has a GPU, but not one
-    for each rank: nccl does not let two ranks share one."""
+    """Connect to the other ranks, if torchrun started this process. Raises UsageError if the machine has GPUs but fewer
+    than ranks, because nccl does not let two ranks share a GPU."""
     if dist.is_torchelastic_launched() and not dist.is_initialized():
         n_ranks, n_gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         if device in ("auto", "cuda") and 0 < n_gpus < n_ranks:
-            raise UsageError(f"{n_ranks} processes need {n_ranks} GPUs, and torch sees {n_gpus}: start fewer, or take "
+            raise UsageError(f"{n_ranks} processes need {n_ranks} GPUs, and torch sees {n_gpus}: start fewer, or add "
                              "--device=cpu")
         if int(os.environ["LOCAL_RANK"]) < n_gpus:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -44,20 +44,20 @@ def init(device: str) -> None:
 
 
 def check_launcher() -> None:
-    """Raises RuntimeError if torchrun is gone. After SIGKILL it cannot end its ranks, and they would train on."""
+    """Raises RuntimeError if torchrun has ended. After SIGKILL it cannot end its ranks, and they would train on."""
     if world_size() > 1 and os.getppid() != PARENT:
-        raise RuntimeError("torchrun has ended, and so does this rank")
+        raise RuntimeError("torchrun has ended, so this rank ends, too")
 
 
 def all_reduce(x: Tensor) -> Tensor:
-    """The sum over all ranks, in place."""
+    """Sum x over all ranks, in place."""
     if world_size() > 1:
         dist.all_reduce(x)
     return x
 
 
 def barrier() -> None:
-    """Wait until all ranks have come here."""
+    """Wait until all ranks have called this."""
     all_reduce(torch.zeros(1))
 
 
@@ -70,21 +70,21 @@ def broadcast(value):
 
 
 def sums_over_ranks(values: dict[str, tuple]) -> dict[str, tuple[float, float]]:
-    """The pairs of numbers of all ranks, added up by name. A rank may lack a name: what it had nothing of."""
+    """Add up the pairs (total, count) of all ranks by name. A rank may lack a name, if it has nothing to count."""
     mine = {name: (float(total), float(count)) for name, (total, count) in values.items()}
     if world_size() == 1:
         return mine
     gathered: list = [None] * world_size()
     dist.all_gather_object(gathered, mine)
-    names = dict.fromkeys(name for found in gathered for name in found)
-    return {name: tuple(sum(found.get(name, (0.0, 0.0))[i] for found in gathered) for i in range(2)) for name in names}
+    names = dict.fromkeys(name for pairs in gathered for name in pairs)
+    return {name: tuple(sum(pairs.get(name, (0.0, 0.0))[i] for pairs in gathered) for i in range(2)) for name in names}
 
 
 def end(code: int) -> NoReturn:
     """End this process with an exit code.
 
-    subtle: a rank leaves without winding Python up. gloo's threads free what was exchanged last a little later, and
-    need Python's lock for it. If the interpreter winds up meanwhile, C++ aborts the process.
+    subtle: a rank skips Python's shutdown. The threads of gloo free the last message a little later, and need Python's
+    lock to do so. If the interpreter shuts down meanwhile, C++ aborts the process.
     """
     sys.stdout.flush()
     sys.stderr.flush()

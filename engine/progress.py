@@ -1,4 +1,4 @@
-"""How far a stage is: the log, the terminal, and what resume.pt keeps."""
+"""The progress of a stage: its rows in log.jsonl, its lines on the terminal, and its checkpoints."""
 import dataclasses
 import json
 import math
@@ -11,23 +11,24 @@ from engine.parallel import barrier, rank, sums_over_ranks
 from engine.settings import refuse_changes, shaped_by
 from engine.terminal import UsageError, example_line, step_line
 
-PRETRAIN_PRINT = 20  # pretraining steps between lines on the terminal; log.jsonl has them all
+PRETRAIN_PRINT = 20  # steps of pretraining between two lines on the terminal; log.jsonl has every step
 
 
 class Progress:
-    """How far a stage is. resume.pt is saved every save_every seconds, or as often as takes a twentieth of the time.
-    NAME_best.pt is the model with the best heldout_accuracy so far, for RL that gets worse again."""
+    """Resumes, logs, prints and saves a stage. resume.pt is saved every save_every seconds, but less often if saving
+    would take more than a twentieth of the time. NAME_best.pt is the model with the best heldout_accuracy so far,
+    because RL may get worse again."""
 
     def __init__(self, run, n: int, parts: dict):
         self.run, self.n, self.parts, self.name = run, n, parts, run.stage
         self.step = 0              # the last step that is finished
-        self.seconds = 0.0         # what the stage took so far
+        self.seconds = 0.0         # how long the stage has taken so far
         self.saved_step = 0        # the step in resume.pt
-        self.save_seconds = 0.0    # what saving it took
+        self.save_seconds = 0.0    # how long saving it took
         self.best = 0.0            # the best heldout_accuracy
 
     def resume(self) -> None:
-        """Go on from resume.pt if it is this stage's, and drop what the log has of later steps."""
+        """Resume from resume.pt if it belongs to this stage, and remove the rows of later steps from the log."""
         run, path = self.run, self.run.path("resume")
         saved = load_checkpoint(path) if path.exists() else {"stage": None}
         if saved["stage"] == self.name:
@@ -36,15 +37,15 @@ class Progress:
             self.seconds = saved["seconds"]
             for name, part in self.parts.items():
                 part.load_state_dict(saved["parts"][name])
-            print(f"{self.name}: going on after step {self.step}")
+            print(f"{self.name}: resuming after step {self.step}")
         elif not rank():
-            run.path(f"{self.name}_best").unlink(missing_ok=True)  # of an earlier attempt
-        del saved  # a copy of the model
+            run.path(f"{self.name}_best").unlink(missing_ok=True)  # left by an earlier attempt
+        del saved  # it holds a copy of the model
         barrier()  # all ranks have read resume.pt, which rank 0 may now replace
         rows = [row for row in log_rows(run.out) if row["stage"] != self.name or row["step"] <= self.step]
         write_file(run.out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
         self.best = max([row.get("heldout_accuracy", 0.0) for row in rows if row["stage"] == self.name], default=0.0)
-        self.began = run.began - self.seconds  # the seconds go on from those of the checkpoint
+        self.began = run.began - self.seconds  # so that the seconds count on from the checkpoint's
         self.first = self.step + 1
         self.looping = self.saved_at = time.perf_counter()
 
@@ -57,7 +58,7 @@ class Progress:
         self.step_began = time.perf_counter()
 
     def measure(self, step) -> dict[str, float | None]:
-        """A step's row in the log: the means over all ranks. Raises UsageError if one of them is not finite."""
+        """The metrics of a step's row: means over all ranks. Raises UsageError if one of them is not finite."""
         sums = sums_over_ranks({name: (total, step.metrics.counts[name]) for name, total in step.metrics.sums.items()})
         tokens, _ = sums.pop("tokens", (0.0, 0.0))
         row = {name: total / count if count else None for name, (total, count) in sums.items()}
@@ -66,11 +67,11 @@ class Progress:
             if value is not None and not math.isfinite(value):
                 last = f"{self.run.path('resume')}, step {self.saved_step}" if self.saved_step else "the stage before's"
                 raise UsageError(f"{self.name}: {name} is {value} at step {step.number}; "
-                                 f"the last good checkpoint is {last}")
+                                 f"the last good checkpoint is {last}; try a lower learning rate")
         return row
 
     def end_step(self, step, row: dict) -> None:
-        """Write a step's row, print its line, and save what is due."""
+        """Write a step's row, print its line, and save the checkpoints that are due."""
         self.step = step.number
         self.seconds = time.perf_counter() - self.began
         row = {"stage": self.name, "step": self.step, "seconds": round(self.seconds, 2), **row}
@@ -89,24 +90,24 @@ class Progress:
             self.save_seconds = self.saved_at - began
 
     def show(self, step, row: dict) -> None:
-        """A line on the terminal, and now and then an answer."""
+        """Print the line of a step, and at some steps one of the sampled answers."""
         number = step.number
         if step.rollout and step.asked and (number in (1, 5, 10) or number % 20 == 0):
             print(example_line(step.asked[0].question, step.rollout.texts[0], step.rollout.scores[0]["reward"]))
         if "reward" in row or number % PRETRAIN_PRINT == 0 or number == 1 or step.last:
-            left = (self.n - number) * (time.perf_counter() - self.looping) / (number + 1 - self.first)
-            print(step_line(f"{self.name} {number}/{self.n}", row, left), flush=True)
+            seconds_left = (self.n - number) * (time.perf_counter() - self.looping) / (number + 1 - self.first)
+            print(step_line(f"{self.name} {number}/{self.n}", row, seconds_left), flush=True)
 
     def save(self, path, **more) -> None:
-        """Write the stage's model as it is now, and more."""
+        """Save the stage's model as it is now, together with `more`."""
         model = self.parts["model"]
         save_checkpoint(path, {"nanor1": 1, "stage": self.name, "step": self.step, "seconds": self.seconds,
                                "config": dataclasses.asdict(self.run.cfg), "shape": dataclasses.asdict(model.config),
                                "model": model.state_dict(), **more})
 
     def end(self) -> None:
-        """The stage is finished."""
+        """Finish the stage: write NAME.pt and remove resume.pt."""
         self.save(self.run.path(self.name))
         if not rank():
             self.run.path("resume").unlink(missing_ok=True)
-        barrier()  # whoever reads NAME.pt next finds it
+        barrier()  # no rank reads NAME.pt before rank 0 has written it

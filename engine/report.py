@@ -1,4 +1,4 @@
-"""The report of a run, as Markdown."""
+"""The report of a run, as Markdown: the evaluations as a table, RL as a chart, model sizes and seconds."""
 import textwrap
 
 from engine.files import log_rows
@@ -8,7 +8,7 @@ COLUMNS = {"pass@1": "", "maj@16": ".1%", "pass@16": ".1%", "format": ".1%", "le
 
 
 def sparkline(values: list[float], width: int = 60) -> str:
-    """A chart in one line.
+    """A chart of the values in one line of text.
 
     >>> sparkline([0, 1, 2, 3])
     '▁▃▆█'
@@ -20,28 +20,28 @@ def sparkline(values: list[float], width: int = 60) -> str:
 
 
 def table(rows: list[tuple[str, str, dict[str, float]]]) -> list[str]:
-    """Rows of (model, kind of problems, what `evaluate` found) as Markdown, aligned so that a terminal may show it.
+    """Rows of (model, kind of problems, result of `evaluate`) as a Markdown table, aligned for the terminal.
 
     >>> table([("zero", "hard", {"pass@1": 0.5, "pass@1_se": 0.01, **dict.fromkeys([*COLUMNS][1:], 0.25)})])[2]
     'zero |hard    |50.0% ± 1.0%| 25.0%|  25.0%| 25.0%|   0.2|     25.0%'
     """
-    figures = rows[0][2] if rows else {}
-    columns = COLUMNS | {key: ".1%" for key in figures if key not in (*COLUMNS, "pass@1_se", "n_problems")}
+    keys = rows[0][2] if rows else {}
+    columns = COLUMNS | {key: ".1%" for key in keys if key not in (*COLUMNS, "pass@1_se", "n_problems")}
     cells = [["model", "problems", *columns]]
-    for name, kind, m in rows:
-        others = [f"{m[key]:{form}}" for key, form in columns.items() if form]
-        cells.append([name, kind, f"{m['pass@1']:.1%} ± {m['pass@1_se']:.1%}", *others])
+    for name, kind, result in rows:
+        others = [f"{result[key]:{form}}" for key, form in columns.items() if form]
+        cells.append([name, kind, f"{result['pass@1']:.1%} ± {result['pass@1_se']:.1%}", *others])
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = []
     for row in cells:
-        words = [cell.ljust(width) for cell, width in zip(row[:2], widths)]
-        numbers = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:])]
-        lines.append("|".join(words + numbers))
+        names = [cell.ljust(width) for cell, width in zip(row[:2], widths)]
+        figures = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:])]
+        lines.append("|".join(names + figures))
     return [lines[0], "|".join("-" * width for width in widths), *lines[1:]]
 
 
 def report(run) -> str:
-    """results.json and the log of RL as Markdown."""
+    """The report, made from results.json and the log of RL."""
     models = run.results["models"]
     names = [name for name in run.stages if name in models]
     names += [name for name in models if name not in names]  # stages of another program, such as the controls

@@ -14,8 +14,8 @@ def keep_samples(run, step: int, n_steps: int, model: GPT, watch) -> None:
     answers to samples.jsonl. This happens at steps 0 (before the first), 1, 2, 5, 10, 20, 50, ... and the last. The
     teacher answers once, at step 0.
 
-    A row is one model's answers to one problem: {"stage", "step", "model", "question", "completions", "rewards": {name:
-    one a completion}, "advantages", "logprobs": one a token}.
+    A row holds one model's answers to one problem: {"stage", "step", "model", "question", "completions", "rewards":
+    {name: one for each completion}, "advantages": one for each completion, "logprobs": one for each token}.
     """
     if rank() or not (step in (0, n_steps) or f"{step}".rstrip("0") in ("1", "2", "5")):
         return
@@ -24,12 +24,12 @@ def keep_samples(run, step: int, n_steps: int, model: GPT, watch) -> None:
         rows += answers(run, step, "teacher", watch.teacher, watch)
     path = run.out / "samples.jsonl"
     kept = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    kept = [row for row in kept if row["stage"] != run.stage or row["step"] < step]  # a killed attempt left more
+    kept = [row for row in kept if row["stage"] != run.stage or row["step"] < step]  # a killed attempt may leave more
     write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept + rows).encode())
 
 
 def answers(run, step: int, name: str, model: GPT, watch) -> list[dict]:
-    """A model's answers as rows."""
+    """A model's answers as rows of samples.jsonl."""
     rng, generator = run.seeded(0, f"samples {run.stage}")
     problems = [watch.make_problem(rng) for _ in range(N_PROBLEMS)]
     rollout = sample_rollout(model, problems, watch.reward_fn, run.task, N_SAMPLES, run.cfg.rl_max_new_tokens,

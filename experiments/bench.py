@@ -1,44 +1,45 @@
-"""Speed and memory, compared with those of peers: transformers (sampling, pretraining) and TRL (GRPO, distillation).
+"""Compare our speed and memory with those of peers: transformers (sampling, pretraining), TRL (GRPO, distillation).
 
     pip install -r experiments/requirements.txt
-    python experiments/bench.py                           everything; a row is printed as soon as it is known
-    python experiments/bench.py --only=grpo --reps=3      sampling, real, pretrain, grpo or distill alone
-    python experiments/bench.py --dtype=float32           no bfloat16; by default each side takes the quicker type
+    python experiments/bench.py                           all cases; each row is printed as soon as it is measured
+    python experiments/bench.py --only=grpo --reps=3      one group of cases: sampling, real, pretrain, grpo, distill
+    python experiments/bench.py --dtype=float32           float32 alone; by default each side takes the faster dtype
     python experiments/bench.py --device=cpu              cpu or cuda; by default a GPU if there is one
     python experiments/bench.py --beside=../old           the peer is another checkout of nanoR1; needs no installation
 
-Both sides start from random weights of one shape: the peer's model is a LlamaForCausalLM with exactly as many
-parameters as ours. Completions never end early, so that both sides make the same number of tokens. Nothing is
-downloaded, and nothing is written outside a temporary folder. What is compared:
+Both sides start from random weights of the same shape: the peer's model is a LlamaForCausalLM with exactly as many
+parameters as ours. Completions never end early, so both sides sample the same number of tokens. Nothing is downloaded,
+and nothing is written outside a temporary folder. The groups of cases:
 
-    sampling   R rows x T new tokens after a prompt of 12, from the whole distribution at temperature 1, with a KV
-               cache: generate(samples=8) and transformers' generate(num_return_sequences=8)
-    real       the same by a model of SmolLM2-135M's shape
-    pretrain   an update on 32 x 128 tokens: Muon for the layers' matrices, AdamW for the rest, gradients clipped
+    sampling   R completions x T tokens after prompts of 12 tokens, at temperature 1, without top-k or top-p, with a KV
+               cache: our generate(samples=8), and transformers' generate(num_return_sequences=8)
+    real       the same with a model of the shape of SmolLM2-135M
+    pretrain   an update on 32 x 128 tokens: Muon for the layers' matrices, AdamW for the rest, clipped gradients
     grpo       32 prompts x 16 samples x 48 tokens, a reward, group advantages, the token-level loss with a KL penalty
-               (k3), one AdamW update: grpo_step and a step of GRPOTrainer.train()
-    distill    512 completions of 48 tokens sampled from the teacher, forward KL, one AdamW update: distill_step and a
-               step of GKDTrainer.train() with seq_kd (lmbda 0, beta 0). "Update alone" is given the completions, which
-               our side still decodes and scores
+               (k3), one AdamW update: our grpo_step, and a step of GRPOTrainer.train()
+    distill    512 completions of 48 tokens sampled from the teacher, forward KL, one AdamW update: our distill_step,
+               and a step of GKDTrainer.train() with seq_kd (lmbda 0, beta 0). "Update alone" does not sample: both
+               sides get the completions, which our side still decodes and scores
 
 How it is measured
-1. Each side of each case is a process of its own, so that neither shares the other's memory, allocator or caches. The
-   two take turns, ours, peer, ours, peer, one step each (several where a step is short), while the other sleeps. The
-   ratio of speeds is taken pair by pair: what slows the machine for a while slows both of a pair.
-2. Before that, each side tries its settings and keeps the quickest. Both try float32 and bfloat16. We try with and
-   without torch.compile (the seconds of compiling are not in the table). The peer tries kinds of cache (sampling), and
-   of attention and micro-batch (training; in sampling "sdpa" is always the quicker). In training both keep float32
-   weights; in sampling the peer has bfloat16 weights, as is usual there. The compiled peer has rows of its own, in
-   pretraining and at two sizes of sampling: by default generate compiles on GPUs only. TRL's trainers, whose model also
-   generates, are not compiled. Another checkout (--beside) runs its side by its own experiments/bench.py, with the
-   settings that are the quickest for us.
-3. Our processes set up torch's libraries as train.py does. The peers' processes leave them as they are.
-4. A trainer's step lasts from the end of the step before to its own end, so that its loading, callbacks and metrics
-   count, as the metrics of grpo_step do.
-5. Peak memory is that of the whole process, with the libraries that it imported; on a GPU, what torch allocated there.
-6. The roof is the speed that this machine reaches in the layers' own matrix products, [rows, C] x [C, C] and so on,
-   with as many rows as our pass has. MFU (model FLOPs utilization) is the share of the roof that our step reaches, by
-   the FLOPs of `forward_flops`.
+1. Each side of each case runs in a process of its own, so the two sides share no memory, allocator or cache. They take
+   turns: ours, peer, ours, peer. A turn is one step, or several if a step is short. While one process runs, the other
+   sleeps. The ratio of speeds is computed for each pair of turns, because a slow moment of the machine slows both
+   turns of a pair.
+2. Before that, each side tries its settings and keeps the fastest. Both sides try float32 and bfloat16. Our side tries
+   with and without torch.compile (the table does not count the seconds of compiling). The peer tries several kinds of
+   cache in sampling, and of attention and micro-batch in training. (In sampling, the attention "sdpa" is always the
+   faster one.) In training both sides keep float32 weights. In sampling the peer's weights have the compute dtype, as
+   is usual. The compiled peer has rows of its own, in pretraining and at two sizes of sampling, because by default
+   generate compiles on GPUs only. TRL's trainers are not compiled, because their model also generates. With --beside,
+   the other checkout runs its own experiments/bench.py, with the settings that are the fastest for our side.
+3. Our processes configure torch's libraries as train.py does. The peers' processes keep the defaults.
+4. A trainer's step is timed from the end of the previous step to its own end. So its data loading, callbacks and
+   metrics count, as the metrics of grpo_step do.
+5. Peak memory is that of the whole process, including imported libraries. On a GPU it is what torch allocated there.
+6. The roof is the FLOP/s that this machine reaches in the model's matrix products alone, [rows, C] x [C, C] and so on,
+   with as many rows as our pass has. MFU (model FLOPs utilization) is the FLOP/s of our step as a share of the roof.
+   `forward_flops` counts the FLOPs of a step.
 """
 import argparse
 import dataclasses
@@ -87,13 +88,13 @@ TEACHER = GPTConfig(VOCAB, CFG.block_size, CFG.n_layer, CFG.n_head, CFG.n_embd)
 STUDENT = GPTConfig(VOCAB, CFG.block_size, CFG.student_n_layer, CFG.student_n_head, CFG.student_n_embd)
 SMOLLM2 = GPTConfig(49_152, 1024, 30, 9, 576, n_hidden=1536, n_kv_head=3, rope_theta=100_000.0)
 B, T = 32, 128            # the pretraining batch
-PROMPT = 12               # tokens of every prompt; with one length for all, neither side pads
-P, G, NEW = 32, 16, 48    # a GRPO iteration: prompts, samples of each, new tokens
-N = P * G                 # its completions, and those of a distillation step
+PROMPT = 12               # tokens in a prompt; all prompts have the same length, so neither side pads
+P, G, NEW = 32, 16, 48    # a GRPO step: prompts, samples per prompt, new tokens per sample
+N = P * G                 # completions of a GRPO step, and of a distillation step
 KL = 0.01
 
 
-# What both sides are given
+# The inputs of both sides
 
 
 def prompt_texts(n: int) -> list[str]:
@@ -101,30 +102,32 @@ def prompt_texts(n: int) -> list[str]:
 
 
 def prompt_ids(n: int) -> list[list[int]]:
-    """These texts as token ids, n lists of PROMPT."""
+    """The texts of prompt_texts as token ids: n lists of PROMPT ids."""
     return [ENCODING.encode_ordinary(text) for text in prompt_texts(n)]
 
 
 def given_rows() -> list[list[int]]:
-    """Prompts and completions, N lists of PROMPT + NEW token ids."""
+    """N rows of a prompt and a random completion, PROMPT + NEW token ids each."""
     completions = torch.randint(VOCAB, (N, NEW), generator=torch.Generator().manual_seed(0))
     return [prompt + completion for prompt, completion in zip(prompt_ids(N), completions.tolist())]
 
 
 def odd_characters(text: str) -> float:
-    """The reward. About half of all characters count, so that the answers to one prompt differ in their reward."""
+    """The reward: the number of characters with an odd code point. About half of all characters have one, so the
+    completions of one prompt differ in their reward."""
     return float(sum(ord(character) % 2 for character in text))
 
 
 class Turns:
-    """What a process does in its turn: it takes steps, sends the seconds of a step, and waits for its next turn."""
+    """The turns of a process. In each turn the process takes some steps, sends the seconds per step, and waits for its
+    next turn."""
 
     def __init__(self, pipe, device: str):
         self.pipe, self.device, self.start = pipe, device, time.perf_counter()
         self.steps = self.left = 3  # the first turn warms up: CUDA graphs are recorded in the second step
 
     def next(self) -> bool:
-        """Call after a step -> whether to take another."""
+        """Call this after each step. It returns whether to take another step."""
         self.left -= 1
         if not self.left:
             if self.device == "cuda":
@@ -135,13 +138,13 @@ class Turns:
         return self.left > 0
 
     def take(self, step: Callable[[], None]) -> None:
-        """Take as many steps as are wanted."""
+        """Take steps until the turns end."""
         step()
         while self.next():
             step()
 
     def train(self, trainer) -> None:
-        """The same, with the steps of a trainer's own loop."""
+        """Do the same with a trainer, which has a loop of its own."""
         from transformers import TrainerCallback
         turns = self
 
@@ -157,7 +160,7 @@ class Turns:
 
 
 class Endless(Arithmetic):
-    stop_ids = (-1,)  # no token has this id, so that no completion ends early
+    stop_ids = (-1,)  # no token has this id, so no completion ends early
 
 
 def problems(n: int) -> list:
@@ -175,7 +178,7 @@ def settings(option: dict, **changes) -> Config:
 
 
 def quick_model(shape: GPTConfig, option: dict, cfg: Config, **passes: bool) -> GPT:
-    """Our model with random weights, made quick as a run does it."""
+    """Our model with random weights, with the faster methods that a run gives it."""
     model = GPT(shape, getattr(torch, option["dtype"])).to(option["device"])
     return make_fast(model, cfg, **passes)
 
@@ -211,7 +214,7 @@ def our_grpo(option: dict, turns: Turns) -> None:
     def step():
         metrics, _ = grpo_step(policy, reference, optimizer, problems(P), our_reward, Endless(), cfg)
         found = metrics.means()
-        assert found["no_signal"] == 0 and found["length"] == NEW, "every row must be whole, and teach something"
+        assert found["no_signal"] == 0 and found["length"] == NEW, "all rows must be whole, all groups have a signal"
 
     turns.take(step)
 
@@ -228,7 +231,7 @@ def our_distillation(option: dict, turns: Turns, sampling: bool) -> None:
     def step():
         metrics = distill_step(student, teacher, optimizer, problems(N), our_reward, Endless(), cfg)
         found = metrics.means()
-        assert found["accepted"] == 1 and found["length"] == NEW, "every row must be whole, and kept"
+        assert found["accepted"] == 1 and found["length"] == NEW, "all rows must be whole, and accepted"
 
     turns.take(step)
 
@@ -237,14 +240,14 @@ def our_distillation(option: dict, turns: Turns, sampling: bool) -> None:
 
 
 def llama(config: GPTConfig, attention: str = "sdpa"):
-    """transformers' Llama, with the shape of a model of ours."""
+    """A Llama of transformers with the shape of our model."""
     from transformers import LlamaConfig, LlamaForCausalLM
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=config.vocab_size, max_position_embeddings=config.block_size, num_hidden_layers=config.n_layer,
         num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head, hidden_size=config.n_embd,
         intermediate_size=config.n_hidden, rms_norm_eps=1e-5, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=None, attn_implementation=attention))
-    assert sum(p.numel() for p in model.parameters()) == n_params(config), "both sides must have one size"
+    assert sum(p.numel() for p in model.parameters()) == n_params(config), "both models must have the same size"
     return model
 
 
@@ -253,7 +256,7 @@ def peer_sampling(option: dict, turns: Turns, shape: GPTConfig, rows: int, new: 
     model = llama(dataclasses.replace(shape, block_size=PROMPT + new)).eval()
     model.to(option["device"], getattr(torch, option["dtype"]))
     compiling = CompileConfig(mode="default")
-    compiling._compile_all_devices = True  # on a CPU generate would not compile
+    compiling._compile_all_devices = True  # without this, generate does not compile on a CPU
     cache = {"growing cache": {}, "static cache": dict(cache_implementation="static", disable_compile=True),
              "static cache, compiled": dict(cache_implementation="static", compile_config=compiling)}[option["cache"]]
 
@@ -289,12 +292,12 @@ def peer_pretraining(option: dict, turns: Turns) -> None:
 
 
 def spell(ids: list[int]) -> str:
-    """Token ids in the alphabet of `peer_tokenizer`."""
+    """Token ids as a text for `peer_tokenizer`: one character for each token."""
     return "".join(chr(256 + i) for i in ids)
 
 
 def peer_tokenizer():
-    """A tokenizer with one character for each token. Its stop token is the first id that the model cannot sample."""
+    """A tokenizer with one character for each token. Its stop token has the id VOCAB, which the model cannot sample."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     words = Tokenizer(models.WordLevel({spell([i]): i for i in range(VOCAB)} | {"<eos>": VOCAB}, unk_token="<eos>"))
@@ -303,7 +306,7 @@ def peer_tokenizer():
 
 
 def trainer_settings(option: dict, folder: str, lr: float) -> dict:
-    """The settings of TRL's two trainers: one update a step, and nothing but training."""
+    """The settings of both trainers of TRL: one update per step, without logs and checkpoints."""
     return dict(output_dir=folder, bf16=option["dtype"] == "bfloat16", use_cpu=option["device"] == "cpu",
                 per_device_train_batch_size=option["rows"], gradient_accumulation_steps=N // option["rows"],
                 gradient_checkpointing=False, learning_rate=lr, lr_scheduler_type="constant", max_steps=1_000_000,
@@ -319,13 +322,13 @@ def peer_grpo(option: dict, turns: Turns) -> None:
     def reward(completions: list[str], completion_ids: list[list[int]], **_) -> list[float]:
         rewards = [odd_characters(text) for text in completions]
         assert len(rewards) == N and {len(ids) for ids in completion_ids} == {NEW}, "every row must run to its end"
-        assert all(len(set(rewards[i:i + G])) > 1 for i in range(0, N, G)), "every group must teach something"
+        assert all(len(set(rewards[i:i + G])) > 1 for i in range(0, N, G)), "every group needs a signal"
         return rewards
 
     with tempfile.TemporaryDirectory() as folder:
-        llama(TEACHER).save_pretrained(folder)  # the trainer loads the reference from where the policy came from
+        llama(TEACHER).save_pretrained(folder)  # the trainer loads the reference from the folder of the policy
         policy = LlamaForCausalLM.from_pretrained(folder, attn_implementation=option["attention"])
-        # "dapo" averages over tokens, as we do. Without the bias correction the KL penalty is k3, as ours.
+        # "dapo" averages over tokens, as we do. Without the bias correction the KL penalty is k3, as on our side.
         args = GRPOConfig(**trainer_settings(option, folder, CFG.rl_lr), num_generations=G, max_completion_length=NEW,
                           top_k=0, top_p=1.0, beta=KL, epsilon=CFG.clip_low, loss_type="dapo",
                           use_bias_correction_kl=False)
@@ -351,28 +354,29 @@ def peer_distillation(option: dict, turns: Turns, sampling: bool) -> None:
 
 @dataclass
 class Case:
-    group: str                                # what --only names
+    group: str                                # a name for --only
     ours: Callable[[dict, Turns], None]
     peer: Callable[[dict, Turns], None]
-    our_options: list[dict]                   # what each side tries, each in all types of numbers
+    our_options: list[dict]                   # settings that each side tries, each in all compute dtypes
     peer_options: list[dict]
-    work: list[tuple[GPTConfig, int, float]]  # shape, rows of its products, FLOPs of a step
-    tokens: int = 0                           # of a step, where the table shows tokens/s and not seconds
-    steps: int = 1                            # in a turn, so that a turn lasts long enough to be timed
+    work: list[tuple[GPTConfig, int, float]]  # shape of a model, rows of its products, FLOPs per step
+    tokens: int = 0                           # per step, if the table shows tokens/s instead of seconds
+    steps: int = 1                            # per turn, so that a turn is long enough to be timed
 
 
 def n_params(config: GPTConfig) -> int:
-    """GPT(config).n_params(), without a model, whose memory would count in the peak of each process."""
+    """The same number as GPT(config).n_params(), without making a model, whose memory would count in the peak of each
+    process."""
     C, D = config.n_embd, config.head_size
     attention = 2 * C * (config.n_head + config.n_kv_head) * D
-    layer = attention + 3 * C * config.n_hidden + 2 * C  # the last are the gains of two norms
+    layer = attention + 3 * C * config.n_hidden + 2 * C  # the last term is the gains of two norms
     return config.vocab_size * C + config.n_layer * layer + C
 
 
 def forward_flops(config: GPTConfig, tokens: int, context: float) -> float:
-    """The FLOPs of a forward pass: 2 for each parameter and token (the embedding is also the output matrix), and 2 for
-    each multiplication of the two attention products, whose tokens see `context` others on average. A training pass
-    takes three times as many."""
+    """The FLOPs of a forward pass over `tokens` tokens that attend to `context` tokens on average. A parameter takes 2
+    FLOPs per token (the embedding is also the output projection). A multiplication of the two attention products takes
+    2 FLOPs too. A training pass takes three times as many FLOPs as a forward pass."""
     return tokens * (2 * n_params(config) + 4 * config.n_layer * config.n_head * config.head_size * context)
 
 
@@ -411,7 +415,7 @@ CASES = {f"sampling, {rows} x {new}": sampling_case(rows, new) for rows, new in 
     for rows, new in ((16, 48), (64, 48))} | {
     f"pretraining, {B} x {T}": pretraining_case(COMPILE[0]),
     f"pretraining, {B} x {T}, peer compiled": pretraining_case(COMPILE[1]),
-    # Learning takes 3 passes and the reference 1. With one update none is needed for pi_old.
+    # A training pass counts as 3 passes, the reference's as 1. With a single update, pi_old needs no pass.
     f"GRPO iteration, {P} x {G} x {NEW}": Case("grpo", our_grpo, peer_grpo, COMPILE, TRAINER,
                                                SAMPLED + [passes(TEACHER, 4)]),
     f"distillation, {N} x {NEW}": Case("distill", partial(our_distillation, sampling=True),
@@ -426,8 +430,8 @@ CASES = {f"sampling, {rows} x {new}": sampling_case(rows, new) for rows, new in 
 
 
 def serve(pipe, side: str, name: str, options: list[dict]) -> None:
-    """What a process does: it runs one side of a case with one option after another. For each option it sends the
-    seconds of a step at every turn, and the peak memory in MiB at the end. It sends None if the option fails."""
+    """The work of a process: run one side of a case with one option after another. For each option it sends the seconds
+    per step in every turn, and the peak memory in MiB at the end. It sends None if the option fails."""
     sys.stdout = open(os.devnull, "w")
     if side == "ours":
         tune_libraries()
@@ -449,7 +453,7 @@ def serve(pipe, side: str, name: str, options: list[dict]) -> None:
 
 
 def launch(checkout: Path, side: str, name: str, options: list[dict]):
-    """Start a process in which the bench.py of a checkout serves a side of a case -> our end of its pipe."""
+    """Start a process in which a checkout's bench.py serves one side of a case -> our end of the pipe to it."""
     pipe, end = multiprocessing.Pipe()
     code = (f"import sys; sys.path[:0] = {[str(checkout / 'experiments'), str(checkout)]}; import bench; "
             "from multiprocessing.connection import Connection; "
@@ -460,19 +464,19 @@ def launch(checkout: Path, side: str, name: str, options: list[dict]):
 
 
 def ask(pipe, steps: int) -> float | None:
-    """Ask a process for so many steps -> the seconds of one; or, with 0, to end its option -> its peak memory in MiB.
-    None if the option failed."""
+    """Let a process take this many steps -> the seconds per step. With 0 steps, end its option -> its peak memory in
+    MiB. Both are None if the option failed."""
     pipe.send(steps)
     return pipe.recv()
 
 
 def quickest(side: str, name: str, dtypes: list[str], device: str) -> dict:
-    """Try a side's options for a case -> the quickest. Raises UsageError if none works."""
+    """Try a side's options for a case -> the fastest option. Raises UsageError if none works."""
     options = [dict(device=device, dtype=dtype) | option for dtype in dtypes
                for option in (CASES[name].peer_options if side == "peer" else CASES[name].our_options)]
     pipe, tried = launch(ROOT, side, name, options), []
     for option in options:
-        seconds = pipe.recv() and ask(pipe, CASES[name].steps)  # after a step that warms up
+        seconds = pipe.recv() and ask(pipe, CASES[name].steps)  # recv waits for the first turn, which warms up
         if seconds and ask(pipe, 0):
             tried.append((seconds, option))
     if not tried:
@@ -481,7 +485,8 @@ def quickest(side: str, name: str, dtypes: list[str], device: str) -> dict:
 
 
 def roof(config: GPTConfig, rows: int, dtype: str, device: str) -> float:
-    """The FLOP/s of the matrix products of all layers and of the output on so many rows, the best of a few tries."""
+    """The FLOP/s of the matrix products of all layers and of the output projection with this many rows: the best of a
+    few tries."""
     C, H, D = config.n_embd, config.n_hidden, config.head_size
     sizes = ([(C, C)] * 2 + [(C, config.n_kv_head * D)] * 2 + [(C, H)] * 2 + [(H, C)]) * config.n_layer
     sizes.append((C, config.vocab_size))
@@ -499,8 +504,8 @@ def roof(config: GPTConfig, rows: int, dtype: str, device: str) -> float:
 
 
 def measure(name: str, sides: list[tuple[Path, str]], options: list[dict], reps: int, roofs: dict) -> list[float]:
-    """Run both sides of a case in turn, `reps` times, and print its row -> the median seconds of each side. A side is a
-    checkout, and which functions of its bench.py to run."""
+    """Run both sides of a case in turn, `reps` times, and print the row of the case -> the median seconds per step of
+    each side. A side is a checkout and "ours" or "peer": which functions of the checkout's bench.py to run."""
     case = CASES[name]
     pipes = [launch(checkout, side, name, [option]) for (checkout, side), option in zip(sides, options)]
     if None in [pipe.recv() for pipe in pipes]:
@@ -521,7 +526,7 @@ def measure(name: str, sides: list[tuple[Path, str]], options: list[dict], reps:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The flags. Raises UsageError for what is unknown, out of range or not there."""
+    """Parse the flags. Raises UsageError for an unknown flag, a bad value, or a missing folder or package."""
     parser = Parser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False)
     parser.add_argument("--reps", type=number(int, None, None), default=5, help="turns of each side")
@@ -529,7 +534,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
                         help="a group of cases, or one case")
     parser.add_argument("--dtype", choices=("best", "float32", "bfloat16"), default="best")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--beside", metavar="PATH", type=Path, help="another checkout of nanoR1, instead of the peers")
+    parser.add_argument("--beside", metavar="PATH", type=Path, help="another checkout of nanoR1 as the peer")
     flags = parser.parse_args(argv)
     if flags.beside and not (flags.beside / "experiments" / "bench.py").exists():
         raise UsageError(f"--beside={flags.beside} is no checkout of nanoR1")
@@ -560,14 +565,14 @@ def compare(reps: int, only: str, dtype: str, device: str, beside: Path | None) 
         if name == "sampling, 64 x 512":
             ours, peer = (f"{long / 512 / (short / 64):.2f} times"
                           for long, short in zip(seconds[name], seconds["sampling, 64 x 64"]))
-            print(f"| time of a token at length 512, in times of length 64 | {ours} | {peer} | | | | |", flush=True)
+            print(f"| time per token at length 512, relative to length 64 | {ours} | {peer} | | | | |", flush=True)
     print("\n| the roof, GFLOP/s: width | rows |", " | ".join(dtypes), "|\n|---|---|" + "---|" * len(dtypes))
     for width, rows in sorted(shapes):
         print(f"| {width} | {rows:,} |", " | ".join(f"{roofs[width, rows, d] / 1e9:,.0f}" for d in dtypes), "|")
 
 
 def machine(device: str) -> str:
-    """The processor's name, as far as the system tells."""
+    """The name of the GPU or of the processor, if the system tells it."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")

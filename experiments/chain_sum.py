@@ -1,13 +1,13 @@
-"""Files for train.py with problems from another project: chain_sum of reasoning-gym, and a forum that discusses them.
+"""Make two files for train.py: problems of reasoning-gym's chain_sum, and a corpus of forum threads about them.
 
     pip install -r experiments/requirements.txt
     python experiments/chain_sum.py out/chain_sum
     python train.py --problems=out/chain_sum/problems.jsonl --corpus=out/chain_sum/corpus.jsonl --corpus_share=0.5 \\
         --rl_max_new_tokens=44 --out=out/chain_sum
 
-problems.jsonl holds 20,000 different problems of 2 to 4 terms of one or two digits; 1,000 of them are held out for
-tests. A base as small as ours cannot read such a prompt unless it has met similar ones. So corpus.jsonl has 60,000
-threads about the training problems, in the styles of the built-in corpus, slips included
+problems.jsonl has 20,000 different problems of 2 to 4 terms of one or two digits; 1,000 of them are held out for tests.
+A base as small as ours cannot answer such a prompt unless its corpus has similar ones. So corpus.jsonl has 60,000
+threads about the training problems, in the response styles of the built-in corpus, including wrong steps
 (`data.arithmetic.write_answer`).
 """
 import json

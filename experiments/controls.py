@@ -1,21 +1,21 @@
-"""Controls: stages that could refute what train.py's stages are said to show. Each is also an example of a fork.
+"""Controls: stages that could refute the claims about train.py's stages. Each is also an example of a fork.
 
-    python experiments/controls.py NAME --out=out    trains one beside the models in out/; takes the flags of train.py
+    python experiments/controls.py NAME --out=out    trains the control NAME; takes the flags of train.py
 
-    shuffled          zero, but the rewards of each group are dealt out at random, so that they say nothing
+    shuffled          zero, but the rewards of each group are shuffled, so that they carry no information
     format_alone      zero, but only the format is rewarded
-    batch_baseline    zero, but a reward is compared with the mean of the whole rollout, not of its group
-    all_completions   zero, but the KL penalty acts on all completions: Algorithm 1 of DeepSeekMath to the letter
+    batch_baseline    zero, but the baseline of a reward is the mean of the whole rollout, not of its group
+    all_completions   zero, but the KL penalty acts on all completions, as in Algorithm 1 of DeepSeekMath (2402.03300)
     student_rl        RL on student_base instead of distillation, with as many updates on as many completions
-    student_short     the student, but from problems of the lengths that zero was trained on
-    student_rl_short  student_rl on such problems
-    zero_no_working   zero from base_no_working, in whose corpus nobody shows working
-    zero_half_working zero from base_half_working, where half of the authors who show working still do
-    zero_no_wait      zero from base_no_wait, in whose corpus nobody says "wait" (for --task=countdown)
+    student_short     the student, but distilled on problems of the lengths that zero was trained on
+    student_rl_short  student_rl, but on problems of these lengths
+    zero_no_working   zero from base_no_working, whose corpus has no answers with steps
+    zero_half_working zero from base_half_working, whose corpus has half as many answers with steps
+    zero_no_wait      zero from base_no_wait, whose corpus has no "wait" (for --task=countdown)
 
-NAME.pt stands beside zero.pt. train.py never starts from it, but its --ask and --evaluate list it, as the report does.
-A control starts from the checkpoints in out/, and makes those that are missing. Settings that shaped what is there must
-not change.
+A control is saved as NAME.pt beside zero.pt. The stages of train.py never start from a control, but the report, --ask
+and --evaluate of train.py include it. A control starts from the checkpoints in out/, and trains the missing ones first.
+The settings that shaped these checkpoints must not change.
 """
 import math
 import sys
@@ -45,20 +45,21 @@ from model import GPT  # noqa: E402
 
 
 def shuffled(rewards: Tensor, scale: str, generator: torch.Generator) -> Tensor:
-    """The rewards of each group go to its completions at random. The policy can only drift. If it got better, the code
-    would be wrong."""
+    """The rewards of each group are shuffled among its completions. Training cannot improve the policy, unless the code
+    has a bug."""
     order = torch.rand(rewards.shape, generator=generator, device=generator.device).argsort(dim=1)  # (P, G)
     return group_advantages(rewards.gather(1, order.cpu()), scale)
 
 
 def batch_baseline(rewards: Tensor, scale: str, generator: torch.Generator) -> Tensor:
-    """The rollout is one large group. An answer to an easy prompt then looks good, and one to a hard prompt bad."""
+    """The whole rollout is one group. Completions of easy prompts then tend to have positive advantages, and those of
+    hard prompts negative ones."""
     return group_advantages(rewards.reshape(1, -1), scale).view(rewards.shape)
 
 
 def all_completions(rewards: Tensor, scale: str, generator: torch.Generator) -> Tensor:
-    """grpo_update does not compute rows with advantage 0. With this advantage it does, and adds nothing but the KL
-    penalty."""
+    """grpo_update skips rows with advantage 0. With an advantage of 1e-30 instead, it computes these rows, and they add
+    nothing but the KL penalty."""
     adv = group_advantages(rewards, scale)
     return adv.where(adv != 0, 1e-30)
 
@@ -76,7 +77,8 @@ def train_all_completions(run: Run, base: GPT) -> None:
 
 
 def run_grpo_with(run: Run, policy: GPT, advantages: Callable) -> None:
-    """train.run_grpo with other advantages. Its loop takes grpo_step apart."""
+    """train.run_grpo with another function for the advantages. The loop has the parts of grpo_step instead of
+    grpo_step."""
     cfg, make_problem, reward_fn = run.cfg, run.task.make_problem, train.reward_function(run)
     reference = run.frozen(policy) if cfg.kl_coef else None
     policy = run.fast(policy, training=True, sampling=True)
@@ -108,12 +110,13 @@ def train_format_alone(run: Run, base: GPT) -> None:
 
 
 def train_student_rl(run: Run, student_base: GPT, longer: bool = True) -> None:
-    """RL gets what distillation gets: the updates, the completions of an update, and the problems."""
+    """RL with as many updates as distillation, on as many completions per update, and with problems of the same
+    lengths."""
     def make_problem(rng):
         return run.task.make_problem(rng, longer)
 
     updates = run.cfg.distill_steps * run.cfg.distill_epochs * run.cfg.distill_minibatches
-    completions = run.cfg.distill_prompts / run.cfg.distill_minibatches  # of an update
+    completions = run.cfg.distill_prompts / run.cfg.distill_minibatches  # per update
     prompts = math.ceil(completions * run.cfg.rl_minibatches / run.cfg.rl_samples)
     cfg = replace(run.cfg, rl_prompts=prompts)
     n_steps = math.ceil(updates / cfg.rl_minibatches)
@@ -129,12 +132,13 @@ def train_student_short(run: Run, zero: GPT, student_base: GPT) -> None:
                            train.reward_function(run))
 
 
-# Another corpus. A task is a class with a table of styles; a class that inherits from it has another table.
+# Another corpus. The class of a task has a table of response styles. A class that inherits from it has another table.
 
 
 def style_shares(styles: dict[str, float], worked: float = 1.0, wait: float = 1.0) -> dict[str, float]:
-    """The share of each style in a forum where only `wait` of the authors who recheck go on doing so (the rest write in
-    the style "worked"), and then only `worked` of all authors who show working go on doing so (the rest blurt).
+    """The shares of the response styles after two changes. First the style "rechecked" keeps the fraction `wait` of its
+    share, and the rest goes to "worked". Then each style with steps keeps the fraction `worked`, and the rest goes to
+    "blurt".
 
     >>> round(style_shares(arithmetic.STYLES, worked=0.0)["blurt"], 2)
     0.84
@@ -160,20 +164,20 @@ class NoWait(countdown.Countdown):
 
 
 def make_task_of(kind: type) -> Callable:
-    """make_task with this class in the place of the one that it inherits from, also inside a task with --problems or
-    --corpus. Raises ValueError for other tasks."""
+    """make_task, but with the class `kind` instead of its base class, also inside a task with --problems or --corpus.
+    The result raises ValueError for other tasks."""
     def change(task):
         if type(task) is kind.__base__:
             return kind(**vars(task))
         if "task" not in vars(task):
-            raise ValueError(f"this control is one of --task={kind.__base__.__name__.lower()}")
+            raise ValueError(f"this control needs --task={kind.__base__.__name__.lower()}")
         task.task = change(task.task)
         return task
 
     return lambda cfg: change(make_task(cfg))
 
 
-# The tables: each control's stage, and the class of its task where this is another than train.py's
+# The tables: the stage of each control, and the class of its task if this is not the class of train.py's task
 
 RL = (Questions, GRPOConfig)
 STUDENT_RL = (*RL, "distill_steps", "distill_prompts", "distill_minibatches", "distill_epochs")
@@ -198,7 +202,7 @@ FORUMS = {"base_no_working": NoWorking, "zero_no_working": NoWorking, "base_half
 
 
 def needed(name: str) -> list[str]:
-    """The stages that a control starts from, directly or not, and then itself.
+    """The stages that a control needs, in order: those that it starts from, directly or not, and then the control.
 
     >>> needed("student_rl"), needed("zero_no_wait")
     (['student_base', 'student_rl'], ['base_no_wait', 'zero_no_wait'])
@@ -208,19 +212,19 @@ def needed(name: str) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    """Run a command line, NAME and flags of train.py -> exit code."""
+    """Run a command line, NAME and then flags of train.py -> exit code."""
     name, *flags = argv or [""]
     if name in ("-h", "--help"):
         print(__doc__)
         return 0
     if name not in CONTROLS:
-        print(f"controls.py: {name!r} is no control; name one of {', '.join(CONTROLS)}", file=sys.stderr)
+        print(f"controls.py: {name!r} is not a control; choose one of {', '.join(CONTROLS)}", file=sys.stderr)
         return 2
     preset = [flag.removeprefix("--preset=") for flag in flags if flag.startswith("--preset=")]
     flags = [f"--out={Path('out', *preset)}", *flags]  # where train.py writes by default; the last --out counts
     out = Path([flag.removeprefix("--out=") for flag in flags if flag.startswith("--out=")][-1])
     there = [stage for stage in train.STAGES | CONTROLS if (out / f"{stage}.pt").exists()]
-    # Of the controls, those that are there are in the table, so that a change of their settings is refused, too.
+    # The table includes the controls that the folder already has, so a change of their settings is refused too.
     stages = train.STAGES | {stage: CONTROLS[stage] for stage in CONTROLS if stage in there + needed(name)}
     maker = make_task_of(FORUMS[name]) if name in FORUMS else make_task
     program = Program(stages, train.Config, __doc__, maker, f"experiments/controls.py {name}")
@@ -233,6 +237,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):  # a terminal may lack ± and ▁
+    for stream in (sys.stdout, sys.stderr):  # a terminal may not be able to show ± and ▁
         stream.reconfigure(errors="replace")
     end(main(sys.argv[1:]))

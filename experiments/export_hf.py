@@ -3,10 +3,11 @@
     pip install -r experiments/requirements.txt
     python experiments/export_hf.py out/zero.pt DIR
 
-The GPT is a Llama (one from --init may be a Qwen), so its weights only get other names. In float32 they give the same
-logits. A model from --init keeps the tokenizer and the chat template of its folder, which --init then reads again. Our
-own tokenizer splits texts there as here, with one exception: as everywhere in transformers, "<|endoftext|>" in a text
-becomes the stop token. The chat template turns a user's message into the prompt that the model was trained on:
+Our GPT has the architecture of Llama (a pretrained model may have that of Qwen), so its weights only get other names.
+In float32 the logits are the same. A pretrained model (--init) keeps the tokenizer and the chat template of its folder,
+and --init can read the exported folder. Our own tokenizer splits texts in transformers as it does here, with one
+exception: as everywhere in transformers, "<|endoftext|>" in a text becomes the stop token. The chat template turns a
+user's message into the prompt that the model was trained on:
 
     tokenizer, model = AutoTokenizer.from_pretrained(DIR), AutoModelForCausalLM.from_pretrained(DIR)
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "8*7-19"}], return_tensors="pt")
@@ -34,7 +35,7 @@ TEMPLATE = ("{% for message in messages %}{% if message['role'] == 'user' %}User
 
 
 def model_of(content: dict):
-    """The model of a checkpoint's content as one of transformers'."""
+    """The model in a checkpoint's content, as a model of transformers."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     shape = GPTConfig(**content["shape"])
     rope = {"rope_type": "default", "rope_theta": shape.rope_theta}
@@ -59,7 +60,7 @@ def model_of(content: dict):
 
 
 def save_tokenizer(content: dict, folder: str) -> None:
-    """Write the tokenizer and the chat template that a checkpoint's model was trained with."""
+    """Write the tokenizer and the chat template that the checkpoint's model was trained with."""
     if source := path_of(content["config"].get("init", "")):
         for path in Path(source).iterdir():
             if path.name.startswith(("tokenizer", "special_tokens", "chat_template", "vocab", "merges")):
@@ -69,8 +70,8 @@ def save_tokenizer(content: dict, folder: str) -> None:
 
 
 def fast_tokenizer(block_size: int):
-    """Our tokenizer as a PreTrainedTokenizerFast. It splits at the same places, and spells what is no piece in
-    bytes."""
+    """Our tokenizer as a PreTrainedTokenizerFast. It splits a text at the same places. A character that is not a piece
+    becomes its UTF-8 bytes, one token each."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     encoding, letters = get_tokenizer(), byte_letters()
@@ -102,7 +103,7 @@ def main(argv: list[str]) -> int:
             try:
                 model.save_pretrained(unfinished)
                 save_tokenizer(content, unfinished)
-            except Exception as error:  # on a full disk safetensors and tokenizers raise errors of their own kinds
+            except Exception as error:  # safetensors and tokenizers raise their own classes of errors on a full disk
                 raise UsageError(f"cannot write {folder}: {error}") from None
             shutil.copytree(unfinished, folder, dirs_exist_ok=True)
         print(f"{folder} holds {content['stage']}, {model.num_parameters():,} parameters")

@@ -1,14 +1,14 @@
-"""The findings: what is said of DeepSeek-R1, measured at toy scale, each claim with a control that could refute it.
+"""The findings: claims about DeepSeek-R1 and GRPO, measured at toy scale. Controls could refute them.
 
-    python experiments/findings.py             trains what is missing, or goes on, and writes experiments/findings.md
-    python experiments/findings.py --only=7    one row
-    python experiments/findings.py --jobs=4    so many trainings at a time (default: one for each core, of one thread)
+    python experiments/findings.py             trains the missing cells and writes experiments/findings.md
+    python experiments/findings.py --only=7    one finding
+    python experiments/findings.py --jobs=4    four trainings at a time (default: one for each core, with one thread)
 
-A cell is a run of train.py, controls.py or r1.py with some flags and a seed. If it shares its first stages with another
-cell, it starts from that cell's checkpoints. What the rows (rows.py) need of a cell is kept in
-experiments/results/CELL-SEED.json, with the settings that shaped it. A cell is run again if these settings or its
-controls have changed. The page is written from the files alone. Checkpoints and logs go to out/findings/, where an
-interrupted run goes on. There is no training loop in this file.
+A cell is a run of train.py, controls.py or r1.py with some flags and a seed. A cell that shares its first stages with
+another cell starts from the checkpoints of the other cell. experiments/results/CELL-SEED.json holds the results of a
+cell that the rows (rows.py) need, and the settings that shaped the cell. A cell is run again if these settings or its
+controls have changed. The page is written from these files alone. Checkpoints and logs are in out/findings/. To resume
+an interrupted run, repeat the command. There is no training loop in this file.
 """
 import argparse
 import json
@@ -17,7 +17,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import textwrap
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -34,7 +33,7 @@ from engine.files import write_file  # noqa: E402
 from engine.settings import EVALUATION, names_of, settings_of, shaped_by  # noqa: E402
 from engine.tasks import make_task  # noqa: E402
 from engine.terminal import UsageError  # noqa: E402
-from rows import ROWS, Known, table  # noqa: E402
+from rows import ROWS, Known, paragraph, table  # noqa: E402
 from train import STAGES, Config  # noqa: E402
 
 SEEDS = (0, 1, 2)
@@ -42,28 +41,29 @@ SEEDS = (0, 1, 2)
 
 @dataclass(frozen=True)
 class Cell:
-    """A run for each seed."""
-    trains: tuple[str, ...]         # the models that it makes, by the names that rows.py has for them
-    flags: str = ""                 # what differs from the defaults
-    start: str | None = None        # the cell whose checkpoints it starts from
-    controls: dict[str, str] = field(default_factory=dict)  # which of the models are controls: its name -> the control
-    measures: tuple[str, ...] = ()  # functions of measures.py, which measure what train.py does not
-    is_r1: bool = False             # a run of r1.py
+    """One run for each seed."""
+    trains: tuple[str, ...]         # the models that the run makes, by their names in rows.py
+    flags: str = ""                 # the flags that differ from the defaults
+    start: str | None = None        # the cell with the checkpoints that the run starts from
+    controls: dict[str, str] = field(default_factory=dict)  # the models that are controls: model -> name of the control
+    measures: tuple[str, ...] = ()  # functions of measures.py, for measurements that train.py does not make
+    is_r1: bool = False             # whether this is a run of r1.py
 
     def table(self) -> dict:
-        """The stages of its programs."""
+        """The stages of the cell's programs."""
         return r1.STAGES if self.is_r1 else STAGES | CONTROLS
 
     def config(self) -> type:
-        """The settings of its programs."""
+        """The class of the settings of the cell's programs."""
         return r1.Config if self.is_r1 else Config
 
     def stages(self) -> list[str]:
-        """The stages that make its models."""
+        """The stages that make the cell's models."""
         return [self.controls.get(model, model) for model in self.trains]
 
     def commands(self) -> list[list[str]]:
-        """The programs that make its models, each with its stage or control. zero_no_wait makes base_no_wait first."""
+        """The programs that make the cell's models, each with its stage or control. A control makes the base that it
+        starts from: zero_no_wait first makes base_no_wait."""
         if self.is_r1:
             return [["r1.py", f"--stage={self.trains[0]}"] if self.start else ["r1.py"]]
         own = [stage for stage in self.stages() if stage in STAGES]
@@ -76,7 +76,7 @@ class Cell:
 NO_KL = "--kl_coef=0"
 COUNTDOWN = f"{NO_KL} --task=countdown --max_number=10 --rl_max_new_tokens=104 --rl_steps=120"
 HALF = f"{NO_KL} --rl_steps=100"
-# The student learns once from each sample: 960 updates on 61,440 samples. The default is 1,200 updates on 25,600.
+# The student learns once from each sample: 960 updates on 61,440 samples. The default: 1,200 updates on 25,600 samples.
 ONE_PASS = f"{NO_KL} --distill_steps=120 --distill_epochs=1"
 SHORT = {"student": "student_short"}
 ALL = {"zero": "all_completions"}
@@ -128,18 +128,19 @@ CELLS = {
     "language 1/4": Cell(("dev2",), "--task=bilingual --language_weight=0.25", "R1", is_r1=True),
 }
 
-# Some stored results are of a program in which the controls were settings. Their files name no controls. For each such
-# setting: its value in train.py's stages, a setting that shapes the same stages, and its values in the controls.
+# Some stored results come from a program that had settings in place of the controls. Their files name no controls. For
+# each of these settings: its value in train.py's stages, a setting that shapes the same stages, and its values in the
+# controls.
 GONE = {
     "shuffle_rewards": (False, "scale", {"shuffled": True}),
-    "accuracy_weight": (1.0, "scale", {"format_alone": 0.0}),  # still a setting, but not the control's
+    "accuracy_weight": (1.0, "scale", {"format_alone": 0.0}),  # a setting, but format_alone does not use it
     "baseline":        ("group", "scale", {"batch_baseline": "batch"}),
     "skip_no_signal":  (True, "scale", {"all_completions": False}),
     "worked_share":    (1.0, "corpus", {"base_no_working": 0.0, "base_half_working": 0.5}),
     "wait_share":      (1.0, "corpus", {"base_no_wait": 0.0}),
     "distill_longer":  (True, "distill_steps", {"student_short": False, "student_rl_short": False}),
 }
-# The values in a file that does not hold the setting, because it is older.
+# The values for files that are older than these settings and therefore do not hold them.
 BEFORE = {"skip_no_signal": False, "distill_longer": False, "distill_epochs": 1}
 
 
@@ -147,14 +148,14 @@ BEFORE = {"skip_no_signal": False, "distill_longer": False, "distill_epochs": 1}
 
 
 def settings(cell: Cell) -> dict:
-    """The settings that shape a cell's models and their evaluation, but for the seed."""
+    """The settings that shape a cell's models and their evaluation, except the seed."""
     cfg, _ = parse_args(Program(cell.table(), cell.config(), "", make_task, "findings.py"), cell.flags.split())
     names = {name for stage in cell.stages() for name in shaped_by(cell.table(), stage)} | {*names_of(EVALUATION)}
     return {name: getattr(cfg, name) for name in settings_of(cell.config()) if name in names and name != "seed"}
 
 
 def old_settings(cell: Cell) -> dict:
-    """The same for a program in which the controls were settings."""
+    """The same settings for the program that had settings in place of the controls."""
     found = settings(cell)
     for name, (value, neighbour, in_controls) in GONE.items():
         if neighbour in found:
@@ -173,14 +174,14 @@ def slug(name: str) -> str:
 
 
 def folder(name: str, seed: int) -> Path:
-    """Where a cell's run writes. Other settings have another folder."""
+    """The folder that a cell's run writes to. If the settings change, the folder changes."""
     key = json.dumps([settings(CELLS[name]), CELLS[name].controls], sort_keys=True)
     return OUT / f"{slug(name)}-{seed}-{zlib.crc32(key.encode()):08x}"
 
 
 def stored(name: str, seed: int) -> dict | None:
-    """What is known of a cell; None if it was not run, not measured in full, or run with other settings or controls. A
-    setting that the file does not hold had the value in BEFORE, or else its default."""
+    """The stored results of a cell. None if the cell was not run, was not measured in full, or was run with other
+    settings or controls. A setting that the file does not hold had the value in BEFORE, or else its default."""
     path = RESULTS / f"{slug(name)}-{seed}.json"
     if not path.exists():
         return None
@@ -195,7 +196,7 @@ def stored(name: str, seed: int) -> dict | None:
 
 
 def train(name: str, seed: int, threads: int) -> None:
-    """Have the programs make a cell's models, from the checkpoints of its start. Raises UsageError if that fails."""
+    """Train a cell's models, from the checkpoints of its start. Raises UsageError if a program fails."""
     cell, out = CELLS[name], folder(name, seed)
     out.mkdir(parents=True, exist_ok=True)
     flags = [f"--seed={seed}", f"--threads={threads}", f"--out={out}", *cell.flags.split()]
@@ -213,7 +214,7 @@ def train(name: str, seed: int, threads: int) -> None:
 
 
 def curve(rows: list[dict]) -> dict[str, list[float]]:
-    """The metrics that an RL run logged, averaged over each tenth of its steps."""
+    """The logged metrics of an RL run, averaged over each tenth of its steps."""
     tenths = [rows[i * len(rows) // 10:(i + 1) * len(rows) // 10] for i in range(10)]
     means = {}
     for key in ("accuracy", "format", "length", "length_wrong", "reflection", "no_signal", "language", "consistent"):
@@ -223,14 +224,14 @@ def curve(rows: list[dict]) -> dict[str, list[float]]:
 
 
 def work(rows: list[dict], cfg: Config, name: str) -> dict[str, float]:
-    """The tokens that the student and the teacher read while a student was trained. A forward and backward pass counts
-    three times. Times twice a model's parameters, this is the number of its FLOPs.
+    """The number of tokens that the student and the teacher read while a student is trained. Tokens of a forward and
+    backward pass count three times. This number, times twice the parameters of the model, is the model's FLOPs.
 
-    In distillation the teacher samples, and then reads what the student learns from, once; the student reads it in each
-    epoch. In RL the student samples and trains on the completions that have an advantage. The reference reads these,
-    too, and the student once more for pi_old, but for the first minibatch.
+    In distillation the teacher samples completions and reads the accepted ones once. The student reads the accepted
+    completions in each epoch. In RL the student samples completions, and trains on those with a nonzero advantage. The
+    reference reads these too. The student reads them once more for pi_old, except in the first minibatch.
     """
-    prompt = 11.4  # tokens, on average, of problems of 1 to 6 operations
+    prompt = 11.4  # mean tokens of a prompt, for problems of 1 to 6 operations
     if name == "student_rl":
         completions = cfg.distill_prompts / cfg.distill_minibatches * cfg.rl_minibatches
         passes = 3 + (cfg.rl_minibatches - 1) / cfg.rl_minibatches + bool(cfg.kl_coef)
@@ -242,7 +243,7 @@ def work(rows: list[dict], cfg: Config, name: str) -> dict[str, float]:
 
 
 def collect(name: str, seed: int, threads: int) -> None:
-    """Measure a trained cell, and keep what the page needs."""
+    """Measure a trained cell and store the results that the page needs."""
     cell, out = CELLS[name], folder(name, seed)
     results = json.loads((out / "results.json").read_text())
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -273,7 +274,7 @@ def collect(name: str, seed: int, threads: int) -> None:
 
 
 def run_cells(names: list[str], jobs: int) -> None:
-    """Run the cells that are missing. Those that others start from come first."""
+    """Run the missing cells. The cells that others start from come first."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     missing = [(name, seed) for name in names for seed in SEEDS if stored(name, seed) is None]
     starts = {(CELLS[name].start, seed) for name, seed in missing if CELLS[name].start}
@@ -289,7 +290,7 @@ def run_cells(names: list[str], jobs: int) -> None:
         with ThreadPoolExecutor(jobs) as pool:
             try:
                 list(pool.map(run, keys))
-            finally:  # after an error, or Ctrl-C, which ends the runs under way, no other is begun
+            finally:  # after an error or Ctrl-C, start no further run; Ctrl-C also ends the running programs
                 pool.shutdown(cancel_futures=True)
 
 
@@ -297,72 +298,74 @@ def run_cells(names: list[str], jobs: int) -> None:
 
 HEAD = """# Findings
 
-What is said of DeepSeek-R1 and of GRPO, measured at toy scale. Each claim has a control that could refute it, and a
-bar that decides whether it holds here. `python experiments/findings.py` writes this page from experiments/results/,
-after training what is missing there. All cells together took {hours:.1f} hours of training and evaluation on one
-thread ({machines}).
+This page tests claims about DeepSeek-R1 and GRPO at toy scale. Each claim has a bar, which decides whether the claim
+holds here. Many claims have a control, a run that could refute the claim. `python experiments/findings.py` trains the
+models whose results are missing in experiments/results/, and writes this page. All runs together took {hours:.1f} hours
+of training and evaluation on one thread ({machines}).
 
-- **Models.** *base* was pretrained on the corpus, and *zero* is the base after RL. *student_base* is a smaller base,
-  and *student* is zero distilled into it. *student_rl* is student_base after RL with as many updates as the student
-  had. It is the control for distillation. Rows 6 and 10 are about train.py's default. Rows 1 to 5, 7 and 8, and most
-  of row 9, are about RL without the KL penalty of the default (--kl_coef=0). Row 11 is about r1.py.
-- **Problems.** *test* holds unseen problems of 2 to 4 operations, *hard* unseen ones of 5 and 6. RL trains zero on
-  problems of 1 to 4 operations, so hard ones are longer than any that zero met in RL. The student and student_rl are
-  trained on problems of 1 to 6 in the default. In countdown (row 4) test problems have three numbers, and hard ones
-  four.
-- **Measures.** The models answer 256 problems of a kind, each 16 times at temperature 1, unless a table says
-  otherwise. *pass@1* is the share of right answers. *maj@16* is the share of problems that the most frequent of the 16
-  answers solves. *format* is the share of well-formed answers: a thought and an answer inside their tags, and nothing
-  else. *length* is the mean number of tokens. An answer *reflects* if it holds one of the ten words that R1 counts,
-  such as "wait". Shares are in %, and differences of shares in percentage points.
-- **RL.** GRPO samples a *group* of G answers to each problem. The *advantage* of an answer is its reward minus the
-  mean reward of its group, divided by the group's standard deviation. A group has a *signal* if its rewards are not
-  all equal. Otherwise all its advantages are 0, and it teaches nothing.
-- **Spread.** "96.7 ± 0.6" is the mean over three seeds ± the standard deviation over them. For pass@1 the standard
-  error over problems takes the place of the latter if it is larger. Differences are taken seed by seed. A difference
-  that is not larger than its spread is called no difference.
+[README.md](../README.md) defines the models (base, zero, student_base, student, student_rl), the problems (test, hard)
+and the measures (pass@1, maj@16, format, length, reflection). The opening of [grpo.py](../grpo.py) defines group and
+advantage. This page also needs these terms:
 
-The bars of rows 1 to 7 and of row 11 were fixed before measuring. That of row 6 was set anew, again before measuring, when its
-problems became longer. Those of rows 8 to 10 were made stricter when some of their cells were known.
+- **Settings.** Finding 10 and the first table of finding 6 use the default settings of train.py. The second table of
+  finding 6, findings 1 to 5, 7 and 8, and most of finding 9 use RL without the KL penalty of the default (--kl_coef=0).
+  Finding 11 uses r1.py.
+- **Problems.** RL trains zero on problems of 1 to 4 operations. Hard problems have 5 or 6, so they are longer than all
+  problems that zero met in RL. The student and student_rl are trained on problems of 1 to 6 operations in the default.
+  In countdown (finding 4), test problems have three numbers and hard problems have four.
+- **Measures.** The models answer 256 problems of a kind, each 16 times at temperature 1, unless a table says otherwise.
+  Shares are in %, and differences of shares in percentage points.
+- **Signal.** A group has a signal if its rewards are not all equal. Without a signal, all advantages of the group are
+  0, and the group teaches nothing.
+- **Spread.** "96.7 ± 0.6" is the mean over three seeds ± the spread. The spread is the standard deviation over the
+  seeds. For pass@1 in findings 1 to 4, 6, 7 and 9, it is the standard error over problems if that is larger.
+  Differences are computed for each seed and then averaged. "No difference" means that a difference is not larger than
+  its spread.
+
+The bars of findings 1 to 7 and 11 were fixed before measuring. When the problems of finding 6 became longer, its bar
+was set anew, again before measuring. The bars of findings 8 to 10 were made stricter when some of their results were
+known.
 """
 
 
 def known() -> Known:
-    """The cells that have been run with all seeds."""
+    """The cells that are stored for all seeds."""
     found = {name: [stored(name, seed) for seed in SEEDS] for name in CELLS}
     return Known({name: cells for name, cells in found.items() if None not in cells})
 
 
 def minutes(k: Known, cells: tuple[str, ...]) -> float:
-    """How long the training and evaluation of these cells took, one after the other."""
+    """The minutes of training and evaluation of these cells, one after another."""
     return sum(sum(k.values(cell, "seconds")) for cell in cells) / 60
 
 
 def shown(cell: Cell) -> list[str]:
-    """A cell's commands, without its --stage flags."""
+    """A cell's commands, without the --stage flags."""
     commands = [[part for part in command if not part.startswith("--")] for command in cell.commands()]
     return list(dict.fromkeys(" ".join(["python", *command, cell.flags]).rstrip() for command in commands))
 
 
 def page(k: Known) -> str:
-    """experiments/findings.md, with the rows whose cells have all been run."""
+    """experiments/findings.md, with the rows whose cells are all stored."""
     rows, details = [], []
     for n, row in ROWS.items():
         missing = [cell for cell in row.cells if cell not in k.cells]
         if missing:
             print(f"row {n} is left out: {', '.join(missing)} has not been run")
             continue
-        line, passed, lines = row.measure(k)
-        rows.append([n, row.claim, row.paper, row.bar, line, "**pass**" if passed else "**fail**"])
-        details += [f"## {n}. {row.claim}", "", f"`python experiments/findings.py --only={n}` takes "
-                    f"{minutes(k, row.cells):.0f} minutes of one thread, for these runs with seeds 0, 1 and 2:", "",
-                    *(f"    {line}" for cell in row.cells for line in shown(CELLS[cell]))]
+        measured, holds, lines = row.measure(k)
+        rows.append([n, row.claim, " ".join(row.bar.split()), measured, "**holds**" if holds else "**does not hold**"])
+        details += [f"## {n}. {row.claim}", "", paragraph(f"**Said of large models:** {row.paper}"), ""]
         if row.note:
-            details += ["", textwrap.fill(" ".join(row.note.split()), 119)]
-        details += lines
+            details += [paragraph(row.note), ""]
+        if row.controls:
+            details += [paragraph(row.controls), ""]
+        details += [*lines, f"`python experiments/findings.py --only={n}` takes {minutes(k, row.cells):.0f} minutes of "
+                    "one thread, for these runs with seeds 0, 1 and 2:", "",
+                    *(f"    {line}" for cell in row.cells for line in shown(CELLS[cell])), ""]
     machines = {"{device}, {dtype}".format(**cell["machine"]) for cells in k.cells.values() for cell in cells}
     head = HEAD.format(hours=minutes(k, tuple(k.cells)) / 60, machines=" and ".join(sorted(machines)))
-    summary = table(["#", "claim", "said of large models", "bar", "measured here", "verdict"], rows)
+    summary = table(["#", "claim", "bar", "measured", "verdict"], rows)
     return head + "\n".join(summary + details).rstrip() + "\n"
 
 
@@ -370,7 +373,7 @@ def main(argv: list[str]) -> int:
     """Run the command line -> exit code."""
     parser = Parser(prog="findings.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False)
-    parser.add_argument("--only", type=int, choices=ROWS, help="one row of the page")
+    parser.add_argument("--only", type=int, choices=ROWS, help="one finding")
     parser.add_argument("--jobs", type=number(int, None, None), default=os.cpu_count() or 1, help="trainings at a time")
     try:
         options = parser.parse_args(argv)

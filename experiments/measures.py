@@ -1,9 +1,10 @@
-"""What findings.py measures of a run's models beyond what train.py measures, printed as JSON:
+"""Measurements of the findings that train.py does not make. This program makes one of them and prints JSON:
 
     python experiments/measures.py MEASURE OUT THREADS [MODEL=CONTROL ...]
 
-MODEL=CONTROL has the model of a control measured in the place of one of train.py's, such as zero=all_completions. All
-samples are drawn at temperature 1, from generators that are seeded by the run's seed and the name of the measure.
+MEASURE is a function of this file, and OUT is the folder of a finished run. MODEL=CONTROL, such as
+zero=all_completions, measures the model of a control in place of the model of train.py. All samples are drawn at
+temperature 1. The run's seed and the name of the measure seed the generators.
 """
 import dataclasses
 import json
@@ -43,7 +44,7 @@ class Measured(Run):
         self.measure, self.controls = measure, controls
 
     def model(self, name: str) -> GPT:
-        """One of train.py's models, or the control in its place."""
+        """A model of train.py, or the control that takes its place."""
         stage = self.controls.get(name, name)
         model = build_model(load_checkpoint(self.path(stage), stage)).to(self.cfg.device)
         model.generate = Sampler(model)
@@ -54,8 +55,8 @@ class Measured(Run):
         return self.seeded(0, f"{self.measure} {what}")
 
     def sample(self, model: GPT, problems: list, samples: int, what: str = "") -> list[list[tuple[str, bool]]]:
-        """`samples` completions of each problem, as pairs of the text and whether it is right. Another `what` draws
-        other completions."""
+        """Draw `samples` completions of each problem -> for each problem, the pairs (text, whether it is correct).
+        Another `what` draws other completions."""
         generator, groups = self.draws(f"samples {what}")[1], []
         step = max(1, CHUNK // samples)
         for at in range(0, len(problems), step):
@@ -66,18 +67,19 @@ class Measured(Run):
         return groups
 
     def accuracy(self, model: GPT, problems: list, samples: int = 16) -> float:
+        """pass@1: the share of correct completions."""
         return share(right for group in self.sample(model, problems, samples) for _, right in group)
 
 
 def share(values) -> float | None:
-    """The share of the values that are true, or None if there are no values."""
+    """The share of true values, or None if there are no values."""
     values = list(values)
     return round(sum(values) / len(values), 5) if values else None
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that at least one of k samples is right, estimated without bias from n samples of which c are right:
-    1 - C(n-c, k) / C(n, k) (Chen et al., 2107.03374, eq. 1).
+    """The probability that at least one of k samples is correct, estimated without bias from n samples of which c are
+    correct: 1 - C(n-c, k) / C(n, k) (Chen et al., arXiv 2107.03374, eq. 1).
 
     >>> pass_at_k(4, 1, 2)
     0.5
@@ -86,8 +88,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def mixed(n: int, c: int, G: int) -> float:
-    """The chance that G answers are neither all right nor all wrong, estimated without bias from n answers of which c
-    are right. It is the chance that one of the G is right, plus the chance that one is wrong, minus 1.
+    """The probability that G answers are neither all correct nor all wrong, estimated without bias from n answers of
+    which c are correct. It is P(at least one is correct) + P(at least one is wrong) - 1.
 
     >>> round(mixed(4, 2, 2), 3)  # four of the six pairs
     0.667
@@ -96,15 +98,15 @@ def mixed(n: int, c: int, G: int) -> float:
 
 
 def conditional(run: Measured) -> dict:
-    """How often the base's well-formed answers to test problems are right."""
+    """The share of correct answers among the base's well-formed answers to test problems."""
     problems = run.task.heldout_problems(256, "test", run.cfg.seed)
     rows = [row for group in run.sample(run.model("base"), problems, 16) for row in group]
     return {"right if well formed": share(right for text, right in rows if format_reward(text))}
 
 
 def operations(run: Measured) -> dict:
-    """pass@1 of base and zero by the number of operations, on 256 problems of the test side for each number. There are
-    fewer than 256 problems of one operation, so some of these repeat; the textbook pages hold them as facts."""
+    """pass@1 of base and zero for each number of operations, on 256 problems of the test side. Fewer than 256 problems
+    have one operation, so some of these repeat. Textbook pages of the corpus state their results as facts."""
     rng, found = run.draws()[0], {"base": {}, "zero": {}}
     for n in range(1, run.cfg.max_ops + 3):
         problems = [run.task.make_problem(rng, n_ops=(n, n), test=True) for _ in range(256)]
@@ -126,8 +128,8 @@ def many_samples(run: Measured) -> dict:
 
 
 def distributions(run: Measured) -> dict:
-    """pass@1 on problems of distillation's last step, on unseen problems of as many operations (test), on longer ones
-    (hard), and on unseen ones with larger numbers."""
+    """pass@1 on problems of distillation's last step, on unseen problems with as many operations (test), on unseen
+    problems with more operations (hard), and on unseen problems with larger numbers."""
     rng, _ = run.seeded(run.cfg.distill_steps, "student")
     asked = [run.task.make_problem(rng, longer=True) for _ in range(run.cfg.distill_prompts)]
     trained = {problem.question: problem for problem in asked
@@ -141,10 +143,12 @@ def distributions(run: Measured) -> dict:
 
 
 def signal(run: Measured) -> dict:
-    """The share of groups of G answers that hold right and wrong ones, for the base's answers to 256 training problems.
+    """The share of groups of G answers that contain both correct and wrong answers, for the base's answers to 256
+    training problems.
 
-    It is counted over two groups of each problem. It is also computed as 1 - p^G - (1-p)^G, where p is the chance of a
-    right answer: once estimated for each problem without bias from 64 other samples, and once at the mean p.
+    "counted" is this share in two groups of each problem. 1 - p^G - (1-p)^G predicts the share from p, the probability
+    of a correct answer. "predicted" is the mean of the formula over problems; for each problem it is estimated without
+    bias from 64 other samples. "at the mean p" is the formula at the mean p of all problems.
     """
     G, rng, n = run.cfg.rl_samples, run.draws()[0], 64
     problems = [run.task.make_problem(rng) for _ in range(256)]
@@ -159,11 +163,11 @@ def signal(run: Measured) -> dict:
 
 
 def reflections(run: Measured) -> dict:
-    """What a reflection does, in base and zero, over the answers to test problems that show working inside a thought.
+    """The effect of a reflection in base and zero, over the answers to test problems that show steps inside a thought.
 
-    A reflection is a "wait" in a thought; `turns_of` says what it turns into what. In countdown an author looks again
-    only after an attempt that missed, so answers with and without a reflection are compared only if their first attempt
-    missed.
+    A reflection is a "wait" in a thought. turns_of says whether it turns a wrong attempt into a correct one, and so on.
+    In countdown an author looks again only after an attempt that missed. Answers with and without a reflection are
+    therefore compared only if their first attempt missed.
     """
     problems, found = run.task.heldout_problems(256, "test", run.cfg.seed), {}
     for name in ("base", "zero"):
@@ -199,14 +203,14 @@ def true_step(text: str) -> bool:
 
 
 def hits(problem: countdown.Problem, attempt: str) -> bool:
-    """Does an attempt at a countdown reach the target by steps that are all true?"""
+    """Does an attempt at a countdown problem reach the target, with true steps only?"""
     steps = [step for step in attempt.split(", ") if "=" in step]
     return bool(steps) and all(map(true_step, steps)) and steps[-1].endswith(f"={problem.target}")
 
 
 def turns_of(problem, parts: list[str]) -> list[str]:
-    """What each "wait" between the parts of a thought turned into what. In countdown the parts are attempts, which are
-    right if they hit the target. In arithmetic the last step before the "wait" is compared with the first one after it.
+    """The effect of each "wait" between the parts of a thought. In countdown the parts are attempts, which are right if
+    they hit the target. In arithmetic the last step before the "wait" is compared with the first step after it.
 
     >>> from data import arithmetic
     >>> turns_of(arithmetic.parse("13-8"), ["13-8=6", "13-8=5"])
@@ -224,7 +228,7 @@ def turns_of(problem, parts: list[str]) -> list[str]:
 
 
 def divergence(run: Measured) -> dict:
-    """The KL divergence of zero from the base in nats a token, estimated as in grpo.py (k3), over all completions of
+    """The KL divergence of zero from the base in nats per token, estimated as in grpo.py (k3), over all completions of
     256 groups of training problems, with and without a signal."""
     rng, generator = run.draws()
     zero, base = run.model("zero"), run.model("base")

@@ -1,9 +1,9 @@
 """Draw a run as a figure: python experiments/plot.py OUT FIGURE.png, where OUT is a finished run.
 
-Three panels show the answers to training problems over the RL steps, from OUT/log.jsonl: accuracy, format and length;
-in countdown reflection instead of format. Dashed lines show the level of each model on test problems, from
-OUT/results.json. The fourth panel compares the models on hard problems. Where OUT has the control student_rl, it is
-drawn beside the student. The two figures beside this file are of seed 0:
+Three panels show the answers to training problems over the RL steps, from OUT/log.jsonl: accuracy, format and length
+(in countdown, reflection instead of format). A dashed line shows the value of each model on test problems, from
+OUT/results.json. The fourth panel compares the models on hard problems. If OUT has the control student_rl, the figure
+shows it beside the student. The two figures in this folder are of seed 0:
 
     arithmetic.png    python train.py && python experiments/controls.py student_rl --out=out
     countdown.png     python train.py --task=countdown --max_number=10 --rl_max_new_tokens=104 --rl_steps=120 --kl_coef=0
@@ -19,13 +19,13 @@ matplotlib.use("Agg")  # no window
 import matplotlib.pyplot as plt  # noqa: E402
 
 PANELS = {  # the name in log.jsonl: (the name in results.json, the panel's title)
-    "accuracy": ("pass@1", "right answers, %"),
+    "accuracy": ("pass@1", "correct answers, %"),
     "format": ("format", "well-formed answers, %"),
     "reflection": ("reflection", "answers that reflect, %"),
     "length": ("length", "length of an answer, tokens"),
 }
 MODELS = {"base": "#767676", "zero": "#0b3c6f", "student": "#c8590b", "student_rl": "#2e7d4f"}
-SMOOTH = 2  # the running mean is over so many steps before and after each step
+SMOOTH = 2  # steps before and after each step that the running mean includes
 
 
 def smooth(values: list[float]) -> list[float]:
@@ -39,7 +39,7 @@ def smooth(values: list[float]) -> list[float]:
 
 
 def spread(values: list[float], distance: float) -> list[float]:
-    """The values, moved apart so that labels at them do not overlap.
+    """The values, moved apart to at least this distance, so that labels at these heights do not overlap.
 
     >>> spread([1.0, 1.5, 5.0], 2.0)
     [0.25, 2.25, 5.0]
@@ -83,7 +83,7 @@ def plot(rows: list[dict], models: dict[str, dict], path: Path, panels: tuple[st
                    xerr=[100 * models[name]["hard"]["pass@1_se"] for name in shown], error_kw={"elinewidth": 0.8})
     ax.bar_label(bars, [f"{value:.0f}" for value in hard], padding=4)
     ax.invert_yaxis()
-    ax.set(title="right answers to harder problems, %", xlim=(0, 1.15 * max(1, *hard)))
+    ax.set(title="correct answers to hard problems, %", xlim=(0, 1.15 * max(1, *hard)))
     ax.tick_params(axis="y", length=0)
     figure.savefig(path, dpi=100, metadata={"Software": None})
 

@@ -1,11 +1,12 @@
-"""How the answers to one problem change while a model learns, from the samples.jsonl of a run.
+"""Show how the answers to one problem change during training, from the samples.jsonl of a run.
 
-    python experiments/samples.py                     the first of the four problems of the RL stage, in out/
+    python experiments/samples.py                     the first of the four problems of the RL stage, of the run in out/
     python experiments/samples.py --out=out/r1 --stage=student --problem=2
 
-Each line is an answer with its reward and its advantage, which says how much more it earned than its group (by default
-in standard deviations). Of eight answers the first --answers=3 are shown. On a terminal, an answer above its group is
-green and bold, and one below it is red. The environment variable NO_COLOR, or a pipe, turns colours off.
+Each line is an answer with its reward and its advantage. The advantage is the reward minus the mean reward of the group
+(by default divided by the group's standard deviation). The first --answers=3 of eight answers are shown. On a terminal,
+an answer with a positive advantage is green and bold, and one with a negative advantage is red. There are no colours in
+a pipe, or with the environment variable NO_COLOR.
 """
 import json
 import os
@@ -18,11 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine.arguments import Parser, number
 from engine.terminal import UsageError
 
-GOOD, BAD, PLAIN = "\033[1;32m", "\033[31m", "\033[0m"  # what turns a terminal green and bold, red, and back
+GOOD, BAD, PLAIN = "\033[1;32m", "\033[31m", "\033[0m"  # the terminal's codes for green and bold, red, and normal text
 
 
 def lines(rows: list[dict], answers: int, width: int, colour: bool) -> list[str]:
-    """What is printed of the rows of one problem."""
+    """The lines to print for the rows of one problem."""
     found = [rows[0]["question"]]
     for row in rows:
         rewards, title = row["rewards"]["reward"], f"{row['stage']} step {row['step']}"

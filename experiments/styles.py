@@ -1,4 +1,4 @@
-"""What the base reads: each style of the forum with its share, how often it is right, and an example, as Markdown.
+"""Print a table of the corpus: each response style with its share, how often it is correct, and an example.
 
     python experiments/styles.py [arithmetic|countdown]
 """
@@ -15,12 +15,12 @@ TASKS = {"arithmetic": Arithmetic, "countdown": Countdown}
 
 
 def style_table(task, n: int = 20_000, seed: int = 0) -> str:
-    """A Markdown table of the styles in a task's forum, counted over n threads."""
+    """A Markdown table of the response styles in a task's forum, counted over n threads."""
     rng, rows = random.Random(f"table/{seed}"), {style: [] for style in task.styles}
     for _ in range(n):
         text, style, right = task.write_thread(rng)
         rows[style].append((right, text.split("Assistant: ")[1]))
-    lines = ["| style | share of threads | right | example |", "|---|---|---|---|"]
+    lines = ["| style | share of threads | correct | example |", "|---|---|---|---|"]
     for style, found in rows.items():
         share, right = len(found) / n, sum(right for right, _ in found) / len(found)
         examples = [text for _, text in found if "wait" in text or style != "rechecked"]

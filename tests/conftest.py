@@ -1,4 +1,5 @@
-"""What several test files share. Everything runs offline, on one CPU thread, in float32."""
+"""What several test files share. Everything runs offline, on one CPU thread, in float32. The docstring of a test says
+which bug the test guards against."""
 import json
 from pathlib import Path
 
@@ -18,9 +19,9 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 NAMES = ["base", "zero", "student_base", "student"]
 
-# A run that passes through every stage in a few seconds and saves at every step. One thread, as this process has, so
-# that either may go on with what the other began. Batches of 4 rows make enough updates for a base that now and then
-# writes the tags, without which RL would have no reward and leave the base as it is.
+# The flags of a run that goes through every stage in a few seconds and saves at every step. It has one thread, like
+# this process, so each of the two can resume what the other began. With batches of 4 rows there are enough updates for
+# a base that sometimes writes the tags. Without tags there would be no reward, and RL would not change the base.
 QUICK = ["--preset=tiny", "--device=cpu", "--threads=1", "--save_every=0", "--base_tokens=40000", "--base_batch=4",
          "--student_base_tokens=40000", "--rl_steps=5", "--distill_steps=9", "--distill_epochs=2",
          "--distill_prompts=64", "--rl_max_new_tokens=40", "--eval_problems=3"]
@@ -44,13 +45,13 @@ def results(out):
 
 
 def rows(out):
-    """The whole rows of log.jsonl: a run that is under way may still be writing the last one."""
+    """The complete rows of log.jsonl. A run in progress may still be writing the last one."""
     lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def copy(out, to, *names):
-    """Copy the part of a finished run that a test goes on from."""
+    """Copy some files of a finished run, from which a test continues."""
     to.mkdir(exist_ok=True)
     for name in names:
         (to / name).write_bytes((out / name).read_bytes())
@@ -63,7 +64,7 @@ def weights_equal(path, other):
 
 
 class Descent:
-    """Plain gradient descent by a given distance, which keeps the gradient of each update. Adam would enlarge rounding
+    """Plain gradient descent by a given distance. It keeps the gradient of each update. Adam would enlarge rounding
     errors."""
 
     def __init__(self, model, distance):
@@ -103,7 +104,7 @@ def refused(capfd):
 
 @pytest.fixture
 def make_gpt():
-    """A real GPT, small. The weights are larger than a fresh model's, so that what it says depends on what it reads."""
+    """Make a small GPT. Its weights are larger than those of a new model, so that its output depends on its input."""
     def make(vocab_size: int = 11, seed: int = 0, block_size: int = 48, spread: float = 8.0) -> GPT:
         torch.manual_seed(seed)
         model = GPT(GPTConfig(vocab_size, block_size, n_layer=2, n_head=2, n_embd=32))
@@ -117,7 +118,7 @@ def make_gpt():
 
 @pytest.fixture
 def assert_frequencies():
-    """Pearson's chi-square test of counts against probabilities, false alarm 3 in 100,000."""
+    """Pearson's chi-square test of counts against probabilities. Its rate of false alarms is 3 in 100,000."""
     def check(counts: list[int], probs: list[float]) -> None:
         n, z = sum(counts), 4.0
         cells, rest = [], [0, 0.0]

@@ -1,4 +1,5 @@
-"""The benchmark's command line, its processes and its arithmetic. Measuring needs the peers and a quiet machine."""
+"""The benchmark's command line, its processes and its arithmetic. Speed is not measured here: that needs the peers and
+an idle machine."""
 import contextlib
 import dataclasses
 import importlib.util
@@ -22,14 +23,14 @@ TINY = GPTConfig(bench.VOCAB, 64, n_layer=1, n_head=2, n_embd=16)
     ("--only=rl", "sampling"), ("--dtype=int8", "float32"), ("--device=tpu", "cuda"),
     ("--beside=nowhere", "no checkout")])
 def test_bad_input(capsys, arg, words):
-    """Something else than what was asked for would be measured for ten minutes."""
+    """If a bad flag were ignored, ten minutes would be spent on another measurement."""
     assert bench.main([arg]) == 2
     printed = capsys.readouterr()
     assert words in printed.err and printed.err.count("\n") == 1 and not printed.out
 
 
 def test_missing_peers_are_named(capsys, monkeypatch):
-    """A peer that is not installed would end in a traceback, or another checkout would need it."""
+    """A missing peer must not end in a traceback, and --beside must not need the peers."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert bench.main([]) == 2
     assert "pip install -r experiments/requirements.txt" in capsys.readouterr().err
@@ -37,7 +38,7 @@ def test_missing_peers_are_named(capsys, monkeypatch):
 
 
 def test_another_checkout_is_run_by_its_own_code(tmp_path, capsys):
-    """--beside would compare our code with itself, because the other process would import modules of this checkout."""
+    """If the other process imported the modules of this checkout, --beside would compare our code with itself."""
     for name, seconds in ("ours", 2.0), ("other", 3.0):
         (tmp_path / name / "experiments").mkdir(parents=True)
         (tmp_path / name / "speed.py").write_text(f"SECONDS = {seconds}")
@@ -53,14 +54,14 @@ def test_another_checkout_is_run_by_its_own_code(tmp_path, capsys):
 
 
 class End:
-    """One end of a pipe: what is sent waits in `sent`, and what is received comes from `waiting`."""
+    """One end of a pipe: `send` appends to `sent`, and `recv` takes from `waiting`."""
 
     def __init__(self, waiting: deque, sent: deque):
         self.recv, self.send = waiting.popleft, sent.append
 
 
 def served_here(checkout, side, name, options):
-    """bench.launch without a process: the side is served at once, for one turn of one step with each option."""
+    """bench.launch without a process. The side runs at once: with each option, one turn of one step."""
     waiting = deque()
     with contextlib.redirect_stdout(io.StringIO()):  # serve silences its process
         bench.serve(End(deque([1, 0] * len(options)), waiting), side, name, options)
@@ -69,11 +70,12 @@ def served_here(checkout, side, name, options):
 
 @pytest.mark.parametrize("group", dict.fromkeys(case.group for case in bench.CASES.values()))
 def test_every_group_prints_its_rows(group, monkeypatch, capsys):
-    """A case of ours calls what does not exist, which only a benchmark of minutes would show; or its completions end
-    early, or teach nothing. Here the shapes are tiny, and nothing is compiled."""
+    """Our side of a case must not call a function that does not exist, its completions must not end early, and each
+    group needs a signal. Otherwise only a benchmark of several minutes would show the bug. Here the shapes are tiny,
+    and nothing is compiled."""
     for name, value in dict(TEACHER=TINY, STUDENT=TINY, B=2, T=16, P=2, G=8, NEW=8, N=16).items():
         monkeypatch.setattr(bench, name, value)
-    torch.manual_seed(0)  # two answers may earn the same, but not eight
+    torch.manual_seed(0)  # two answers may have the same reward, but not all eight
     cases = {}
     for name, case in bench.CASES.items():
         ours = case.ours
@@ -92,12 +94,12 @@ def test_every_group_prints_its_rows(group, monkeypatch, capsys):
 
 
 def test_flops_are_those_of_the_products():
-    """A factor of 2, or attention, would be forgotten, and the share of the roof would be wrong."""
+    """Without a factor of 2, or without attention, the MFU would be wrong."""
     config = GPTConfig(11, n_layer=2, n_head=2, n_embd=32)
     C, H, V = 32, config.n_hidden, 11
-    products = config.n_layer * (4 * C * C + 3 * C * H) + C * V  # multiplications of a token
-    attention = config.n_layer * 2 * 7 * C                       # q k' and the sum over v, with 7 tokens in sight
-    gains = (2 * config.n_layer + 1) * C                         # of the norms, one product each
+    products = config.n_layer * (4 * C * C + 3 * C * H) + C * V  # multiplications per token
+    attention = config.n_layer * 2 * 7 * C                       # q k^T and the sum over v, for 7 tokens to attend to
+    gains = (2 * config.n_layer + 1) * C                         # of the norms, one multiplication each
     assert GPT(config).n_params() == bench.n_params(config) == products + gains
     other = GPTConfig(7, n_layer=3, n_head=4, n_embd=24, n_hidden=40, n_kv_head=2, head_size=10)
     assert GPT(other).n_params() == bench.n_params(other)

@@ -1,4 +1,4 @@
-"""The files that are made from reasoning-gym's problems. The tests need experiments/requirements.txt, which CI has."""
+"""The files made from reasoning-gym's problems. The tests need experiments/requirements.txt, which CI has."""
 import json
 import re
 
@@ -12,7 +12,7 @@ pytest.importorskip("reasoning_gym")
 
 
 def test_files_are_what_a_run_takes(tmp_path, monkeypatch):
-    """A run would refuse the files; the forum would discuss a test problem; or an answer would not be the package's."""
+    """A run must accept the files, the corpus must not contain a test problem, and the answers must be correct."""
     for name, n in {"PROBLEMS": 600, "TESTED": 100, "THREADS": 900}.items():
         monkeypatch.setattr(chain_sum, name, n)
     assert chain_sum.main([str(tmp_path)]) == 0
@@ -32,7 +32,7 @@ def test_files_are_what_a_run_takes(tmp_path, monkeypatch):
 
 
 def test_bad_input(tmp_path, capsys):
-    """A missing or impossible folder would end in a traceback, or a file would be overwritten."""
+    """A missing or impossible folder must not end in a traceback, and no file may be overwritten."""
     (tmp_path / "file").write_text("precious")
     for args in ([], ["--out=x"], [str(tmp_path / "file")]):
         assert chain_sum.main(args) == 2

@@ -1,4 +1,4 @@
-"""The command line: what is refused, what arrives, what is printed; and the walk over a table of stages."""
+"""The command line: rejected flags, parsed values, printed text, and the order of the stages."""
 import io
 import json
 import os
@@ -22,7 +22,7 @@ from tests.conftest import NAMES, PROGRAM, QUICK, ROOT, copy, main, parse
 ALL = [f"{name}.pt" for name in NAMES] + ["log.jsonl", "results.json"]
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize("args, words", [
@@ -44,11 +44,12 @@ ALL = [f"{name}.pt" for name in NAMES] + ["log.jsonl", "results.json"]
     ("--on_policy=True --divergence=sft", "--on_policy"), ("--task=countdown --max_ops=5", "--task=countdown"),
     ("--task=countdown --max_number=100", "at most 99"), ("--problems=nowhere.jsonl", "nowhere.jsonl"),
     ("--corpus=nowhere.txt", "nowhere.txt"), ("--ask=8*7", "no model"), ("--ask=hello", "no model"),
-    # So easy a task that its test side lacks problems: found out after pretraining, or by a search without end.
+    # A task so easy that its test side has too few problems: the search for them must end, before pretraining.
     ("--max_ops=2 --max_number=1 --max_factor=2", "fewer than 256 test problems"),
 ])
 def test_bad_input(tmp_path, capsys, args, words):
-    """A mistake ends in a traceback, is silently ignored, makes another setting void, or begins a run all the same."""
+    """A mistake must end in one clear line. It must not end in a traceback, be ignored, disable another setting, or
+    start a run."""
     out = tmp_path / "out"
     assert main([*args.split(), f"--out={out}"]) == 2
     printed = capsys.readouterr()
@@ -58,34 +59,36 @@ def test_bad_input(tmp_path, capsys, args, words):
 
 
 def test_exit_codes(quick, tmp_path, monkeypatch):
-    """main() returns 2, and the process ends with 0."""
+    """If main() returns 2, the process must not end with 0."""
     assert as_script(monkeypatch, "utf-8", "--rl_steps=0", f"--out={tmp_path / 'out'}")[0] == 2
     assert as_script(monkeypatch, "utf-8", *QUICK, "--seed=3", f"--out={quick}")[0] == 2
     assert as_script(monkeypatch, "utf-8", "--help")[0] == 0
 
 
-# What arrives
+# Values
 
 
 @pytest.mark.parametrize("arg, expected", [
     ("--rl_steps=1e1", 10), ("--base_tokens=4e4", 40_000), ("--base_tokens=6.5e6", 6_500_000), ("--rl_steps=7", 7),
     ("--seed=0", 0)])
 def test_whole_numbers_may_be_written_with_an_exponent(arg, expected):
-    """1e6 is refused, or stays a float, over which range() stumbles hours later."""
+    """1e6 must be accepted, and must not stay a float: range() would raise an error for it hours later."""
     cfg, _ = parse([arg])
     found = getattr(cfg, arg[2:].partition("=")[0])
     assert found == expected and type(found) is int
 
 
 def test_values_arrive_in_their_types():
-    """bool("False") is True; a preset that beats what was given beside it."""
+    """bool("False") is True, so a bool must be parsed in another way. A preset must not replace a value that is given
+    beside it."""
     cfg, options = parse(["--preset=tiny", "--on_policy=False", "--rl_lr=2", "--task=countdown", "--rl_steps=9"])
     assert cfg.on_policy is False and cfg.rl_lr == 2.0 and cfg.task == "countdown" and cfg.rl_steps == 9
     assert cfg.n_embd == 64 and options.preset == "tiny" and options.stage is options.ask is options.out is None
 
 
 def test_each_program_has_a_folder_of_its_own():
-    """Two programs that write into one folder by default, or a pretrained model into that of the default run."""
+    """Two programs must not share a default folder, and a pretrained model must not get the folder of the default
+    run."""
     def folder(name, *args):
         cfg, options = parse(list(args))
         return str(default_folder(PROGRAM._replace(name=name), cfg, options.preset))
@@ -95,11 +98,11 @@ def test_each_program_has_a_folder_of_its_own():
     assert [folder("r1.py"), folder("r1.py", "--preset=tiny")] == ["out/r1", "out/r1/tiny"]
 
 
-# What is printed
+# Output
 
 
 def test_help_lists_every_field(capsys, monkeypatch):
-    """A setting that nobody can find."""
+    """If --help left out a setting, nobody would find it."""
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
@@ -114,7 +117,7 @@ def test_help_lists_every_field(capsys, monkeypatch):
 
 
 def test_help_may_hold_a_percent_sign(capsys):
-    """argparse takes a percent sign in a comment for a place to fill in, and ends in a traceback."""
+    """argparse would read a percent sign in a help text as a format, and end in a traceback."""
     @dataclass
     class Config(train.Config):
         part: str = "5 %"  # 100 %d is all
@@ -125,7 +128,7 @@ def test_help_may_hold_a_percent_sign(capsys):
 
 
 def as_script(monkeypatch, encoding, *args):
-    """What `python train.py` does where the terminal has this encoding -> (exit code, its output in bytes)."""
+    """Run `python train.py` with a terminal of this encoding -> (exit code, output in bytes)."""
     with monkeypatch.context() as patch:
         stdout, stderr = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
         patch.setattr(sys, "argv", ["train.py", *args])
@@ -137,8 +140,8 @@ def as_script(monkeypatch, encoding, *args):
 
 
 def test_a_terminal_without_unicode(quick, tmp_path, monkeypatch):
-    """A finished run ends in a UnicodeEncodeError over the report's signs, and exit code 1, where the terminal shows
-    ASCII or cp1252; so does an answer of --ask."""
+    """Where a terminal shows ASCII or cp1252, the signs of the report must not end a finished run in a
+    UnicodeEncodeError and exit code 1. The same holds for an answer of --ask."""
     (tmp_path / "own.jsonl").write_text("".join(
         json.dumps({"prompt": f"½ of {2 * i} is ▁?", "answer": str(i), "split": side}) + "\n"
         for i, side in enumerate(("train", "test", "test"))), encoding="utf-8")
@@ -152,7 +155,7 @@ def test_a_terminal_without_unicode(quick, tmp_path, monkeypatch):
         assert code == 0
         code, answer = as_script(monkeypatch, encoding, "--ask=½ of 4 is ▁?", f"--out={tmp_path}")
         assert code == 0 and "½ of 4 is ▁? = 2".encode(encoding, errors="replace") + b"\nbase " in answer
-    # A real process under the C locale opens its files as ASCII, too.
+    # A real process under the C locale also opens its files as ASCII.
     unset = {key: value for key, value in os.environ.items() if key != "PYTHONIOENCODING"}
     done = subprocess.run([sys.executable, "train.py", *QUICK, f"--out={tmp_path / 'out'}"], cwd=ROOT,
                           env=unset | {"LC_ALL": "C", "PYTHONUTF8": "0"}, capture_output=True)
@@ -163,11 +166,11 @@ def test_a_terminal_without_unicode(quick, tmp_path, monkeypatch):
         assert report.encode(encoding, errors="replace") in text
 
 
-# The walk over the stages
+# The order of the stages
 
 
 def test_one_stage_at_a_time(quick, tmp_path, refused):
-    """--stage that trains something else on the way, or that does not find what the stage before left."""
+    """--stage must not train other stages, and must find the checkpoint of the stage before it."""
     assert "base.pt is missing" in refused(*QUICK, "--stage=zero", f"--out={tmp_path / 'empty'}")
     copy(quick, tmp_path, "base.pt")
     few = ["--rl_steps=1", "--rl_prompts=2", "--eval_problems=2"]
@@ -176,8 +179,8 @@ def test_one_stage_at_a_time(quick, tmp_path, refused):
 
 
 def test_ask_shows_the_models_of_other_programs(quick, tmp_path, capfd, refused):
-    """A control's model beside zero.pt is left out; or what a stage under way leaves is asked; or a setting that only
-    the other program has ends in a traceback."""
+    """--ask must include a control's model, and leave out the unfinished model of a stage in progress. A setting that
+    only the other program has must not end in a traceback."""
     copy(quick, tmp_path, "base.pt", "zero.pt")
     zero = torch.load(quick / "zero.pt", weights_only=True)
     torch.save(zero | {"step": 2, "parts": {}}, tmp_path / "resume.pt")
@@ -191,7 +194,7 @@ def test_ask_shows_the_models_of_other_programs(quick, tmp_path, capfd, refused)
     assert lines[0] == "8*7-19 = 37" and [line.split()[0] for line in lines[1:]] == ["base", "zero", "shuffled"]
     assert lines[2].split()[1:] == lines[3].split()[1:]
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
-    # Where there is no model of this program, the settings are those of another one's.
+    # Without a model of this program, the settings are those of another program's model.
     (tmp_path / "base.pt").unlink(), (tmp_path / "zero.pt").unlink()
     assert main(["--ask=8*7-19", f"--out={tmp_path}"]) == 0
     assert capfd.readouterr().out.splitlines()[1].startswith("shuffled ")
@@ -200,7 +203,7 @@ def test_ask_shows_the_models_of_other_programs(quick, tmp_path, capfd, refused)
 
 
 def test_ask_leaves_out_what_is_no_finished_model(quick, tmp_path, capsys):
-    """A copy that somebody kept under another name, or a foreign file, keeps --ask from answering."""
+    """A copy of a model under another name, or a foreign file, must not stop --ask."""
     copy(quick, tmp_path, "base.pt")
     copy(quick, tmp_path / "others", "zero.pt")
     (tmp_path / "others" / "zero.pt").rename(tmp_path / "zero_of_monday.pt")
@@ -211,7 +214,8 @@ def test_ask_leaves_out_what_is_no_finished_model(quick, tmp_path, capsys):
 
 
 def test_figures_of_other_programs_are_kept(quick, tmp_path, capsys):
-    """train.py drops what experiments/controls.py found in the same folder, or its report stumbles over it."""
+    """train.py must keep the results that experiments/controls.py wrote into the same folder, and its report must be
+    able to show them."""
     copy(quick, tmp_path, *ALL)
     found = json.loads((tmp_path / "results.json").read_text())
     found["models"] = {"shuffled": found["models"]["zero"]} | found["models"]
@@ -225,8 +229,8 @@ def test_figures_of_other_programs_are_kept(quick, tmp_path, capsys):
 
 
 def test_figures_of_a_removed_checkpoint_are_dropped_for_good(quick, tmp_path, monkeypatch):
-    """A stage is made again with other settings, and the run is killed before its evaluation: results.json keeps the
-    figures of the model that was removed, and nobody notices."""
+    """A stage is trained again with other settings, and the run is killed before the evaluation. results.json must not
+    keep the results of the removed model, because nobody would notice."""
     copy(quick, tmp_path, "base.pt", "student_base.pt", "results.json")
     few = [*QUICK, "--stage=zero", "--rl_steps=1", "--rl_prompts=2", f"--out={tmp_path}"]
 
@@ -245,8 +249,8 @@ def test_figures_of_a_removed_checkpoint_are_dropped_for_good(quick, tmp_path, m
     ([], ["teacher", "small"]), (["base"], ["small"]), (["base", "zero"], ["small"]),
     (["base", "zero", "student_base"], []), (["student_base"], [])])
 def test_folders_are_tried_before_any_work(tmp_path, monkeypatch, there, expected):
-    """A folder of --init or --student_init that cannot be loaded is found out after hours of the stages before; or
-    gigabytes are read for nothing, each time that a run goes on."""
+    """A run must find out at its start that a folder of --init or --student_init cannot be loaded, and not hours later.
+    A resumed run must not read gigabytes that it does not need."""
     for name in "teacher", "small":
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""The controls: what each of them changes, that it changes nothing else, and that train.py takes none for its own."""
+"""The controls. Each must make its one change and no other, and train.py must not use a control as its own model."""
 import copy
 import doctest
 import random
@@ -29,7 +29,7 @@ QUESTIONS = ("1+2", "3*4", "20-7")
 
 @pytest.fixture(scope="module")
 def with_shuffled(quick, tmp_path_factory):
-    """A quick run that has gained the control "shuffled". No test changes it."""
+    """A quick run to which the control "shuffled" was added. No test changes it."""
     out = tmp_path_factory.mktemp("shuffled")
     copy_files(quick, out, *(f"{name}.pt" for name in NAMES), "log.jsonl", "results.json", "samples.jsonl")
     assert controls.main(["shuffled", *QUICK, f"--out={out}"]) == 0
@@ -49,7 +49,7 @@ def refused(capfd):
 
 
 class Bench:
-    """A run without files: it has what run_grpo_with asks of a run, and keeps the metrics of each step."""
+    """A run without files. It has the attributes that run_grpo_with uses, and keeps the metrics of each step."""
 
     def __init__(self, reward, questions=QUESTIONS, **settings):
         self.cfg = train.Config(**{"rl_prompts": len(questions), "rl_samples": 8, "rl_minibatches": 1, "rl_lr": 0.01,
@@ -75,12 +75,13 @@ class Bench:
 
 
 def test_shuffling_keeps_each_groups_rewards():
-    """A control that mixes rewards between prompts changes which groups have a signal, and so tests something else."""
-    rewards = torch.arange(40.0).view(5, 8) ** 2  # each group has a mean and a deviation of its own
+    """If the control moved rewards between prompts, other groups would have a signal, and the control would test
+    something else."""
+    rewards = torch.arange(40.0).view(5, 8) ** 2  # each group has its own mean and standard deviation
     honest = group_advantages(rewards, "std")
     adv = shuffled(rewards, "std", torch.Generator().manual_seed(0))
     order = adv.argsort(dim=1)
-    assert torch.allclose(adv.sort(dim=1).values, honest, atol=1e-6)  # honest advantages rise in each group
+    assert torch.allclose(adv.sort(dim=1).values, honest, atol=1e-6)  # without shuffling, advantages rise in each group
     assert not (order == torch.arange(8)).all(dim=1).any()
     assert len({tuple(row) for row in order.tolist()}) == 5, "each group has its own order"
     assert torch.equal(shuffled(rewards, "std", torch.Generator().manual_seed(0)), adv)
@@ -93,7 +94,7 @@ def test_shuffling_keeps_each_groups_rewards():
 
 
 def test_the_batch_as_baseline():
-    """The control that compares with the batch would show nothing if it used the mean or the deviation of the group."""
+    """The mean and the standard deviation must not be those of the group, or the control would be the same as zero."""
     rewards = torch.tensor([[1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
     assert batch_baseline(rewards, "none", None).tolist() == (rewards - 0.5).tolist()
     assert torch.allclose(batch_baseline(rewards, "std", None), (rewards - 0.5) / (rewards.flatten().std() + 1e-4))
@@ -103,15 +104,15 @@ def test_the_batch_as_baseline():
 
 @pytest.mark.parametrize("scale", ("std", "none"))
 def test_all_completions_have_an_advantage(scale):
-    """A completion without an advantage would not be computed, or what has it computed would show in the gradient or in
-    the other advantages."""
+    """No completion may keep the advantage 0, because it would be skipped. The tiny advantage must not change the
+    gradient or the other advantages."""
     rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.5, 0.5, 0.5, 0.5], [0.0, 1.0, 0.5, 0.5]])
     honest, adv = group_advantages(rewards, scale), all_completions(rewards, scale, None)
     assert adv.ne(0).all() and torch.equal(adv[honest != 0], honest[honest != 0]) and adv[honest == 0].max() < 1e-20
 
 
 def test_the_penalty_acts_on_every_completion(make_gpt):
-    """Rows of advantage 0 are left out although the penalty is to act on all rows (Algorithm 1 to the letter)."""
+    """Rows with advantage 0 must not be skipped, because the penalty acts on all rows (Algorithm 1 of DeepSeekMath)."""
     def equal_rewards(text, problem):
         return {"reward": 0.1, "accuracy": 0.0, "format": 0.0}
 
@@ -132,9 +133,9 @@ def test_the_penalty_acts_on_every_completion(make_gpt):
 
 @pytest.mark.parametrize("advantages, learns", ((batch_baseline, True), (all_completions, True), (shuffled, False)))
 def test_bandit(make_gpt, advantages, learns):
-    """A few steps must find the letters if one token is sampled and a letter is rewarded. They cannot with a gradient
-    of the wrong sign, or with credit for the wrong row. And nothing must be learnt from a reward that is given to
-    another answer than the one that earned it."""
+    """The policy samples one token, and a letter is rewarded. A few steps must be enough to learn this. They are not if
+    the gradient has the wrong sign, or if a row gets the reward of another row. With shuffled rewards, the policy must
+    learn nothing."""
     encoding = Arithmetic.encoding
     model, prompt = make_gpt(encoding.n_vocab), Arithmetic().encode_prompt(parse("1+2"))
 
@@ -158,8 +159,8 @@ def test_bandit(make_gpt, advantages, learns):
 
 @pytest.mark.parametrize("flags", ([], ["--ref_every=2", "--kl_coef=0.5", "--rl_minibatches=3"]))
 def test_the_loop_is_that_of_train_py(quick, tmp_path, flags):
-    """A control would differ from zero by more than its advantages: in the learning rate, in the reference, or in what
-    the random numbers are drawn for."""
+    """A control must differ from zero only in its advantages, not in the learning rate, in the reference, or in the
+    order of the random draws."""
     def train_zero(run, base):
         run_grpo_with(run, base, lambda rewards, scale, generator: group_advantages(rewards, scale))
 
@@ -177,7 +178,8 @@ def test_the_loop_is_that_of_train_py(quick, tmp_path, flags):
 
 
 def test_a_killed_control_goes_on_to_the_same_result(with_shuffled, tmp_path, monkeypatch):
-    """The order in which rewards are dealt out would come from a generator whose state is lost."""
+    """The shuffling must use the generator of the step. With a generator whose state is lost, a resumed run would end
+    in other weights."""
     copy_files(with_shuffled, tmp_path, "base.pt", "results.json")
     calls = []
 
@@ -199,7 +201,7 @@ def test_a_killed_control_goes_on_to_the_same_result(with_shuffled, tmp_path, mo
 @pytest.mark.parametrize("name, advantages", (
     ("shuffled", shuffled), ("batch_baseline", batch_baseline), ("all_completions", all_completions)))
 def test_each_name_has_its_advantages(monkeypatch, name, advantages):
-    """Two controls would change places."""
+    """Two controls must not be swapped."""
     used = []
     monkeypatch.setattr(controls, "run_grpo_with", lambda run, policy, advantages: used.append(advantages))
     CONTROLS[name].train(None, None)
@@ -210,7 +212,7 @@ def test_each_name_has_its_advantages(monkeypatch, name, advantages):
 
 
 def test_format_alone(monkeypatch):
-    """The control would still pay for right answers, or zero would be trained for a different number of steps."""
+    """The control must not reward correct answers, and must have as many steps as zero."""
     given, cfg = [], train.Config(accuracy_weight=5)
     monkeypatch.setattr(train, "run_grpo", lambda *args: given.append(args))
     run = SimpleNamespace(cfg=cfg, task=Arithmetic())
@@ -225,8 +227,8 @@ def test_format_alone(monkeypatch):
 
 
 def test_finished_run_may_gain_the_control(quick, tmp_path):
-    """student_rl starts from student_base and has the student's number of updates, each on as many completions; nothing
-    else is made again."""
+    """student_rl must start from student_base, and have as many updates as the student, each on as many completions. No
+    other stage may be trained again."""
     copy_files(quick, tmp_path, *(f"{name}.pt" for name in NAMES), "log.jsonl", "results.json")
     assert controls.main(["student_rl", *QUICK, f"--out={tmp_path}"]) == 0
     config = results(tmp_path)["config"]
@@ -244,8 +246,8 @@ def test_finished_run_may_gain_the_control(quick, tmp_path):
 
 
 def test_who_is_asked_longer_problems(quick, tmp_path, monkeypatch):
-    """The control of the student trains on other problems than the student, or on fewer, or the two short ones train on
-    problems that they are to do without."""
+    """student_rl must train on as many problems as the student, of the same lengths. student_short and student_rl_short
+    must not train on longer problems."""
     asked = {}
 
     def recorded(step, model_of):
@@ -258,7 +260,7 @@ def test_who_is_asked_longer_problems(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "distill_step", recorded(train.distill_step, "distillation"))
     copy_files(quick, tmp_path, "base.pt", "zero.pt", "student_base.pt", "results.json")
     few = [*QUICK, "--distill_steps=1", "--distill_epochs=4", f"--out={tmp_path}"]
-    n = 4 * 64 // 8  # problems of RL, each with 8 completions: 4 epochs on 64 completions
+    n = 4 * 64 // 8  # problems in RL: 4 epochs on 64 completions, with 8 completions of each problem
     expected = {"student_rl": ("RL", n, 6), "student_short": ("distillation", 64, 4), "student_rl_short": ("RL", n, 4)}
     for name, (how, n_problems, most) in expected.items():
         asked.clear()
@@ -272,8 +274,8 @@ def test_who_is_asked_longer_problems(quick, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("worked, wait", [(1.0, 1.0), (0.5, 0.0), (0.0, 1.0), (0.5, 0.5)])
 def test_styles_can_be_thinned_out(assert_frequencies, worked, wait):
-    """A control would show nothing if its corpus still held what it should lack, or if the shares no longer added up to
-    1."""
+    """The corpus of a control must lack the answers that it should lack, and the shares of the styles must still add up
+    to 1."""
     class Thinned(Arithmetic):
         styles = style_shares(STYLES, worked, wait)
 
@@ -293,7 +295,7 @@ def test_styles_can_be_thinned_out(assert_frequencies, worked, wait):
 
 
 def test_a_corpus_without_waiting_has_none():
-    """The corpus of the control contains a "wait"."""
+    """The corpus of the control must not contain a "wait"."""
     class NoWorkingCountdown(Countdown):
         styles = style_shares(countdown.STYLES, worked=0.0)
 
@@ -309,14 +311,14 @@ def test_a_corpus_without_waiting_has_none():
     (HalfWorking(6, 99, 20, True), (3323178239, 1200127608, 663624344)),
     (Countdown(), (2633002514, 3604116091, 4100066674)), (NoWait(), (2008780298, 2299350909, 1807971703))])
 def test_corpora_are_those_of_the_stored_results(task, checksums):
-    """A control would be trained on another corpus than the one that findings.md is about."""
+    """A control must not be trained on another corpus than the one that findings.md is about."""
     corpora = [task.make_corpus(20_000, seed, heldout) for seed, heldout in ((0, False), (1, False), (0, True))]
     assert tuple(zlib.crc32(corpus.tobytes()) for corpus in corpora) == checksums
 
 
 def test_a_control_makes_a_base_of_its_own_first(quick, tmp_path):
-    """The base of the control would read train.py's corpus, which this process keeps from an earlier test, or take the
-    place of train.py's base; or the RL would begin from another base."""
+    """The base of the control must not be trained on train.py's corpus, which this process keeps from an earlier test.
+    It must not replace train.py's base, and RL must start from it."""
     few = [*QUICK, "--base_tokens=10000", "--rl_steps=1", f"--out={tmp_path}"]
     assert controls.main(["zero_half_working", *few]) == 0
     assert {path.name for path in tmp_path.glob("*.pt")} == {"base_half_working.pt", "zero_half_working.pt"}
@@ -327,7 +329,7 @@ def test_a_control_makes_a_base_of_its_own_first(quick, tmp_path):
 
 
 def test_what_a_control_starts_from():
-    """A zero would be compared with another base than its own, or be trained in another forum than this."""
+    """A zero must start from its own base, and have the same corpus as this base."""
     for name, stage in CONTROLS.items():
         kind = name.partition("_")[2]
         if name.startswith("zero_"):
@@ -340,7 +342,8 @@ def test_what_a_control_starts_from():
 
 
 def test_a_forum_inside_other_tasks(tmp_path):
-    """With --corpus or --problems, the control would read the corpus of train.py, or lose the problems of the file."""
+    """With --corpus or --problems, the control must not use the corpus of train.py, or lose the problems of the
+    file."""
     (tmp_path / "text.txt").write_text("A text.\n\n" * 5_000)
     (tmp_path / "problems.jsonl").write_text("".join(f'{{"prompt": "{n}", "answer": "1"}}\n' for n in range(50)))
     cfg = train.Config(corpus=str(tmp_path / "text.txt"), corpus_share=0.5, problems=str(tmp_path / "problems.jsonl"))
@@ -357,8 +360,8 @@ def test_a_forum_inside_other_tasks(tmp_path):
 
 
 def test_train_never_uses_a_control(quick, with_shuffled, tmp_path, capfd):
-    """A student would be distilled from a control, a stage would count as finished because a control is, or the control
-    would be hidden from --ask."""
+    """A student must not be distilled from a control, and a stage must not count as finished because a control is.
+    --ask and --evaluate must show the controls."""
     kept = [name for name in NAMES if name != "student"]
     copy_files(quick, tmp_path, *(f"{name}.pt" for name in kept), "log.jsonl", "samples.jsonl")
     content = torch.load(with_shuffled / "shuffled.pt", weights_only=True)
@@ -382,7 +385,7 @@ def test_train_never_uses_a_control(quick, with_shuffled, tmp_path, capfd):
 
 
 def test_changed_settings_are_refused(with_shuffled, tmp_path, refused):
-    """A control would be compared with a zero, or another control, of other settings."""
+    """If a control had other settings than the zero or the control beside it, they could not be compared."""
     copy_files(with_shuffled, tmp_path, "base.pt", "shuffled.pt", "results.json")
     here = f"--out={tmp_path}"
     assert "shuffled.pt was made with rl_steps=5, not 4" in refused("shuffled", *QUICK, "--rl_steps=4", here)
@@ -399,7 +402,7 @@ def test_changed_settings_are_refused(with_shuffled, tmp_path, refused):
 
 
 def test_bad_input(refused, tmp_path, capfd):
-    """A misspelt name would be a traceback, or train something else."""
+    """A misspelt name must not end in a traceback, or train something else."""
     for args in ([], ["shufled"], ["zero"], ["--out=out"]):
         line = refused(*args)
         assert line.startswith("controls.py: ") and all(name in line for name in CONTROLS)
@@ -410,7 +413,7 @@ def test_bad_input(refused, tmp_path, capfd):
 
 
 def test_help(capsys):
-    """--help would be taken for a control, or leave one out."""
+    """--help must not be read as the name of a control, and must list all controls."""
     assert controls.main(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(name in text for name in CONTROLS)
@@ -421,7 +424,8 @@ def test_help(capsys):
 
 
 def test_no_name_begins_with_another_that_is_needed():
-    """--stage takes all stages whose names begin so: a control would train one that it does not need."""
+    """--stage=NAME runs all stages whose names begin with NAME. A control must not train a stage that it does not
+    need."""
     for name in CONTROLS:
         needed = controls.needed(name)
         for stage in needed:
@@ -430,5 +434,5 @@ def test_no_name_begins_with_another_that_is_needed():
 
 
 def test_examples_in_the_docstrings():
-    """An example in a docstring would be wrong. pytest looks for doctests outside experiments/ alone."""
+    """An example in a docstring must not be wrong. pytest itself runs no doctests in experiments/."""
     assert doctest.testmod(controls).failed == 0

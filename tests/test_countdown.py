@@ -1,4 +1,4 @@
-"""Countdown: its verifier against Python's grammar, and its corpus against its documentation."""
+"""Countdown: the verifier is compared with Python's grammar, and the corpus with its documentation."""
 import random
 import re
 from collections import Counter
@@ -29,16 +29,16 @@ def documents():
     ("(" * 90 + "3*7+4", False), ("3*7+4" + ")" * 10_000, False), ("__import__('os')", False), ("3*7+4\n5", False),
     ("99**99**99", False), ("3*7+4?", False)))
 def test_the_verifier(answer, right):
-    """A reward for an answer that uses a number twice, not at all, or that is not given; or for text that only Python
-    could execute."""
+    """An answer must get no reward if it uses a number twice, omits one, or uses one that is not given. The same holds
+    for text that only Python could execute."""
     problem = parse("3 4 7 = 25")
     assert problem.check(answer) is right
     assert accuracy_reward(f"<think>?</think><answer>{answer}</answer>", problem) == right
 
 
 def test_only_equal_values_vote_together():
-    """A wrong answer that consists of the target would vote for the solution; or the spelling that stands for a right
-    majority would fail the check."""
+    """A wrong answer that consists of the target must not vote for the solution. The common spelling of equal correct
+    answers must pass the check."""
     problem = parse("3 4 7 = 25")
     assert problem.canonical("3*7+4") == problem.canonical("4+3*7") and problem.check(problem.canonical("4+3*7"))
     others = [problem.canonical(a) for a in ("25", "3+4+7", "3*7", "", "3*4+7")]
@@ -47,7 +47,8 @@ def test_only_equal_values_vote_together():
 
 @pytest.mark.parametrize("n", (3, 4))
 def test_the_expression_and_the_steps_of_an_attempt_agree(n):
-    """The expression lacks parentheses, a step is wrong, or a value is outside the range that the corpus promises."""
+    """An expression must not lack parentheses, and a step must not be wrong or leave the range that the corpus
+    promises."""
     rng = random.Random(n)
     for _ in range(500):
         numbers = tuple(rng.randint(1, 20) for _ in range(n))
@@ -60,7 +61,7 @@ def test_the_expression_and_the_steps_of_an_attempt_agree(n):
 
 
 def test_random_attempts_are_uniform(assert_frequencies):
-    """Some possible attempt is never made, or is made more often than others."""
+    """All possible attempts must be equally frequent."""
     every = attempts((2, 5, 9))
     assert len(every) == len(set(every)) and ("", 9, 9) in {attempt[0] for attempt in every}
     rng = random.Random(0)
@@ -70,7 +71,7 @@ def test_random_attempts_are_uniform(assert_frequencies):
 
 
 def test_every_problem_has_a_solution_and_is_on_the_right_side():
-    """A problem without a solution, one that is on the wrong side of the split, one that is held out twice, or a prompt
+    """A problem must have a solution, be on the correct side of the split, and be held out only once. No prompt may be
     longer than max_prompt_tokens."""
     rng = random.Random(1)
     problems = [TASK.make_problem(rng) for _ in range(500)]
@@ -86,7 +87,7 @@ def test_every_problem_has_a_solution_and_is_on_the_right_side():
 
 
 def test_longer_problems_have_three_or_four_numbers():
-    """A stage that asks for longer problems gets test problems, or only those that it would get anyway."""
+    """A stage that asks for longer problems must not get test problems, or only problems of the usual length."""
     rng = random.Random(2)
     problems = [TASK.make_problem(rng, longer=True) for _ in range(500)]
     counts = Counter(len(p.numbers) for p in problems)
@@ -94,7 +95,8 @@ def test_longer_problems_have_three_or_four_numbers():
 
 
 def test_the_members_shared_with_arithmetic_work():
-    """A member taken over from class Arithmetic refers to Arithmetic, or binds the task as its first argument."""
+    """A member taken from class Arithmetic must not refer to Arithmetic, or get the task as its first argument by
+    mistake."""
     problem = parse("3 4 7 = 25")
     assert TASK.encoding.decode(TASK.encode_prompt(problem)) == problem.prompt == "User: 3 4 7 = 25\nAssistant: "
     assert [TASK.encoding.decode([token]) for token in TASK.stop_ids] == [END_OF_TEXT]
@@ -103,7 +105,7 @@ def test_the_members_shared_with_arithmetic_work():
 
 
 def test_max_number_has_a_limit():
-    """Numbers of three digits, which neither `parse` nor max_prompt_tokens knows."""
+    """Numbers of three digits must be refused, because `parse` and max_prompt_tokens do not allow for them."""
     Countdown(max_number=LARGEST)
     with pytest.raises(ValueError, match="max_number must be at most 99"):
         Countdown(max_number=LARGEST + 1)
@@ -112,13 +114,13 @@ def test_max_number_has_a_limit():
 @pytest.mark.parametrize("text", ("3 4 = 7", "1 1 1 = 99", "1 2 3 4 5 = 15", "0 1 2 = 3", "3 4 7 25", "3 4 x = 7", "",
                                   "3 4 7 = -4", "3 4 7 = 025", "100 1 1 = 2"))
 def test_parse_refuses_text_that_is_no_problem(text):
-    """A text without a solution, or with too few numbers, is taken for a problem."""
+    """A text without a solution, or with too few numbers, must not be accepted as a problem."""
     with pytest.raises(ValueError):
         parse(text)
 
 
 def test_test_problems_are_never_seen(documents):
-    """A test problem occurs in a thread or in marked homework, with its numbers in another order."""
+    """A test problem must not occur in a thread or in marked homework, not even with its numbers in another order."""
     seen = 0
     for document in documents:
         found = re.match(r"(?:User: )?([0-9 ]+ = [0-9]+)\n", document)
@@ -131,7 +133,7 @@ def test_test_problems_are_never_seen(documents):
 
 
 def test_marked_homework_is_marked_right(documents):
-    """A wrong mark teaches the wrong comparison."""
+    """A wrong mark would teach a wrong comparison."""
     verdicts = Counter()
     for page in documents:
         if re.match("[0-9]", page):
@@ -147,7 +149,7 @@ def test_marked_homework_is_marked_right(documents):
 
 
 def test_authors_who_recheck_continue_until_they_reach_the_target(assert_frequencies):
-    """A "wait" after the target was reached would teach that rechecking is useless."""
+    """A "wait" after the target was reached would teach that checking is useless."""
     rng = random.Random(5)
     threads = [TASK.write_thread(rng) for _ in range(10_000)]
     assert_frequencies([sum(style == s for _, style, _ in threads) for s in STYLES], list(STYLES.values()))

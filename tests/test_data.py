@@ -1,5 +1,5 @@
-"""The task and its corpus against Python's own grammar and an independent count, and the tokenizer against the text
-that it was given."""
+"""The task and its corpus are compared with Python's grammar and with an independent count. The tokenizer must give
+back the text that it was given."""
 import ast
 import operator
 import random
@@ -41,7 +41,7 @@ def is_right(step: str) -> bool:
 
 @pytest.fixture(scope="module")
 def documents():
-    """A corpus of a million tokens, as its documents."""
+    """The documents of a corpus of a million tokens."""
     tokens, encoding = TASK.make_corpus(1_000_000, seed=0), get_tokenizer()
     assert len(tokens) >= 1_000_000 and tokens.dtype == np.uint16
     assert tokens.max() < encoding.n_vocab and tokens[-1] == encoding.eot_token
@@ -51,7 +51,7 @@ def documents():
 
 @pytest.fixture(scope="module")
 def threads():
-    """20,000 forum threads: (text, style, right)."""
+    """20,000 forum threads: (text, style, whether the answer is correct)."""
     rng = random.Random(0)
     return [TASK.write_thread(rng) for _ in range(20_000)]
 
@@ -62,8 +62,8 @@ def threads():
 @pytest.mark.parametrize("text", ("8*7-19", "2*3*4 - 5", "20-3*4+1", "1-20", "0-0", "999*999*999*999*999*999*999",
                                   "5 - 5", " 1+1\n", "1-2-3-4-5-6-7", "2-3*4-5*6"))
 def test_answers_are_exact(text):
-    """An evaluator that takes products from left to right with the sums, subtracts from right to left, or computes in
-    floats is still right for many expressions."""
+    """A wrong evaluator could compute from left to right without precedence, subtract from right to left, or use
+    floats. It would still be correct for many expressions."""
     problem = parse(text)
     assert problem.answer == str(evaluate(text.strip())) and problem.check(problem.answer)
     assert not problem.check(str(evaluate(text.strip()) + 1))
@@ -72,7 +72,7 @@ def test_answers_are_exact(text):
 
 @pytest.mark.parametrize("task", (TASK, HARDER), ids=("default", "harder"))
 def test_generated_problems_are_right_and_as_documented(task):
-    """A wrong answer key would reward wrong answers. Operands out of range would make the "hard" problems hard for
+    """A wrong stored answer would reward wrong answers. Operands out of range would make the "hard" problems hard for
     another reason."""
     rng, nested, products = random.Random(0), 0, 0
     assert TASK.held_out == {"test": (2, 4), "hard": (5, 6)}
@@ -102,7 +102,7 @@ def test_generated_problems_are_right_and_as_documented(task):
     ("8*7-19", "8*7=56 56-19=37"), ("20-3*4+1", "3*4=12 20-12=8 8+1=9"), ("2*(3-10)*4", "3-10=-7 2*-7=-14 -14*4=-56"),
     ("((1+2)*(3+4))-5", "1+2=3 3+4=7 3*7=21 21-5=16"), ("9-(8-(7-6))", "7-6=1 8-1=7 9-7=2")])
 def test_steps_are_what_one_would_write(question, steps):
-    """Working in another order than the expression's, or with steps that are only right by luck, would teach wrong
+    """Steps in another order than in the expression, or steps that are correct only by luck, would teach wrong
     rules."""
     assert solve(question) == (steps.split(), evaluate(question))
 
@@ -110,7 +110,7 @@ def test_steps_are_what_one_would_write(question, steps):
 @pytest.mark.parametrize("text", ("(1+1", "1+1)", "()", "(5)", "2(3+4)", "(1+2)3", "1+()", ")1+1(", "(1+-1)", "-(1+1)",
                                   "(" * 40 + "1+1" + ")" * 39, "(" * 10_000, "1+(01+2)", "(1000+1)*2"))
 def test_parentheses_that_do_not_match_are_refused(text):
-    """A recursive parser may run out of stack or of text, and end in a traceback instead of one clear line."""
+    """A recursive parser can run out of stack or of text. It must end in one clear line, not in a traceback."""
     with pytest.raises(ValueError, match="is no expression"):
         HARDER.parse(text)
     with pytest.raises(ValueError):
@@ -124,8 +124,8 @@ def test_parentheses_that_do_not_match_are_refused(text):
     "1\u00d71", "1\u22121", "1+1\0", "\0", "1+1+1+1+1+1+1+1", "1+" * 10_000 + "1",
     "User: 1+1", "1+1" + END_OF_TEXT))
 def test_parse_refuses_what_is_no_problem(text):
-    """eval() on text from outside hangs on 99**98**97, and could execute anything. int() reads the digits of every
-    script."""
+    """eval() on text from outside never ends for 99**98**97, and could execute anything. int() accepts the digits of
+    every script."""
     with pytest.raises(ValueError):
         parse(text)
 
@@ -146,8 +146,8 @@ def test_problems_are_reproducible():
 
 
 def test_a_task_gives_what_the_steps_ask_for():
-    """The steps of RL and distillation know a task only by these names. With another stop token or another prompt than
-    the corpus has, the base model would not go on as it learnt to."""
+    """The steps of RL and distillation use a task only by these names. If its stop token or its prompt differed from
+    the corpus, the base would not answer as it was trained to."""
     problem, encoding = parse("8*7-19"), get_tokenizer()
     assert TASK.encoding is encoding and TASK.stop_ids == (encoding.eot_token,)
     assert TASK.encode_prompt(problem) == encoding.encode_ordinary("User: 8*7-19\nAssistant: ")
@@ -159,8 +159,7 @@ def test_a_task_gives_what_the_steps_ask_for():
 
 
 def test_test_problems_are_never_seen(documents):
-    """If a test expression could be read in the corpus or asked in RL, what is reported as learnt might be
-    remembered."""
+    """If a test expression were in the corpus or in RL, a correct answer could be memorised instead of computed."""
     held_out = {p.question for kind in TASK.held_out for seed in (0, 1)
                 for p in TASK.heldout_problems(1000, kind, seed)}
     rng = random.Random(0)
@@ -174,8 +173,8 @@ def test_test_problems_are_never_seen(documents):
 
 @pytest.mark.parametrize("n_ops", range(1, 7))
 def test_the_split_takes_a_tenth(n_ops, assert_frequencies):
-    """If the hash preferred some lengths, the test problems would be another task than the training problems, or too
-    few."""
+    """If the hash preferred some lengths, the test problems would be of other lengths than the training problems, or
+    too few."""
     rng = random.Random(0)
     held_out = [is_test(q) for q in {TASK.make_question(rng, n_ops) for _ in range(5000)}]
     assert_frequencies([sum(held_out), held_out.count(False)], [0.1, 0.9])
@@ -183,8 +182,8 @@ def test_the_split_takes_a_tenth(n_ops, assert_frequencies):
 
 @pytest.mark.parametrize("kind", ("test", "hard"))
 def test_held_out_problems_are_different_and_reproducible(kind):
-    """A test problem might count twice, an evaluation might change with every call, or a search for too many problems
-    might never end."""
+    """A test problem must not count twice, and an evaluation must not change with every call. The search for too many
+    problems must end."""
     problems = TASK.heldout_problems(300, kind, seed=0)
     assert len({p.question for p in problems}) == 300
     fewest, most = TASK.held_out[kind]
@@ -198,8 +197,7 @@ def test_held_out_problems_are_different_and_reproducible(kind):
 
 
 def test_documents_are_pages_or_threads(documents, assert_frequencies):
-    """If a document lacked its end of text, it would run into the next one, and the base model would not learn to
-    stop."""
+    """Without its end-of-text token, a document would run into the next one, and the base would not learn to stop."""
     pages = [d for d in documents if d.startswith("Facts:\n")]
     others = [d for d in documents if not d.startswith("Facts:\n")]
     assert all(re.fullmatch(r"User: [-+*0-9]+\nAssistant: [^\n]+", d) for d in others)
@@ -224,7 +222,7 @@ def style_of(answer: str) -> str:
 
 
 def test_styles_have_their_documented_shares(threads, assert_frequencies):
-    """The base's format rate comes from these shares. If the corpus had others, the table in the docs would be
+    """The base's format rate comes from these shares. With other shares in the corpus, the table in the docs would be
     wrong."""
     assert abs(sum(STYLES.values()) - 1) < 1e-9
     assert_frequencies([sum(style == s for _, style, _ in threads) for s in STYLES], list(STYLES.values()))
@@ -234,7 +232,8 @@ def test_styles_have_their_documented_shares(threads, assert_frequencies):
 
 @pytest.mark.parametrize("task", (Arithmetic, Countdown, Bilingual))
 def test_a_task_may_have_styles_of_its_own(task):
-    """A control's corpus still holds what it should lack, because the styles are read from elsewhere than the task."""
+    """The styles must come from the task. Otherwise a control's corpus would still have the styles that it should
+    lack."""
     class Blurting(task):
         styles = {"blurt": 0.5, "answer tag": 0.5}
 
@@ -246,8 +245,8 @@ def test_a_task_may_have_styles_of_its_own(task):
 
 
 def test_right_answers_have_their_documented_shares(threads, assert_frequencies):
-    """A wrong answer might be right by chance, an author might not carry on from a slip, or an answer might count as
-    right that the text contradicts. The documented shares would then be wrong."""
+    """The documented shares would be wrong if a wrong answer were correct by chance, if the next step did not start
+    from the value of a wrong step, or if an answer counted as correct although its text states another number."""
     steps, rechecked, blurts = [], [], []
     for text, style, right in threads:
         question, answer = re.fullmatch(r"User: (.*)\nAssistant: (.*)", text).groups()
@@ -277,7 +276,7 @@ def test_right_answers_have_their_documented_shares(threads, assert_frequencies)
 
 
 def test_working_ends_in_the_answer_it_gives(threads):
-    """Answers that do not follow from their working would teach that working is of no use."""
+    """An answer that differs from the result of its steps would teach that steps are useless."""
     for text, style, _ in threads:
         if style in ("worked", "rechecked", "plain working"):
             last_step, answer = re.search(r"=(-?\d+)(?:</think><answer>|, so )(-?\d+)", text).groups()
@@ -286,8 +285,8 @@ def test_working_ends_in_the_answer_it_gives(threads):
 
 @pytest.mark.parametrize("task", (Arithmetic(), Countdown(), Bilingual()))
 def test_a_longer_corpus_begins_with_the_shorter_one(task):
-    """base_tokens shapes the student's base after all: both bases read one corpus, and a checkpoint of the student's base
-    is taken over by a run with another base_tokens."""
+    """base_tokens must not shape the student's base. Both bases read the same corpus from its beginning, and a run with
+    another base_tokens reuses the checkpoint of the student's base."""
     short, starts = corpus_rows(task, 40, 129, 0)
     long, more = corpus_rows(task, 90, 129, 0)
     assert len(starts) == 40 and len(more) == 90 and np.array_equal(more[:40], starts)
@@ -296,8 +295,8 @@ def test_a_longer_corpus_begins_with_the_shorter_one(task):
 
 
 def test_a_longer_corpus_of_several_parts_begins_with_the_shorter_one(monkeypatch):
-    """The size of a part depends on the size of the whole. A student's base that is trained on fewer tokens than the
-    teacher's would then read other documents than alone."""
+    """The size of a part must not depend on the size of the corpus. Otherwise a student's base that has fewer tokens
+    than the teacher's would read other documents than when it is trained alone."""
     monkeypatch.setattr("data.corpus.CORPUS_PART", 60_000)
     sizes = (50_000, 60_000, 70_000, 130_000, 200_000)  # 1, 1, 2, 3 and 4 parts; the last one may be any size
     *shorter, longest = (TASK.make_corpus(size, 0) for size in sizes)
@@ -306,7 +305,8 @@ def test_a_longer_corpus_of_several_parts_begins_with_the_shorter_one(monkeypatc
 
 
 def test_a_large_corpus_is_written_by_several_processes(monkeypatch):
-    """All processes write the same documents, or what they write depends on how many there are."""
+    """The processes must not all write the same documents, and the documents must not depend on the number of
+    processes."""
     monkeypatch.setattr("data.corpus.CORPUS_PART", 30_000)
     task, found = Arithmetic(), []
     for n_cpus in (1, 3):
@@ -331,7 +331,7 @@ def random_text(rng: random.Random) -> str:
 
 
 def test_any_text_comes_back():
-    """A tokenizer may drop or replace a character that its vocabulary lacks, and say nothing."""
+    """The tokenizer must not silently drop or replace a character that its vocabulary lacks."""
     encoding, rng = get_tokenizer(), random.Random(0)
     for text in [random_text(rng) for _ in range(3000)] + ["".join(map(chr, range(0x700))), "naïve \U0001f600\r\n\0"]:
         tokens = encoding.encode_ordinary(text)
@@ -339,8 +339,8 @@ def test_any_text_comes_back():
 
 
 def test_pieces_are_single_tokens_wherever_they_stand():
-    """tiktoken first cuts a text by a pattern, then looks up each part. A word piece that the pattern does not isolate
-    would be spelt in bytes."""
+    """tiktoken first splits a text by a pattern, then looks up each part. If the pattern did not isolate a word piece,
+    the piece would become single bytes."""
     encoding = get_tokenizer()
     assert len(set(PIECES)) == len(PIECES) and encoding.n_vocab == 256 + len(PIECES) + 1 == encoding.eot_token + 1
     for i, piece in enumerate(PIECES):

@@ -1,4 +1,5 @@
-"""Distillation against torch.distributions, Hinton's limit, and a student that must come nearer to its teacher."""
+"""Distillation is compared with torch.distributions, with the limit of Hinton et al., and with a slow step. A student
+must come closer to its teacher."""
 import copy
 import dataclasses
 import random
@@ -10,18 +11,19 @@ from torch.distributions import Categorical, kl_divergence
 
 import distill
 from data.arithmetic import Arithmetic, parse
-from distill import DIVERGENCES, DistillConfig, distill_loss, distill_step, is_good
+from distill import DistillConfig, distill_loss, distill_step, is_good
 from engine.optimizer import Optimizer
 from grpo import micro_batches, random_minibatches, sample_rollout
 from model import GPT, token_logprobs
 from tests.conftest import Descent
 
 TASK = Arithmetic()
+DIVERGENCES = ("forward", "reverse", "jsd")
 
 
 @pytest.fixture
 def logits():
-    """Those of a student and of its teacher, (12, 8) each. They differ in size, as those of a wider teacher do."""
+    """Logits of a student and of its teacher, (12, 8) each. The teacher's are larger, as those of a wider model are."""
     torch.manual_seed(0)
     return torch.randn(12, 8), 2 * torch.randn(12, 8) + 5
 
@@ -45,16 +47,16 @@ def oracle(student, teacher, divergence, temperature=1.0):
 @pytest.mark.parametrize("temperature", (0.5, 1.0, 2.0, 4.0))
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_divergences_are_torchs(logits, divergence, temperature):
-    """F.kl_div takes its arguments in an order that is easily mistaken. A divergence in bits, or a mean over the
-    vocabulary, would also still train."""
+    """The arguments of F.kl_div are easily swapped. With swapped arguments, with a divergence in bits, or with a mean
+    over the vocabulary, a student would still learn something."""
     loss = distill_loss(*logits, divergence=divergence, temperature=temperature)
     assert loss.shape == (12,) and loss.dtype == torch.float32
     assert (loss - oracle(*logits, divergence, temperature)).abs().max() < 1e-4
 
 
 def test_jsd_by_hand():
-    """A jsd without its mixture, or with a wrong beta, differs from the value worked out by hand for P = (1/2, 1/2), Q
-    = (3/4, 1/4) and M = (5/8, 3/8). Two distributions that never say the same are log 2 apart, not infinitely far."""
+    """A JSD without its mixture M, or with a wrong beta, differs from the value computed by hand for P = (1/2, 1/2), Q
+    = (3/4, 1/4) and M = (5/8, 3/8). The JSD of two distributions without common tokens is log 2, not infinite."""
     P, Q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.75, 0.25]]).log()
     by_hand = (0.5 * log(4 / 5) + 0.5 * log(4 / 3)) / 2 + (0.75 * log(6 / 5) + 0.25 * log(2 / 3)) / 2  # P/M, then Q/M
     for a, b in ((P, Q), (Q, P)):
@@ -65,7 +67,7 @@ def test_jsd_by_hand():
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_a_student_like_its_teacher_has_nothing_to_learn(logits, divergence):
-    """A divergence whose gradient is not 0 at equality would pull a perfect student away from its teacher."""
+    """If the gradient were not 0 at equality, a perfect student would move away from its teacher."""
     _, teacher = logits
     loss, gradient = loss_and_gradient(teacher + 3.0, teacher, divergence=divergence, temperature=2.0)
     assert abs(loss) < 1e-5 and gradient.abs().max() < 1e-6
@@ -74,7 +76,7 @@ def test_a_student_like_its_teacher_has_nothing_to_learn(logits, divergence):
 @pytest.mark.parametrize("divergence, share", (("forward", 1.0), ("reverse", 1.0), ("jsd", 0.25)))
 def test_high_temperature_matches_logits(logits, divergence, share):
     """Without the factor T^2, the gradient would vanish at high temperatures. With it, the gradient tends to (z_s -
-    z_t) / V of centred logits (Hinton et al., section 2.1)."""
+    z_t) / V for centred logits z of student and teacher (Hinton et al., section 2.1)."""
     student, teacher = logits
     _, gradient = loss_and_gradient(student, teacher, divergence=divergence, temperature=1000.0)
     difference = student - student.mean(-1, keepdim=True) - teacher + teacher.mean(-1, keepdim=True)
@@ -92,8 +94,8 @@ def test_no_gradient_flows_to_the_teacher(logits, divergence):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_tokens_do_not_depend_on_each_other(logits, divergence):
-    """If a loss took a mean over what it is given, the tokens of a small micro-batch would weigh more than those of a
-    large one. And no tokens are no loss."""
+    """If a loss were a mean over its tokens, the tokens of a small micro-batch would weigh more than those of a large
+    one. The loss of no tokens must be empty."""
     student, teacher = logits
     loss = distill_loss(student, teacher, divergence, temperature=2.0)
     parts = [distill_loss(student[part], teacher[part], divergence, temperature=2.0)
@@ -104,8 +106,8 @@ def test_tokens_do_not_depend_on_each_other(logits, divergence):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_half_precision_logits_are_compared_in_float32(logits, divergence):
-    """A bfloat16 model's logits have three digits. If their softmax kept this type, the small differences between
-    student and teacher, which are all that the student is to learn, would be rounded away."""
+    """bfloat16 logits have three digits. A softmax in bfloat16 would round away the small differences between student
+    and teacher, and these are all that the student has to learn."""
     half = [x.bfloat16() for x in logits]
     loss = distill_loss(*half, divergence, temperature=2.0)
     assert loss.dtype == torch.float32 and torch.equal(loss, distill_loss(*[x.float() for x in half], divergence, 2.0))
@@ -121,12 +123,13 @@ def test_inputs_are_left_alone(logits):
 
 def test_an_unknown_divergence_is_refused(logits):
     """A misspelt divergence must not silently become another one."""
-    with pytest.raises(ValueError, match="one of"):
+    with pytest.raises(ValueError, match="must be"):
         distill_loss(*logits, divergence="kl")
 
 
 def test_sft_is_cross_entropy(make_gpt):
-    """The loss of "sft" is minus the log-probability of the counted tokens. A shifted target would still train."""
+    """The loss of "sft" is minus the log-probability of the tokens in the mask. With a shifted target, a student would
+    still learn something."""
     torch.manual_seed(1)
     model, idx, mask = make_gpt(spread=4.0), torch.randint(11, (3, 7)), torch.rand(3, 6) < 0.5
     logits = model(idx[:, :-1])
@@ -147,19 +150,19 @@ def accept_all(text, problem):
 
 
 def accept_some(text, problem):
-    """Reject by the text's content: some of the teacher's answers have a wrong sum, others a wrong form."""
+    """Reject some completions by their text: some count as wrong, others as not well formed."""
     kind = sum(text.encode()) % 4
     return {"reward": 0.0, "accuracy": float(kind != 1), "format": float(kind != 2)}
 
 
 def step(student, teacher, optimizer, reward_fn=accept_all, seed=0, copies=16, **options):
-    """distill_step with the settings of STEP, changed by the options -> the means that are logged."""
+    """distill_step with the settings of STEP, changed by the options -> the logged means."""
     return distill_step(student, teacher, optimizer, PROBLEMS * copies, reward_fn, TASK,
                         dataclasses.replace(STEP, **options), torch.Generator().manual_seed(seed)).means()
 
 
 class Asked:
-    """A model's hidden states, which counts how often they are asked for, but for sampling."""
+    """A model's `hidden`, which counts its calls, except those for sampling."""
 
     def __init__(self, model):
         self.model, self.times = model, 0
@@ -173,8 +176,8 @@ class Asked:
 @pytest.mark.parametrize("divergence, on_policy", [
     ("forward", False), ("forward", True), ("reverse", True), ("jsd", True), ("sft", False)])
 def test_step_brings_the_student_nearer(make_gpt, divergence, on_policy):
-    """A gradient of the wrong sign, or teacher logits of other rows, may lower the loss that is logged. So the distance
-    is measured by the KL on the prompts, not by the loss."""
+    """With a gradient of the wrong sign, or with teacher logits of other rows, the logged loss may still fall. So the
+    test measures the distance by the KL on the prompts, not by the loss."""
     V = TASK.encoding.n_vocab
     student, teacher = make_gpt(V, seed=1), make_gpt(V, spread=5.0)
     before, optimizer = copy.deepcopy(teacher.state_dict()), Optimizer(student, adam_lr=0.003, muon_lr=0.02)
@@ -225,10 +228,10 @@ def slow_step(student, teacher, optimizer, reward_fn, cfg, generator):
 @pytest.mark.parametrize("divergence, temperature, on_policy", [
     ("forward", 2.0, False), ("reverse", 0.5, False), ("forward", 2.0, True), ("sft", 2.0, False)])
 def test_step_is_the_slow_one(make_gpt, divergence, temperature, on_policy, micro_batch):
-    """Each of these faults still trains a student: a mask or a target that is shifted, padding rows or rejected answers
-    that are learnt, a temperature that is forgotten, a denominator for each micro-batch, an epoch with other
-    minibatches, a learning rate without its schedule, or a loss of the last micro-batch. The same step computed slowly,
-    one row at a time, has none."""
+    """Each of these bugs still trains a student: a shifted mask or target, learning from padding or from rejected
+    answers, a missing temperature, a denominator for each micro-batch, other minibatches in the second epoch, a
+    learning rate without its schedule, or a logged loss of the last micro-batch. The slow step, one row at a time, has
+    none of these bugs."""
     cfg = dataclasses.replace(STEP, divergence=divergence, distill_temperature=temperature, on_policy=on_policy,
                               micro_batch=micro_batch, distill_minibatches=3, distill_epochs=2)
     V, found = TASK.encoding.n_vocab, []
@@ -252,8 +255,9 @@ def test_step_is_the_slow_one(make_gpt, divergence, temperature, on_policy, micr
 
 
 def test_epochs_repeat_the_updates_and_not_the_teacher(make_gpt, monkeypatch):
-    """A second epoch may take other minibatches than the first, ask the teacher again, which costs a pass, or count the
-    loss twice. And if the teacher's states carry a graph, what led to them is kept in memory until the step ends."""
+    """The second epoch must have the same minibatches as the first, must not run the teacher again, which costs a pass,
+    and must not count the loss twice. The teacher's hidden states must carry no graph, which would keep memory until
+    the step ends."""
     V, asked, kept, kept_hidden, losses = TASK.encoding.n_vocab, [], [], [], {}
 
     def noted_loss(student_logits, teacher_logits, *options):
@@ -268,7 +272,7 @@ def test_epochs_repeat_the_updates_and_not_the_teacher(make_gpt, monkeypatch):
     for epochs in (1, 2):
         student, teacher = make_gpt(V, seed=1), make_gpt(V, spread=5.0)
         teacher.hidden, teacher.logits = Asked(teacher), noted_logits
-        norms, optimizer = [], Optimizer(student, adam_lr=0.0)  # nothing is learnt: both epochs must find the same loss
+        norms, optimizer = [], Optimizer(student, adam_lr=0.0)  # nothing is learnt, so both epochs must have one loss
 
         def noted(*told, **named):
             norms.append(Optimizer.step(optimizer, *told, **named))
@@ -283,7 +287,7 @@ def test_epochs_repeat_the_updates_and_not_the_teacher(make_gpt, monkeypatch):
 
 
 def test_sft_does_not_ask_the_teacher(make_gpt):
-    """A pass of the teacher over its own samples costs time, and "sft" uses nothing of it."""
+    """A pass of the teacher over its own samples costs time, and "sft" does not use its result."""
     student, teacher = make_gpt(TASK.encoding.n_vocab, seed=1), make_gpt(TASK.encoding.n_vocab)
     teacher.hidden = Asked(teacher)
     assert step(student, teacher, Optimizer(student, adam_lr=0.003), divergence="sft")["loss"] > 0
@@ -293,8 +297,8 @@ def test_sft_does_not_ask_the_teacher(make_gpt):
 
 
 def test_only_accepted_samples_teach(make_gpt):
-    """If rejected answers or their prompts were learnt, a student of a teacher of whom only letters are accepted would
-    not learn letters."""
+    """The student must not learn from rejected answers. Here only single letters are accepted, so the student must
+    learn letters."""
     encoding = TASK.encoding
     student, teacher = make_gpt(encoding.n_vocab, seed=1), make_gpt(encoding.n_vocab)
     optimizer, prompt = Optimizer(student, adam_lr=0.01, muon_lr=0.02), TASK.encode_prompt(PROBLEMS[0])
@@ -312,8 +316,8 @@ def test_only_accepted_samples_teach(make_gpt):
 
 
 def test_a_reward_without_a_format_is_enough(make_gpt):
-    """A task of your own may have no format. A step that asks for one fails, or accepts nothing: accuracy alone must
-    then decide, and so must the format where there is one."""
+    """A task of your own may have no format. The step must not fail or reject everything there: accuracy alone decides.
+    If there is a format, both decide."""
     student, teacher = make_gpt(TASK.encoding.n_vocab, seed=1), make_gpt(TASK.encoding.n_vocab)
 
     def plain(text, problem):
@@ -331,8 +335,8 @@ def test_a_reward_without_a_format_is_enough(make_gpt):
 
 
 def test_policies_differ_only_in_who_samples(make_gpt):
-    """On-policy distillation might have a loss, a mask or a filter of its own. Where student and teacher are one model
-    and all is accepted, both ways must learn the same from the same samples, bit for bit."""
+    """On-policy distillation must not have another loss, mask or filter. If student and teacher are the same model and
+    all answers are accepted, both ways must learn the same from the same samples, bit for bit."""
     found = []
     for on_policy in (False, True):
         student, teacher = (make_gpt(TASK.encoding.n_vocab, spread=5.0) for _ in range(2))
@@ -344,7 +348,8 @@ def test_policies_differ_only_in_who_samples(make_gpt):
 
 @pytest.mark.parametrize("wrong", ("accuracy", "format"))
 def test_nothing_accepted_is_nothing_learnt(make_gpt, wrong):
-    """An empty batch may put 0/0 into the weights, or make a step of momentum alone. On policy nothing is rejected."""
+    """An empty batch must not put 0/0 into the weights, or make a step with the momentum buffer alone. On policy
+    nothing is rejected."""
     V = TASK.encoding.n_vocab
     student, teacher = make_gpt(V, seed=1), make_gpt(V)
     optimizer = Optimizer(student, adam_lr=0.003, muon_lr=0.02)
@@ -361,8 +366,8 @@ def test_nothing_accepted_is_nothing_learnt(make_gpt, wrong):
 
 
 def test_fewer_accepted_samples_than_minibatches(make_gpt):
-    """A minibatch that gets no sample must take no step: there would be no gradient, but momentum, and a division by no
-    tokens."""
+    """A minibatch without samples must make no step. It has no gradient, but the momentum buffer would move the
+    weights, and the loss would be divided by 0 tokens."""
     student, teacher = make_gpt(TASK.encoding.n_vocab, seed=1), make_gpt(TASK.encoding.n_vocab)
     optimizer, left = Descent(student, distance=0.1), [3]
 
@@ -376,8 +381,9 @@ def test_fewer_accepted_samples_than_minibatches(make_gpt):
 
 
 def test_the_optimizer_is_told_of_each_minibatch(make_gpt, monkeypatch):
-    """Several ranks meet in the optimizer. A rank that did not call it for a minibatch of which it has nothing would
-    leave the others waiting for ever. One that told it another number of tokens would weigh its gradient wrongly."""
+    """All ranks wait for each other in the optimizer. If a rank did not call the optimizer for a minibatch without
+    samples, the others would wait for ever. If it passed a wrong number of tokens, its gradient would get a wrong
+    weight."""
     student, teacher = make_gpt(TASK.encoding.n_vocab, seed=1), make_gpt(TASK.encoding.n_vocab)
     with torch.no_grad():
         teacher.embedding.weight[TASK.encoding.eot_token] *= 20  # so that the lengths differ
@@ -405,8 +411,8 @@ def test_the_optimizer_is_told_of_each_minibatch(make_gpt, monkeypatch):
 @pytest.mark.parametrize("divergence", ("forward", "sft"))
 @pytest.mark.parametrize("junk", (float("nan"), float("inf")))
 def test_padding_changes_nothing(make_gpt, monkeypatch, divergence, junk):
-    """A mean that includes padding is wrong, and since 0 * NaN is NaN, one bad number in the padding would destroy the
-    weights. Here all that the models say outside the completions is junk."""
+    """A mean must not include padding. Since 0 * NaN is NaN, one bad number in the padding would also destroy the
+    weights. Here the hidden states of all positions outside the completions are junk."""
     found, batches = [], []
 
     def noted(*args):
@@ -442,14 +448,14 @@ def test_padding_changes_nothing(make_gpt, monkeypatch, divergence, junk):
 def test_a_step_refuses_an_unknown_divergence(make_gpt):
     """A misspelt divergence must end the step, and not train with another one."""
     model = make_gpt(TASK.encoding.n_vocab)
-    with pytest.raises(ValueError, match="one of"):
+    with pytest.raises(ValueError, match="must be"):
         step(model, model, Optimizer(model, adam_lr=0.0), divergence="forwards")
 
 
 @pytest.mark.parametrize("divergence", ("forward", "sft"))
 def test_loss_is_the_mean_over_the_tokens(make_gpt, divergence):
-    """The loss that is logged may be the last micro-batch's, or an average of minibatches of different sizes as if they
-    were equal."""
+    """The logged loss must not be that of the last micro-batch, or a mean that gives the same weight to minibatches of
+    different sizes."""
     V, rng = TASK.encoding.n_vocab, random.Random(0)
 
     def accept_at_random(text, problem):
@@ -459,7 +465,7 @@ def test_loss_is_the_mean_over_the_tokens(make_gpt, divergence):
     for micro_batch, minibatches in ((10_000, 1), (60, 1), (60, 3)):
         rng.seed(0)
         student, teacher = make_gpt(V, seed=1), make_gpt(V)
-        optimizer = Optimizer(student, adam_lr=0.0)  # nothing moves: all parts see one student
+        optimizer = Optimizer(student, adam_lr=0.0)  # nothing is learnt, so all parts see the same student
         metrics = step(student, teacher, optimizer, accept_at_random, divergence=divergence, micro_batch=micro_batch,
                        distill_minibatches=minibatches)
         found.append(metrics["loss"])

@@ -1,4 +1,4 @@
-"""What a model reaches on held-out problems, the report, --ask and --evaluate."""
+"""The evaluation on held-out problems, the report, --ask and --evaluate."""
 import json
 import re
 import statistics
@@ -24,7 +24,7 @@ ENCODING = get_tokenizer()
 
 
 def model_of(out, name):
-    """A finished stage's model, as a run has it."""
+    """The model of a finished stage, with the sampler that a run gives it."""
     model = build_model(load_checkpoint(out / f"{name}.pt"))
     model.generate = Sampler(model)
     return model
@@ -37,12 +37,12 @@ def model_of(out, name):
     (["7", "3", "3"], "3"), (["7", "3", "3", "7"], "7"), ([None, None, None, "3"], "3"), ([None, None], None),
     ([], None)])
 def test_majority(answers, expected):
-    """Answers that could not be read win the vote; a tie does not go to the first of the answers."""
+    """Answers that cannot be parsed must not win the vote, and in a tie the first answer must win."""
     assert majority(answers) == expected
 
 
 def test_a_majority_is_one_of_equal_answers():
-    """Answers that are equal but written differently split their votes, or the vote is compared as text."""
+    """Equal answers in different spellings must not split their votes, and the vote must not be compared as text."""
     problem = parse_countdown("3 4 7 = 25")
     answers = ["3*7+4"] * 2 + ["4+7*3"] * 2 + ["3+4+7"] * 3
     texts = [f"<think>?</think><answer>{answer}</answer>" for answer in answers] + ["3+4+7"] * 9
@@ -51,13 +51,14 @@ def test_a_majority_is_one_of_equal_answers():
 
 
 class Lenient(arithmetic.Problem):
-    """A model as small as the quick run's is never right; as to whether the answer is even, it is now and then."""
+    """A problem for which an answer is correct if it is even or odd as it should be. The small model of the quick run
+    is never exactly correct, but it is sometimes correct in this way."""
     def check(self, answer):
         return answer[-1:] in ("02468" if self.answer in "02468" else "13579")
 
 
 class Scripted:
-    """A model whose answers are varied enough for all figures to differ."""
+    """A model whose answers vary so much that all metrics differ."""
     def generate(self, prompts, max_new_tokens, *, stop_ids, samples, generator):
         def draw(high, n):
             return torch.randint(high, (n,), generator=generator).tolist()
@@ -75,8 +76,8 @@ class Scripted:
 
 @pytest.mark.parametrize("author", ("zero", "scripted"))
 def test_evaluation_counts_what_was_sampled(quick, author):
-    """A standard error over samples instead of problems, a vote over the wrong rows, a length without the stop token:
-    every figure again, by hand, from the same samples."""
+    """The standard error must not be over samples instead of problems, a vote must not be over the wrong rows, and the
+    length must include the stop token. The test computes every metric again from the same samples."""
     model = model_of(quick, "zero") if author == "zero" else Scripted()
 
     def sample(problems, generator):
@@ -108,7 +109,8 @@ def test_evaluation_counts_what_was_sampled(quick, author):
 
 
 def test_what_a_reward_measures_besides_is_evaluated():
-    """What else a task's reward returns is missing from results.json, or its "reward", which is no figure, is there."""
+    """The evaluation must include the other scores that a task's reward returns, but not its "reward", which is not a
+    metric."""
     class Counting(Arithmetic):
         def reward(self, completion, problem):
             return {"reward": 7.0, "accuracy": 0.0, "waits": float(completion.count("wait")), "reflection": 9.0}
@@ -122,7 +124,8 @@ def test_what_a_reward_measures_besides_is_evaluated():
 
 
 def test_a_quick_evaluation_asks_other_problems_than_the_report(monkeypatch):
-    """The model that NAME_best.pt keeps is chosen by the problems of the report, or by so many that RL waits."""
+    """The quick evaluation chooses the model that NAME_best.pt keeps. It must not use the problems of the report, or so
+    many problems that RL has to wait."""
     asked, task = [], Arithmetic()
 
     def sample(model, problems, reward_fn, task, samples, max_new_tokens, generator):
@@ -145,8 +148,8 @@ def test_a_quick_evaluation_asks_other_problems_than_the_report(monkeypatch):
     ("cpu", "", 469_824, True, 32), ("cpu", "", 86_416, False, 32), ("cuda", "", 469_824, False, 256),
     ("cpu", "folder", 10**8, True, 8)))
 def test_how_a_stage_is_evaluated(monkeypatch, device, init, n_params, compiles, size):
-    """Compiling takes longer than a small model's evaluation. Many problems at a time need more memory than a
-    pretrained model leaves, and few leave a GPU idle."""
+    """Compiling takes longer than the evaluation of a small model. Many problems at a time need more memory than a
+    pretrained model leaves free, and few problems at a time do not use a GPU fully."""
     seen = []
     monkeypatch.setattr(evaluation, "make_fast", lambda model, cfg, sampling: seen.append(sampling) or model)
     monkeypatch.setattr(evaluation, "evaluate", lambda model, problems, task, *, max_new_tokens, generator, size:
@@ -166,7 +169,7 @@ def test_how_a_stage_is_evaluated(monkeypatch, device, init, n_params, compiles,
 
 
 def test_report_and_results(quick, tmp_path, capsys):
-    """A figure that the report shows must be the one in results.json, and every promised key must be there."""
+    """The report must show the numbers of results.json, and no documented key may be missing."""
     copy(quick, tmp_path, *(f"{name}.pt" for name in NAMES), "log.jsonl", "results.json")
     capsys.readouterr()
     assert main([*QUICK, f"--out={tmp_path}"]) == 0
@@ -194,7 +197,7 @@ def test_report_and_results(quick, tmp_path, capsys):
 
 
 def finished(out, models, log):
-    """A run for the report: models by name with one figure each, and the log's rows of (stage, accuracy)."""
+    """A run for the report. `models` has the pass@1 of each model, and `log` has (stage, accuracy) for each row."""
     figures = dict.fromkeys(("pass@1_se", "maj@16", "pass@16", "format", "length", "reflection"), 0.5)
     rows = ({"stage": stage, "accuracy": accuracy, "length": 9, "no_signal": 0} for stage, accuracy in log)
     (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -205,7 +208,8 @@ def finished(out, models, log):
 
 
 def test_the_report_is_in_the_order_of_the_stages(tmp_path):
-    """A model that was evaluated late stands last, one of another program is left out, or a run without RL fails."""
+    """A model that was evaluated late must not come last, a model of another program must not be left out, and a run
+    without RL must have a report."""
     text = report(finished(tmp_path, {"student": 0.3, "shuffled": 0.4, "zero": 0.2, "base": 0.1}, []))
     rates = re.findall(r"^(\w+) *\|test *\| *([0-9.]+)%", text, re.MULTILINE)
     assert rates == [("base", "10.0"), ("zero", "20.0"), ("student", "30.0"), ("shuffled", "40.0")]
@@ -214,8 +218,8 @@ def test_the_report_is_in_the_order_of_the_stages(tmp_path):
 
 
 def test_the_curve_is_that_of_the_first_stage_of_rl(tmp_path):
-    """The rows of several stages of RL make one curve; or that of a control takes zero's place because zero was made
-    again, and its rows stand later in the log."""
+    """The rows of several RL stages must not make one curve. A control must not take zero's place, even if zero was
+    trained again and has its rows later in the log."""
     log = [("shuffled", 0.9), ("shuffled", 0.8), ("zero", 0.1), ("zero", 0.2), ("zero", 0.3)]
     text = report(finished(tmp_path, {"zero": 0.2}, log))
     assert re.search("accuracy over 3 RL steps +0.10 .* 0.30\n", text) and text.count("RL steps") == 2
@@ -225,7 +229,7 @@ def test_the_curve_is_that_of_the_first_stage_of_rl(tmp_path):
 
 
 def test_ask_shows_models_side_by_side(quick, capsys):
-    """--ask that leaves out a model, answers for the wrong one, or takes what is no problem for one."""
+    """--ask must not leave out a model, show the answer of another model, or accept a text that is not a problem."""
     assert main(["--ask=8*7-19", f"--out={quick}"]) == 0
     first, *others = capsys.readouterr().out.splitlines()
     assert first == "8*7-19 = 37" and [line.split()[0] for line in others] == NAMES
@@ -239,12 +243,12 @@ def test_ask_shows_models_side_by_side(quick, capsys):
 
 @pytest.mark.parametrize("text", ("hello", "__import__('os')", "", "99**99", "8*7-19; 1"))
 def test_ask_refuses_what_is_no_problem(quick, refused, text):
-    """What the user types is executed, or ends in a traceback."""
+    """The text of --ask must not be executed, or end in a traceback."""
     assert "no expression" in refused(f"--ask={text}", f"--out={quick}")
 
 
 def test_ask_says_what_is_right(quick, capsys, monkeypatch):
-    """A right answer is shown as wrong, or an answer that nobody can judge."""
+    """A correct answer must not be shown as wrong, or a wrong one as correct."""
     monkeypatch.setattr(Arithmetic, "reward", staticmethod(lambda text, problem: {"accuracy": problem.answer == "37"}))
     for question, verdict in (("8*7-19", "right"), ("8*7", "wrong")):
         assert main([f"--ask={question}", f"--out={quick}"]) == 0
@@ -252,7 +256,7 @@ def test_ask_says_what_is_right(quick, capsys, monkeypatch):
 
 
 def test_several_answers_are_sampled(quick, capsys):
-    """--samples gives the likeliest answer several times over, or --temperature is not obeyed."""
+    """--samples must not repeat the most likely answer, and --temperature must not be ignored."""
     def ask(*args):
         torch.manual_seed(0)
         assert main(["--ask=8*7-19", *args, f"--out={quick}"]) == 0
@@ -266,7 +270,8 @@ def test_several_answers_are_sampled(quick, capsys):
 
 
 def test_every_model_of_a_folder_answers(quick, tmp_path, capfd, refused):
-    """A control's model beside those of train.py is left out, or what is no finished model is taken for one."""
+    """--ask must show a control's model beside those of train.py, and must not use a file that is not a finished
+    model."""
     copy(quick, tmp_path, "base.pt", "zero.pt")
     for name, stage in (("shuffled", "shuffled"), ("resume", "zero"), ("zero_best", "zero")):
         torch.save(load_checkpoint(quick / "zero.pt") | {"stage": stage}, tmp_path / f"{name}.pt")
@@ -281,17 +286,17 @@ def test_every_model_of_a_folder_answers(quick, tmp_path, capfd, refused):
 
 
 def test_evaluate_takes_other_problems_and_trains_nothing(quick, tmp_path, capfd, refused):
-    """--evaluate that changes the run, counts problems that do not fit, or evaluates other models than are there."""
+    """--evaluate must not change the run, count problems that do not fit, or leave out a model of the folder."""
     path, before = tmp_path / "sums.jsonl", {path: path.read_bytes() for path in quick.iterdir()}
     long = json.dumps({"prompt": "1" * 90, "answer": "1"})
     path.write_text("".join(json.dumps({"prompt": f"{n}+1", "answer": n + 1}) + "\n" for n in range(5)) + long)
     assert main([f"--evaluate={path}", f"--out={quick}"]) == 0
     first, _, *lines = capfd.readouterr().out.splitlines()
-    assert first == f"{path}: 5 of 6 problems, those of at most {128 - 40} tokens"
+    assert first == f"{path}: 5 of 6 problems, those with at most {128 - 40} prompt tokens"
     assert [line.split("|")[0].strip() for line in lines] == ["model", "-" * 12, *NAMES]
     assert all(line.split("|")[1].strip() == "sums" for line in lines[2:])
     path.write_text(f'{{"prompt": "1+1", "answer": 2}}\n{long}')
-    assert "2 are the least" in refused(f"--evaluate={path}", f"--out={quick}")
+    assert "at least 2 problems" in refused(f"--evaluate={path}", f"--out={quick}")
     path.write_text("1+1")
     assert "line 1: not JSON" in refused(f"--evaluate={path}", f"--out={quick}")
     assert "no model" in refused(f"--evaluate={path}", f"--out={tmp_path / 'nothing'}")

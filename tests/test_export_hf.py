@@ -1,5 +1,5 @@
-"""Exported models, loaded as anybody would load them, give what ours give. The tests need experiments/requirements.txt,
-which CI has."""
+"""An exported model, loaded by transformers without our code, must give our outputs. The tests need
+experiments/requirements.txt, which CI has."""
 import dataclasses
 import random
 import resource
@@ -24,8 +24,8 @@ SHAPES = {"base": (4, 3, 96), "student": (3, 2, 44)}  # n_layer, n_head, n_embd
 
 @pytest.fixture(scope="module", params=SHAPES)
 def exported(request, tmp_path_factory):
-    """Our model, transformers' model, and its tokenizer, of one checkpoint. The weights are larger than those of a
-    fresh model, so that what the model says depends on what it reads."""
+    """Our model, the exported model and its tokenizer, all from one checkpoint. The weights are larger than those of a
+    new model, so that the output depends on the input."""
     folder, cfg = tmp_path_factory.mktemp("export"), Config(rl_max_new_tokens=30)
     torch.manual_seed(0)
     model = GPT(GPTConfig(ENCODING.n_vocab, 64, *SHAPES[request.param]))
@@ -42,8 +42,8 @@ def exported(request, tmp_path_factory):
 
 @torch.no_grad()
 def test_logits_are_equal(exported):
-    """Weights that load without an error would still mean something else: rotary halves may be paired the other way, a
-    norm may add another constant, or the output may not be the embedding."""
+    """Weights may load without an error and still mean something else: rotary halves may be paired in another way, a
+    norm may have another epsilon, or the output projection may not be the embedding."""
     model, theirs, _ = exported
     idx = torch.randint(ENCODING.n_vocab, (4, 64))
     logits = model(idx)
@@ -52,8 +52,8 @@ def test_logits_are_equal(exported):
 
 
 def test_greedy_answers_are_equal(exported):
-    """Answers would not stop at the stop token or at the run's generation budget, or prompts would be padded on the
-    wrong side."""
+    """Answers must stop at the stop token and at the run's generation budget, and prompts must be padded on the
+    left."""
     model, theirs, tokenizer = exported
     rng = random.Random(0)
     problems = [make_problem(rng) for _ in range(20)]
@@ -69,7 +69,7 @@ def test_greedy_answers_are_equal(exported):
 
 
 def test_the_tokenizer_cuts_as_ours(exported):
-    """The exported tokenizer would spell a piece in bytes, join two digits, or give back another character."""
+    """The exported tokenizer must not split a piece into bytes, join two digits, or decode another character."""
     *_, tokenizer = exported
     rng = random.Random(0)
     texts = ["", " ", "naïve \U0001f600\r\n\0", "".join(PIECES), "User: 12*3\nAssistant: <think>", "a  b ,  c"]
@@ -85,7 +85,7 @@ def test_the_tokenizer_cuts_as_ours(exported):
 
 @pytest.mark.parametrize("exported", ["student"], indirect=True)
 def test_full_disk(exported, tmp_path):
-    """A half-written folder would be in the way of the next try."""
+    """A half-written folder would block the next try."""
     checkpoint = tmp_path / "model.pt"
     model, *_ = exported
     save_checkpoint(checkpoint, {"nanor1": 1, "stage": "base", "config": {"rl_max_new_tokens": 9},
@@ -98,13 +98,14 @@ def test_full_disk(exported, tmp_path):
 
 
 def test_bad_input(tmp_path, capsys):
-    """Somebody's folder would be overwritten, or a file that is no checkpoint would end in a traceback."""
+    """A folder that is not empty must not be overwritten, and a file that is not a checkpoint must not end in a
+    traceback."""
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").write_text("x")
     (tmp_path / "other.pt").write_text("hello")
     for args, words in (([], "a checkpoint and a folder"), (["--help", "x"], "a checkpoint and a folder"),
                         ([str(tmp_path / "none.pt"), str(tmp_path / "new")], "none.pt is missing"),
-                        ([str(tmp_path / "other.pt"), str(tmp_path / "new")], "not a whole nanoR1 checkpoint"),
+                        ([str(tmp_path / "other.pt"), str(tmp_path / "new")], "not a complete nanoR1 checkpoint"),
                         ([str(tmp_path / "other.pt"), str(tmp_path / "full")], "not an empty folder"),
                         ([str(tmp_path / "other.pt"), str(tmp_path / "other.pt")], "not an empty folder")):
         assert export_hf.main(args) == 2

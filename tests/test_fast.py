@@ -1,4 +1,4 @@
-"""What makes a model quick: compiled passes, sizes that are rounded up. None of it may change what is computed."""
+"""Compiled passes and rounded sizes make a model fast. They must not change its results."""
 import copy
 
 import pytest
@@ -15,12 +15,12 @@ PLAIN = Config(device="cpu", compile="off", micro_batch=4_096)
 
 
 def every_token(idx):
-    """The mask of token_logprobs that leaves nothing out."""
+    """A mask for token_logprobs that selects every token."""
     return torch.ones(idx.size(0), idx.size(1) - 1, dtype=torch.bool)
 
 
 def assert_same_pass(model, plain, shapes):
-    """Logits, log-probabilities and gradients of two models on batches of these shapes."""
+    """Compare logits, log-probabilities and gradients of two models on batches of these shapes."""
     for shape in shapes:
         idx = torch.randint(11, shape)
         mask = torch.rand(shape[0], shape[1] - 1) < 0.5
@@ -37,14 +37,14 @@ def assert_same_pass(model, plain, shapes):
 
 
 def test_a_compiled_block_is_the_same_block(make_gpt):
-    """A compiler's pass that differs from the one that samples, or that is compiled again for each size of a batch."""
+    """The compiled pass must not differ from the plain one, or be compiled again for each batch size."""
     plain, model = make_gpt(), make_fast(make_gpt(), COMPILED, training=True)
     with torch.compiler.set_stance("fail_on_recompile"):
         assert_same_pass(model, plain, ((3, 20), (85, 48), (2, 3)))
 
 
 def test_rounded_sizes_give_the_same(make_gpt):
-    """Padding that is taken for tokens: in the logits, in the log-probabilities, or in the gradients."""
+    """Padding must not count as tokens: not in the logits, in the log-probabilities, or in the gradients."""
     plain, model = make_gpt(), make_fast(make_gpt(), PLAIN, training=True)
     assert_same_pass(model, plain, ((3, 20), (85, 48), (2, 3), (1, 48)))
     idx = torch.randint(11, (5, 20))
@@ -55,8 +55,8 @@ def test_rounded_sizes_give_the_same(make_gpt):
 
 
 def test_rounded_sizes_fit_the_compiled_code(make_gpt, monkeypatch):
-    """Micro-batches that are rounded up to more tokens than the code is compiled for, which then runs uncompiled and
-    says nothing; or sizes that are not rounded up, and cost a new kernel each."""
+    """A micro-batch must not be rounded up to more tokens than the code is compiled for, because it would silently run
+    uncompiled. Sizes that are not rounded up would cost a new kernel each."""
     class Rollout:
         prompts = [[1] * (3 + i % 7) for i in range(400)]
         completions = [[2] * (1 + (i * 11) % 38) for i in range(400)]
@@ -82,8 +82,8 @@ def test_rounded_sizes_fit_the_compiled_code(make_gpt, monkeypatch):
 
 
 def test_compiled_sampling_is_the_same_distribution(make_gpt):
-    """The compiled step has another attention, padding or rotation than training, keeps the weights from before an
-    update, or is compiled again for each batch size, length or model."""
+    """The compiled step must have the attention, padding and rotation of training, and use the weights after an update.
+    It must not be compiled again for each batch size, length or model."""
     plain, prompts = make_gpt(), [[1], [2, 3, 4], [5, 6]]
     for model in (make_fast(make_gpt(), COMPILED, sampling=True), make_fast(make_gpt(seed=1), COMPILED, sampling=True)):
         with torch.no_grad():
@@ -104,7 +104,7 @@ def test_compiled_sampling_is_the_same_distribution(make_gpt):
 
 
 def outputs(model):
-    """What each of a model's methods returns that may be a quick one."""
+    """The results of each method of a model that make_fast may replace."""
     idx = torch.arange(12).view(2, 6) % 11
     with torch.no_grad():
         return [model.hidden(idx), model(idx, idx > 3), token_logprobs(model, idx, every_token(idx)),
@@ -116,8 +116,8 @@ def equal(some, others):
 
 
 def test_a_copy_computes_with_its_own_weights(make_gpt):
-    """The copy of a quick model has quick methods that compute with the weights of the first: a reference that follows
-    the policy, so that the KL penalty is always 0."""
+    """The fast methods of a copy must not use the weights of the original. Otherwise the reference would follow the
+    policy, and the KL penalty would always be 0."""
     model = make_fast(make_gpt(), PLAIN, training=True, sampling=True)
     before = outputs(model)
     copies = [copy.deepcopy(model), frozen(model, PLAIN)]
@@ -135,8 +135,8 @@ def test_a_copy_computes_with_its_own_weights(make_gpt):
 
 
 def test_a_frozen_copy_leaves_the_model_as_it_was(make_gpt):
-    """frozen() takes the quick methods of the policy away, or shares them with it; or the copy's parameters are those
-    of the policy."""
+    """frozen() must not remove the policy's fast methods or share them with the copy, and the copy must not share the
+    policy's parameters."""
     model = make_fast(make_gpt(), PLAIN, training=True, sampling=True)
     quick = {name: vars(model)[name] for name in QUICK_METHODS if name in vars(model)}
     assert isinstance(quick["generate"], Sampler) and "hidden" in quick

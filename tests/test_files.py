@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, checkpoints from outside, and the lock of a folder."""
+"""Files are written completely or not at all, foreign files are refused and kept, and a run locks its folder."""
 import contextlib
 import os
 import pickle
@@ -17,7 +17,7 @@ from tests.conftest import QUICK, ROOT, copy, main, rows, weights_equal
 
 
 def test_out_that_cannot_be_written(tmp_path, refused):
-    """A file that is in the way of --out ends in a traceback, or is overwritten."""
+    """A file at the path of --out must not end in a traceback, or be overwritten."""
     (tmp_path / "file").write_text("precious")
     assert "file" in refused("--preset=tiny", f"--out={tmp_path / 'file' / 'out'}")
     assert "file" in refused("--preset=tiny", f"--out={tmp_path / 'file'}")
@@ -31,7 +31,8 @@ class Bomb:
 
 @pytest.mark.parametrize("kind", ["truncated", "text", "foreign", "malicious", "other stage"])
 def test_foreign_checkpoints(quick, tmp_path, refused, kind):
-    """A checkpoint comes from outside: what is in it is executed, it is overwritten, or it ends in a traceback."""
+    """A checkpoint may come from outside. Its content must not be executed, and it must not be overwritten or end in a
+    traceback."""
     path = tmp_path / "base.pt"
     if kind == "truncated":
         path.write_bytes((quick / "base.pt").read_bytes()[:-1000])
@@ -49,8 +50,8 @@ def test_foreign_checkpoints(quick, tmp_path, refused, kind):
 
 
 def test_full_disk(quick, tmp_path, refused):
-    """A write that fails half-way takes the checkpoint before it along. The limit on a file's size stands in for a disk
-    that is full: there is room for base.pt, but not for what the next stage saves."""
+    """A failed write must not destroy the old checkpoint. A limit on the size of a file takes the place of a full disk:
+    there is room for base.pt, but not for the checkpoint of the next stage."""
     copy(quick, tmp_path, "base.pt", "log.jsonl", "results.json")
     before, (_, hard) = (quick / "base.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before), hard))
@@ -65,7 +66,7 @@ def test_full_disk(quick, tmp_path, refused):
 
 
 def test_a_file_is_whole_or_as_before(tmp_path, monkeypatch):
-    """A file that is written in place is half a file if the power fails meanwhile."""
+    """If a file were written in place, a power failure would leave half a file."""
     path, replace = tmp_path / "base.pt", os.replace
     path.write_bytes(b"before")
     seen = []
@@ -75,7 +76,7 @@ def test_a_file_is_whole_or_as_before(tmp_path, monkeypatch):
 
 
 def test_only_rank_0_writes(tmp_path, monkeypatch):
-    """Two ranks that write the same file at once."""
+    """Two ranks must not write the same file at once."""
     monkeypatch.setattr("engine.files.rank", lambda: 1)
     write_file(tmp_path / "log.jsonl", b"{}")
     save_checkpoint(tmp_path / "base.pt", {})
@@ -83,23 +84,23 @@ def test_only_rank_0_writes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("log.jsonl", "dear diary\n", "not a nanoR1 log"), ("results.json", "[1, 2]", "not a nanoR1 run's"),
-    ("results.json", '{"config": {', "not a nanoR1 run's")])
+    ("log.jsonl", "dear diary\n", "not a nanoR1 log"), ("results.json", "[1, 2]", "not written by nanoR1"),
+    ("results.json", '{"config": {', "not written by nanoR1")])
 def test_foreign_files_are_kept(tmp_path, refused, name, content, words):
-    """A file that happens to have the name of one of ours is overwritten."""
+    """A foreign file that happens to have the name of one of ours must not be overwritten."""
     (tmp_path / name).write_text(content)
     assert words in refused(*QUICK, f"--out={tmp_path}")
     assert (tmp_path / name).read_text() == content
 
 
 def test_ctrl_c_while_saving_is_no_full_disk(tmp_path):
-    """torch.save ends its file when it is interrupted, and fails at that, too: the run would say that it cannot
-    write."""
+    """If torch.save is interrupted, it still tries to finish its file, and raises another error there. The run must not
+    report this error as a failed write."""
     path = tmp_path / "base.pt"
     path.write_bytes(b"old")
 
     class Interrupting:
-        """A stage's name that is interrupted while it is pickled."""
+        """A value that raises KeyboardInterrupt when it is pickled."""
         def __reduce__(self):
             raise KeyboardInterrupt
 
@@ -123,8 +124,8 @@ def test_ctrl_c_while_saving_is_no_full_disk(tmp_path):
 
 @contextlib.contextmanager
 def paused_run(out, *args):
-    """A run in a process of its own, stopped by SIGSTOP in the stage zero -> the process, which is killed in the
-    end."""
+    """Start a run in a process of its own, and pause it by SIGSTOP in the stage zero -> the process, which is killed at
+    the end."""
     process = subprocess.Popen([sys.executable, "train.py", *args, f"--out={out}"], cwd=ROOT,
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
@@ -139,8 +140,8 @@ def paused_run(out, *args):
 
 
 def test_two_runs_on_one_out(quick, tmp_path, refused, capfd):
-    """Two runs that write over each other's files; a lock that keeps --ask or another --out waiting, or that a killed
-    run leaves behind. The first run is stopped, so that nothing but a second one can change its files."""
+    """Two runs must not overwrite each other's files. The lock must not block --ask or another --out, and must not
+    remain after a run is killed. The first run is paused, so only the second one could change its files."""
     out, other = tmp_path / "out", tmp_path / "other"
     copy(quick, out, "base.pt")
     with paused_run(out, *QUICK) as process:

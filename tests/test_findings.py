@@ -1,4 +1,5 @@
-"""The cells of the findings: what is trained, what is kept, when it is trained again, and the page that comes of it."""
+"""The cells of the findings (a cell is a run with some flags and a seed): what is trained, what is stored, when a cell
+is run again, and the page."""
 import doctest
 import itertools
 import json
@@ -26,7 +27,7 @@ CELLS = {"first": Cell(("base", "zero", "student_base", "student"), FLAGS),
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """Two cells that take a second or two, one seed, and a folder of their own."""
+    """Two cells that take a second or two, with one seed, in a folder of their own."""
     for name, value in {"CELLS": dict(CELLS), "SEEDS": (0,), "RESULTS": tmp_path / "results", "OUT": tmp_path / "out",
                         "PAGE": tmp_path / "findings.md"}.items():
         monkeypatch.setattr(findings, name, value)
@@ -34,14 +35,14 @@ def small(tmp_path, monkeypatch):
 
 
 def kept(name: str, seed: int) -> dict:
-    """What experiments/results holds of a cell."""
+    """The result of a cell in experiments/results."""
     return json.loads((findings.RESULTS / f"{findings.slug(name)}-{seed}.json").read_text())
 
 
 def test_cells_are_run_once_and_again_when_their_settings_change(small, monkeypatch):
-    """A base would be trained twice, a result would be kept after its flags or its control have changed, a cell that
-    starts from another would be refused because of models that it does not take from it, or another model than the
-    control would be measured."""
+    """A base must not be trained twice, and a result must not be kept if its flags or its control have changed. A cell
+    that starts from another cell must not be refused because of models that it does not use. If a model is a control, a
+    measure must use the control."""
     findings.run_cells(["first", "second, other"], jobs=CORES)
     files = {path.name: path.stat().st_mtime_ns for path in (small / "results").iterdir()}
     assert set(files) == {"first-0.json", "second_other-0.json"}
@@ -67,14 +68,15 @@ def test_cells_are_run_once_and_again_when_their_settings_change(small, monkeypa
 
 
 def test_all_cells_of_the_page_are_stored():
-    """A change of the settings would have hours of training repeated, although it changes no stored cell."""
+    """A change of the settings that changes no stored cell must not repeat hours of training."""
     for name in findings.CELLS:
         for seed in SEEDS:
             assert findings.stored(name, seed) == kept(name, seed)
 
 
 def store(folder, settings: dict, cell: Cell) -> None:
-    """Keep these settings as a result of the cell, from a program in which the controls were settings."""
+    """Store a result of the cell with these settings. They are those of a program in which the controls were
+    settings."""
     findings.CELLS["cell"] = cell
     (folder / "results").mkdir(exist_ok=True)
     (folder / "results" / "cell-0.json").write_text(json.dumps({
@@ -87,8 +89,8 @@ def store(folder, settings: dict, cell: Cell) -> None:
     ("", {"zero": "all_completions"}, "skip_no_signal", True), ("", {}, "distill_longer", False),
     ("", {"student": "student_short"}, "distill_longer", True)])
 def test_fields_that_a_stored_cell_lacks(small, flags, controls, field, is_stored):
-    """A cell from before a field existed would pass as trained with the new default. Without distill_epochs it was
-    trained with 1 epoch, whatever the default is now. Without skip_no_signal the KL penalty acted on all rows."""
+    """A cell stored before a field existed must not count as trained with the field's default. Without distill_epochs a
+    cell was trained with 1 epoch, whatever the default is. Without skip_no_signal the KL penalty acted on all rows."""
     cell = Cell(("base", "zero", "student"), flags, controls=controls)
     settings = {**findings.old_settings(cell), "eval_greedy": True}  # a field that no longer exists
     store(small, settings, cell)
@@ -99,8 +101,8 @@ def test_fields_that_a_stored_cell_lacks(small, flags, controls, field, is_store
 
 
 def test_a_control_is_not_taken_for_another(small):
-    """A stored result of a control would pass as one of train.py's, or as another control's, because the setting that
-    made it is gone."""
+    """A stored result of a control must not count as a result of train.py or of another control. Older results name the
+    control in a setting that the program does not have."""
     trains = ("base", "zero", "student")
     controls = [{}, {"zero": "shuffled"}, {"zero": "format_alone"}, {"zero": "batch_baseline"},
                 {"zero": "all_completions"}, {"student": "student_short"}]
@@ -115,18 +117,19 @@ def test_a_control_is_not_taken_for_another(small):
 
 
 def test_each_control_that_a_cell_names_exists():
-    """Hours of training would end in a control that is unknown, or a cell would keep a model under a name that no row
-    knows."""
+    """A control must not turn out to be unknown after hours of training, and a cell must not store a model under a name
+    that no row uses."""
     for name, cell in findings.CELLS.items():
         assert set(cell.controls) <= set(cell.trains) and set(cell.controls.values()) <= set(CONTROLS), name
         assert all(stage in cell.table() for stage in cell.stages()), name
-        for stage in cell.stages():  # a zero that is a control of the corpus begins with the base of this cell
+        for stage in cell.stages():  # a zero with another corpus starts from the base of this cell
             starts = cell.table()[stage].starts
             assert all(start in STAGES or start in cell.stages() for start in starts) or cell.is_r1, name
 
 
 def test_commands_make_all_models_of_a_cell():
-    """A model would be missing after hours, or a control would be trained that the cell does not need."""
+    """A model must not be missing after hours of training, and no control may be trained that the cell does not
+    need."""
     commands = {name: cell.commands() for name, cell in findings.CELLS.items()}
     assert commands["default"] == [["train.py"], ["experiments/controls.py", "student_rl"]]
     assert commands["no KL"] == [["train.py", "--stage=base"], ["train.py", "--stage=zero"],
@@ -139,7 +142,7 @@ def test_commands_make_all_models_of_a_cell():
 
 
 def test_a_run_that_fails_is_one_line(small):
-    """A failed run would end in a traceback from a thread, or its cell would be kept."""
+    """A failed run must not end in a traceback from a thread, and its cell must not be stored."""
     findings.CELLS["first"] = Cell(("base", "zero"), f"{FLAGS} --base_adam_lr=1e30")
     with pytest.raises(UsageError, match="says why"):
         findings.run_cells(["first"], jobs=CORES)
@@ -147,7 +150,7 @@ def test_a_run_that_fails_is_one_line(small):
 
 
 def test_bad_input(capsys):
-    """Hours of training would start with a misspelt flag, or the error would be a traceback."""
+    """Hours of training must not start with a misspelt flag, and the error must not be a traceback."""
     for arg, words in (("--only=12", "choose from 1, 2"), ("--only=", "invalid int"), ("--rows=3", "--rows=3"),
                        ("--jobs=0", "above 0")):
         assert findings.main([arg]) == 2
@@ -156,29 +159,32 @@ def test_bad_input(capsys):
 
 
 def test_the_page_is_made_of_what_is_stored(small, capsys):
-    """The page would need checkpoints, or break off at a row that has not been run."""
+    """The page must not need checkpoints, or stop at a row that has not been run."""
     assert findings.page(findings.known()).startswith("# Findings")
     said = capsys.readouterr().out
     assert all(f"row {n} is left out" in said for n in findings.ROWS)
 
 
 def test_the_committed_page_is_what_is_stored():
-    """The page in the repository would say something else than experiments/results."""
+    """The page in the repository must not differ from the results in experiments/results."""
     assert findings.page(findings.known()) == findings.PAGE.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("number", findings.ROWS)
 def test_rows_name_the_cells_that_they_need(number):
-    """A row would read a cell that --only does not run, or have a table whose lines differ in their columns."""
+    """A row must not read a cell that --only does not run, or have more than one figure in the summary. The lines of a
+    table must have the same number of columns."""
     row = findings.ROWS[number]
-    line, passed, details = row.measure(Known({name: [kept(name, seed) for seed in SEEDS] for name in row.cells}))
+    measured, holds, details = row.measure(Known({name: [kept(name, seed) for seed in SEEDS] for name in row.cells}))
     columns = [{text.replace("\\|", "").count("|") for text in lines}
                for in_table, lines in itertools.groupby(details, lambda text: text.startswith("|")) if in_table]
-    assert line and passed in (True, False) and columns and all(len(counts) == 1 for counts in columns)
+    assert columns and all(len(counts) == 1 for counts in columns)
+    assert holds in (True, False) and details[0].startswith("**Measured:**")
+    assert measured.count("±") == 1 or measured == "5 of 6 parts"
 
 
 def test_spreads():
-    """The spread would be the smaller of standard deviation and standard error, or a share would not be shown in
+    """The spread must not be the smaller one of standard deviation and standard error, and a share must be shown in
     percent."""
     assert figure([0.1, 0.3, 0.2], [0.05, 0.05, 0.05]) == Figure(pytest.approx(0.2), pytest.approx(0.1))
     assert figure([0.2, 0.2, 0.2], [0.01, 0.02, 0.03]) == Figure(pytest.approx(0.2), pytest.approx(0.02))
@@ -188,8 +194,8 @@ def test_spreads():
 
 
 def test_pass_at_k_by_enumeration():
-    """pass@k would be 1 - (1 - c/n)^k, which is biased. It is the share of all k-subsets of the n samples that hold one
-    of the c right ones."""
+    """pass@k must not be 1 - (1 - c/n)^k, which is biased. It is the share of all k-subsets of the n samples that
+    contain at least one of the c correct ones."""
     for n in range(1, 8):
         for c in range(n + 1):
             for k in range(1, n + 1):
@@ -198,6 +204,6 @@ def test_pass_at_k_by_enumeration():
 
 
 def test_examples_in_the_docstrings():
-    """An example in a docstring would be wrong. pytest looks for doctests outside experiments/ alone."""
+    """An example in a docstring must not be wrong. pytest itself runs no doctests in experiments/."""
     for module in (findings, measures, rows):
         assert doctest.testmod(module).failed == 0

@@ -1,5 +1,5 @@
-"""What only a GPU can show: recorded kernels give what the plain ones give. Skipped where there is none. The last tests
-stand in for a GPU on a CPU: graphs are recorded and replayed as there."""
+"""Recorded CUDA graphs must give the results of the plain kernels. Most tests are skipped without a GPU. The last tests
+run on a CPU, with a class in the place of CUDA graphs that records and replays in the same way."""
 import copy
 import json
 import random
@@ -34,24 +34,24 @@ def make(dtype=torch.bfloat16, device="cuda", **shape) -> GPT:
 
 
 def draw(model: GPT, seed: int, temperature: float = 1.0, prompts=PROMPTS):
-    """What a quick model samples, and the log-probabilities."""
+    """The completions that a model samples, and their log-probabilities."""
     generator = torch.Generator(model.embedding.weight.device).manual_seed(seed)
     return model.generate(prompts, 40, temperature=temperature, stop_ids=(0, 3), generator=generator, samples=16)
 
 
 def cached(model: GPT) -> GPT:
-    """The model, which samples with the cache and the plain kernels."""
+    """The same model, but it samples with the KV cache and the plain kernels."""
     model.generate = Sampler(model)
     return model
 
 
 def every_logprob(model: GPT, idx) -> torch.Tensor:
-    """The log-probabilities of all tokens but the first, in order."""
+    """The log-probabilities of all tokens except the first, in order."""
     return token_logprobs(model, idx, torch.ones(len(idx), idx.size(1) - 1, dtype=torch.bool))
 
 
 def move_weights(model: GPT, other: GPT) -> None:
-    """An update of two models alike, in place."""
+    """Update two equal models in place, so that they stay equal."""
     with torch.no_grad():
         for weight, its_weight in zip(model.parameters(), other.parameters()):
             weight += 0.02 * torch.randn_like(weight)
@@ -62,7 +62,7 @@ def move_weights(model: GPT, other: GPT) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_recorded_sampling_is_the_plain_one(dtype, shape):
-    """A graph reads what an earlier rollout left: old weights, old padding, another temperature's."""
+    """A graph must not read data of an earlier rollout: old weights, old padding, or another temperature."""
     plain, model = cached(make(dtype, **shape)), make_fast(make(dtype, **shape), CFG, sampling=True)
     for i in range(5):
         for prompts in (PROMPTS, PROMPTS[::-1] * 2, PROMPTS[:2]):
@@ -75,7 +75,7 @@ def test_recorded_sampling_is_the_plain_one(dtype, shape):
 @gpu
 @pytest.mark.parametrize("dtype, close", ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)))
 def test_cached_sampling_is_the_full_pass(dtype, close):
-    """A column of the cache is off by one, or padding is attended to."""
+    """A column of the cache must not be off by one, and no token may attend to padding."""
     model = make_fast(make(dtype), CFG, sampling=True)
     for _ in range(3):
         completions, logp = draw(model, 0)
@@ -89,7 +89,8 @@ def test_cached_sampling_is_the_full_pass(dtype, close):
 @gpu
 @pytest.mark.parametrize("n_kv_head", (1, 2, 4))
 def test_training_with_shared_heads_is_that_of_a_cpu(n_kv_head):
-    """The fused kernel lays its output out in another order than the product of matrices does."""
+    """The fused kernel stores its output in another order than the matrix product. If query heads share keys and
+    values, the results must still be those of a CPU."""
     found = []
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)
@@ -104,7 +105,7 @@ def test_training_with_shared_heads_is_that_of_a_cpu(n_kv_head):
 @gpu
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_recorded_training_is_the_plain_one(dtype):
-    """A replay writes over a gradient, or over what an earlier pass returned."""
+    """A replay must not overwrite a gradient, or the result of an earlier pass."""
     plain, model = make(dtype), make_fast(make(dtype), CFG, training=True)
     for step in range(4):
         gradients = []
@@ -127,7 +128,7 @@ def test_recorded_training_is_the_plain_one(dtype):
 
 @gpu
 def test_recorded_products_are_the_plain_ones():
-    """Muon moves its matrices by the products of the step before, or averages gradients twice."""
+    """Muon must not use the products of the step before, or add a gradient to the momentum buffer twice."""
     shapes, model = ((3, 64, 64), (3, 96, 64)), make()
     plain, muon = (Optimizer(model, 1e-3, 1e-2).parts[1] for _ in range(2))
     graphed(SimpleNamespace(parts=[muon]), CFG)
@@ -141,7 +142,7 @@ def test_recorded_products_are_the_plain_ones():
 
 @gpu
 def test_recorded_training_equals_plain_kernels_at_the_same_size():
-    """Graphs round otherwise than the kernels that they record, so that a resumed run ends elsewhere."""
+    """If graphs rounded differently from the kernels that they record, a resumed run would end in other weights."""
     plain, model = make(), make_fast(make(), CFG, training=True)
     idx = torch.randint(80, (32, 33), device="cuda")
     for _ in range(3):
@@ -154,7 +155,8 @@ def test_recorded_training_equals_plain_kernels_at_the_same_size():
 
 @gpu
 def test_a_loss_that_is_kept_does_not_stop_a_recording():
-    """What autograd keeps for a loss ties the parameters to a stream that a recording may not meet."""
+    """A loss that still exists ties the parameters to another stream. The recording of a graph must not fail because of
+    this."""
     model, kept = make_fast(make(), CFG, training=True), []
     for n in (32, 64, 32, 64, 32, 96, 96):
         idx = torch.randint(80, (n, 33), device="cuda")
@@ -165,7 +167,7 @@ def test_a_loss_that_is_kept_does_not_stop_a_recording():
 
 
 def rollout_of(model: GPT, task):
-    """32 answers to 8 problems, and advantages."""
+    """32 completions of 8 problems, and random advantages."""
     problems = [task.make_problem(random.Random(i)) for i in range(8)]
     rollout = sample_rollout(model, problems, lambda text, problem: {"reward": len(text) % 3, "accuracy": 0.0}, task, 4,
                              20, torch.Generator().manual_seed(0))
@@ -191,7 +193,7 @@ def assert_same_update(one, other):
 
 @gpu
 def test_an_update_on_a_gpu_is_that_of_a_cpu():
-    """A tensor is left on the CPU, or a micro-batch is lost."""
+    """No tensor may be left on the CPU, and no micro-batch may be lost."""
     task = Arithmetic()
     torch.manual_seed(0)
     model = GPT(GPTConfig(task.encoding.n_vocab, 64, 2, 2, 64))
@@ -204,7 +206,8 @@ def test_an_update_on_a_gpu_is_that_of_a_cpu():
 
 @gpu
 def test_a_minibatch_on_a_gpu_may_have_nothing_to_learn():
-    """A minibatch without a gradient counts with a norm of 0. On the CPU, it could not be added to the others."""
+    """A minibatch without a gradient counts with a norm of 0. This 0 must be on the GPU, or it could not be added to
+    the other norms."""
     task = Arithmetic()
     torch.manual_seed(0)
     model = GPT(GPTConfig(task.encoding.n_vocab, 64, 2, 2, 64))
@@ -220,14 +223,16 @@ def test_a_minibatch_on_a_gpu_may_have_nothing_to_learn():
 
 @gpu
 def test_a_killed_run_ends_in_the_same_weights(tmp_path, monkeypatch):
-    """A generator's state, or the order of graphs, shapes a resumed run."""
+    """A resumed run must end in the weights of an undisturbed run. The lost state of a generator, or graphs in another
+    order, would change them."""
     tiny = ["--preset=tiny", "--stage=base", "--dtype=bfloat16", "--compile=on", "--base_tokens=60000",
             "--student_base_tokens=60000", "--save_every=0", "--eval_problems=8"]
     killed_run(tiny, tmp_path, monkeypatch)
 
 
 def killed_run(tiny: list[str], out, monkeypatch) -> None:
-    """A run that is killed while it trains the base, and resumed, ends where an undisturbed one ends."""
+    """A run that is killed while it trains the base, and then resumed, must end in the weights of an undisturbed
+    run."""
     assert main([*tiny, f"--out={out / 'whole'}"]) == 0
     save, saved = progress.save_checkpoint, []
 
@@ -248,7 +253,7 @@ def killed_run(tiny: list[str], out, monkeypatch) -> None:
 
 @gpu
 def test_memory_of_a_step_is_bounded():
-    """Graphs keep the memory of each size, instead of sharing it."""
+    """Graphs of different sizes must share their memory. Otherwise each size would need its own."""
     model = make_fast(make(), CFG, training=True)
     sizes, held = (256, 256, 224, 224, 192, 192, 160, 160, 128, 128, 96, 96, 64, 64, 32, 32), []
     for n in sizes:
@@ -261,7 +266,7 @@ def test_memory_of_a_step_is_bounded():
 
 
 class Again:
-    """Stands in for a CUDA graph on a CPU: what was recorded is run again, in the memory that it had."""
+    """Takes the place of a CUDA graph on a CPU. A replay runs the recorded function again, in the same memory."""
 
     def __init__(self, action, pool):
         self.action, self.at = action, dict(zip(action.__code__.co_freevars, action.__closure__))
@@ -269,7 +274,7 @@ class Again:
             self.cache = copy.copy(self.at["cache"].cell_contents)
             self.cache.kv = {layer: list(pair) for layer, pair in self.cache.kv.items()}
             self.length = self.cache.length
-        elif "found" in self.at:  # a recording runs nothing, so it leaves the average as it is
+        elif "found" in self.at:  # a recording runs nothing, so it must not change the momentum buffer
             average = self.at["average"].cell_contents
             before = average.clone()
             action()
@@ -302,14 +307,14 @@ def no_graphs(monkeypatch):
 
 @pytest.mark.parametrize("dtype, shape", ((torch.bfloat16, SHAPES[0]), (torch.float32, SHAPES[1])))
 def test_a_cache_moves_in(dtype, shape, no_graphs):
-    """A graph reads another rollout's weights, padding, rows or temperature. (In float32 some matrices of the cache are
-    the model's own, and follow an update by themselves.)"""
+    """A graph must not read the weights, padding, rows or temperature of another rollout. (In float32 some matrices of
+    the cache are the model's own weights, and an update changes them by itself.)"""
     plain = cached(make(dtype, "cpu", **shape))
     model = make_fast(make(dtype, "cpu", **shape), CFG, sampling=True)
     for _ in range(2):
         draw(model, 0, prompts=PROMPTS[:1])  # its graphs have room for 16 rows, and the next ones need more
     assert model.generate.next_token.graphs
-    for i in range(3):  # what is seen, recorded, and replayed after an update of the weights
+    for i in range(3):  # a size is first seen, then recorded, then replayed; the weights change each time
         for prompts, temperature in ((PROMPTS, 1.0), (PROMPTS[::-1] * 2, 1.0), (PROMPTS[:2], 1.0), (PROMPTS[:2], 0.0)):
             drawn = [draw(one, i, temperature, prompts) for one in (plain, model)]
             assert drawn[0][0] == drawn[1][0]
@@ -320,7 +325,8 @@ def test_a_cache_moves_in(dtype, shape, no_graphs):
 
 
 def test_what_a_recorded_pass_returns_is_kept(no_graphs):
-    """A later replay writes over what an earlier pass returned, or a gradient is lost between micro-batches."""
+    """A later replay must not overwrite the result of an earlier pass, and no gradient may be lost between
+    micro-batches."""
     plain, model = make(torch.float32, "cpu"), make_fast(make(torch.float32, "cpu"), CFG, training=True)
     for step in range(3):
         for one in (plain, model):
@@ -339,7 +345,7 @@ def test_what_a_recorded_pass_returns_is_kept(no_graphs):
 
 
 def test_recorded_products_are_kept(no_graphs):
-    """Muon moves its matrices by the products of the step before, or averages gradients twice."""
+    """Muon must not use the products of the step before, or add a gradient to the momentum buffer twice."""
     models = [make(torch.float32, "cpu") for _ in range(2)]
     optimizers = [Optimizer(model, 1e-3, 1e-2) for model in models]
     graphed(optimizers[1], CFG)
@@ -355,8 +361,8 @@ def test_recorded_products_are_kept(no_graphs):
 
 
 def test_an_update_with_recorded_passes(no_graphs):
-    """Metrics and gradients of an update are those of the plain passes, the second time as well as the first, beside a
-    reference that has passes of its own."""
+    """The metrics and gradients of an update must be those of the plain passes, in the first update and in the second.
+    The reference has recorded passes of its own."""
     task = Arithmetic()
     torch.manual_seed(0)
     plain = GPT(GPTConfig(task.encoding.n_vocab, 64, 2, 2, 64))
@@ -371,7 +377,8 @@ def test_an_update_with_recorded_passes(no_graphs):
 
 
 def test_a_frozen_copy_takes_no_graph_with_it(no_graphs, monkeypatch):
-    """A recorded graph cannot be copied, and a copied one would replay the policy. The policy keeps its own."""
+    """A recorded graph cannot be copied, and a copied graph would replay the policy. The policy must keep its
+    graphs."""
     def refuse(self, memo):
         raise AssertionError("a graph is copied")
 
@@ -388,8 +395,8 @@ def test_a_frozen_copy_takes_no_graph_with_it(no_graphs, monkeypatch):
 
 
 def test_what_is_recorded(no_graphs, monkeypatch):
-    """A large model gains nothing from recorded training, which would hold a second copy of its gradients. What only
-    answers has nothing to record for training. A sequence that is too long is refused, and not cut."""
+    """A large model gains nothing from recorded training, which would need a second copy of its gradients. A model that
+    only samples must record nothing for training. A sequence that is too long must be refused, not cut."""
     model = make_fast(make(device="cpu"), CFG, training=True, sampling=True)
     assert type(model.hidden) is GraphedTraining and type(model.generate.next_token) is GraphedSampling
     with pytest.raises(ValueError, match="65 tokens"):
@@ -404,15 +411,15 @@ def test_what_is_recorded(no_graphs, monkeypatch):
 
 
 class OnGpu(torch.Tensor):
-    """A tensor on the CPU that says that it is on a GPU."""
+    """A tensor on the CPU that claims to be on a GPU."""
     is_cuda = True
     device = torch.device("cuda")
 
 
 @pytest.mark.parametrize("n_kv_head", (1, 2, 4))
 def test_the_fused_kernel_is_the_product_of_matrices(monkeypatch, n_kv_head):
-    """On a GPU the fused kernel returns its output in the order (B, T, H, D). As a view of the queries' shape, that
-    fails where heads share their keys."""
+    """On a GPU the fused kernel stores its output in the order (B, T, H, D). A view in the shape of the queries would
+    fail if heads share their keys."""
     fused, called = F.scaled_dot_product_attention, []
 
     def as_on_a_gpu(*args, **options):

@@ -1,4 +1,5 @@
-"""GRPO against the papers' formulas written out slowly, exact sums over a vocabulary, and a bandit it must win."""
+"""GRPO is compared with slow versions of the papers' formulas and with exact sums over a vocabulary. It must also solve
+a bandit."""
 import copy
 import dataclasses
 import itertools
@@ -29,7 +30,8 @@ PLAIN = {"clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.0}
 
 @pytest.fixture
 def batch():
-    """The 35 tokens of eight completions of a policy that has moved: ratios from about 0.4 to 2.5."""
+    """The 35 tokens of eight completions. The policy has changed since it sampled them: the ratios are from about 0.4
+    to 2.5."""
     torch.manual_seed(0)
     logp_old = -2 * torch.rand(35)
     return {"logp": logp_old + 0.5 * torch.randn(35), "logp_old": logp_old,
@@ -81,21 +83,22 @@ def slow_loss(batch, clip_low, clip_high, kl_coef, normalize):
 @pytest.mark.parametrize("clip_low, clip_high", ((0.2, 0.2), (0.2, 0.5), (0.4, 0.1), (0.99, 1e9)))
 @pytest.mark.parametrize("normalize", NORMALIZE)
 def test_loss_is_the_papers(batch, normalize, clip_low, clip_high, kl_coef):
-    """A policy trains also with max in place of min, a clip on the wrong side, another average, or a KL of the wrong
-    sign, so that only the formula itself shows the fault. And a log whose sums are means would be divided twice."""
+    """A policy would still learn with max in place of min, a clip on the wrong side, another average, or a KL of the
+    wrong sign, so only the formula itself shows such a bug. The logged values must be sums, because means would be
+    divided twice."""
     expected, n_low, n_high, ratio, kl = slow_loss(batch, clip_low, clip_high, kl_coef, normalize)
     assert (n_low > 0 and n_high > 0) or clip_high == 1e9, "both clips should be active here"
     loss, _, sums = loss_and_gradient(batch, normalize, clip_low=clip_low, clip_high=clip_high, kl_coef=kl_coef)
     assert abs(loss.item() - expected) < 1e-5
-    assert sums["clip_low"] == n_low and sums["clip_high"] == n_high
+    assert sums["clip_fraction_low"] == n_low and sums["clip_fraction_high"] == n_high
     assert sums["ratio"].item() == pytest.approx(ratio, rel=1e-5) and sums["kl"].item() == pytest.approx(kl, rel=1e-4)
     assert not any(value.requires_grad for value in sums.values())
 
 
 def test_token_weights_are_the_papers():
-    """DeepSeekMath, eq. 3: 1/N sum_i 1/|o_i| sum_t. DAPO: 1/(sum_i |o_i|) sum_i sum_t. Dr. GRPO: 1/(N max_len),
-    with the generation budget. A weight that takes the longest answer for the budget, or its own length for the mean
-    one, would still train."""
+    """DeepSeekMath, eq. 3: 1/N sum_i 1/|o_i| sum_t. DAPO: 1/(sum_i |o_i|) sum_i sum_t. Dr. GRPO: 1/(N max_len), with
+    the generation budget. A policy would still learn if a weight used the longest answer instead of the budget, or the
+    answer's own length instead of the mean length."""
     lengths = torch.tensor([1, 4, 3])
     assert torch.allclose(token_weights(lengths, "sequence", 10), torch.tensor([1 / 3, 1 / 12, 1 / 9]))
     assert torch.allclose(token_weights(lengths, "token", 10), torch.tensor([1 / 8, 1 / 8, 1 / 8]))
@@ -106,8 +109,9 @@ def test_token_weights_are_the_papers():
 
 
 def test_clipped_tokens_have_no_gradient(batch):
-    """A clip that works on both sides would also stop the way back. A good token that became unlikely must still become
-    likelier, and a bad one that became likely must still become unlikelier."""
+    """The clip must not stop the gradient on both sides. A token with a positive advantage that became less likely must
+    still become more likely. A token with a negative advantage that became more likely must still become less
+    likely."""
     _, gradient, _ = loss_and_gradient(batch)
     ratio, adv = (batch["logp"] - batch["logp_old"]).exp(), batch["adv"]
     still = (adv == 0) | ((adv > 0) & (ratio > 1.2)) | ((adv < 0) & (ratio < 0.8))
@@ -117,8 +121,8 @@ def test_clipped_tokens_have_no_gradient(batch):
 
 @pytest.mark.parametrize("normalize", NORMALIZE)
 def test_on_policy_loss_and_gradient(batch, normalize):
-    """A loss of 0 in the first step may be taken for a sign that nothing is learnt. DeepSeekMath, eq. 21, says what the
-    gradient of each token must be on policy: -(A + beta (pi_ref/pi_theta - 1)) * weight."""
+    """On policy the loss may be 0, but the gradient must not be. DeepSeekMath, eq. 21, gives the gradient of each token
+    on policy: -(A + beta (pi_ref/pi_theta - 1)) * weight."""
     batch["logp_old"] = batch["logp"]
     lengths = torch.tensor(LENGTHS)[ROW]
     weight = {"sequence": 1 / lengths / 8, "token": torch.full((35,), 1 / 35),
@@ -127,9 +131,9 @@ def test_on_policy_loss_and_gradient(batch, normalize):
         _, gradient, sums = loss_and_gradient(batch, normalize, kl_coef=kl_coef)
         pull = (batch["logp_ref"] - batch["logp"]).exp() - 1
         assert torch.allclose(gradient, -(batch["adv"] + kl_coef * pull) * weight, atol=1e-6)
-        assert sums["ratio"].item() == 35 and sums["clip_low"] == sums["clip_high"] == 0
+        assert sums["ratio"].item() == 35 and sums["clip_fraction_low"] == sums["clip_fraction_high"] == 0
 
-    # The sequence loss is 0 at the first step, and yet there is something to learn.
+    # On policy the "sequence" loss is 0, and yet there is something to learn.
     assert abs(sum(ADVANTAGES)) < 1e-6
     loss, gradient, _ = loss_and_gradient(batch, normalize)
     length_weighted = -(batch["adv"] * weight).sum().item()
@@ -138,8 +142,8 @@ def test_on_policy_loss_and_gradient(batch, normalize):
 
 
 def test_k3_as_a_loss_has_the_gradient_of_kl_ref_policy():
-    """As a loss term, k1 has no gradient on average, and k2 has that of KL(policy || ref). Exact sums over a vocabulary
-    show that our penalty has the gradient of KL(ref || policy), as grpo.py says."""
+    """As a loss term, k1 has a gradient of 0 on average, and k2 has the gradient of KL(policy || ref). Exact sums over
+    a vocabulary must show that our penalty has the gradient of KL(ref || policy), as grpo.py says."""
     torch.manual_seed(0)
     z, log_ref = torch.randn(6, requires_grad=True), torch.randn(6).log_softmax(0)
 
@@ -158,8 +162,8 @@ def test_k3_as_a_loss_has_the_gradient_of_kl_ref_policy():
 
 
 def test_kl_to_oneself_is_nothing(batch):
-    """A penalty must not move a policy that equals its reference: KL and gradient are 0 there. Elsewhere the logged KL
-    is positive, and is not multiplied by its weight."""
+    """The penalty must not move a policy that equals its reference: KL and gradient are 0 there. For another policy the
+    logged KL must be positive, and must not be multiplied by kl_coef."""
     kl = (batch["logp_ref"] - batch["logp"]).exp() - 1 - (batch["logp_ref"] - batch["logp"])
     for kl_coef in (0.0, 1.0):
         _, _, sums = loss_and_gradient(batch, kl_coef=kl_coef)
@@ -170,8 +174,8 @@ def test_kl_to_oneself_is_nothing(batch):
 
 
 def test_no_reference_is_no_kl(batch):
-    """Without a penalty, a step must not need the reference, whose pass would cost time for nothing, and the log must
-    not say that the KL was 0. But a penalty without a reference must not be left out in silence."""
+    """Without a penalty, a step must not need the reference, whose pass costs time, and the log must not have a KL of
+    0. A penalty without a reference must not be silently left out."""
     expected, *_ = loss_and_gradient(batch)
     loss, _, sums = loss_and_gradient(batch | {"logp_ref": None})
     assert loss == expected and "kl" not in sums
@@ -198,7 +202,7 @@ def test_no_tokens_are_no_loss(batch):
 
 
 def test_inputs_are_left_alone(batch):
-    """If a function edited a caller's tensor in place, the logged reward would become the advantage, and the next step
+    """If a function changed a caller's tensor in place, the logged reward would become the advantage, and the next step
     would see other data."""
     rewards, lengths, weight = torch.rand(2, 4), torch.tensor([3, 4, 5]), torch.rand(35)
     inputs = [*batch.values(), rewards, lengths, weight]
@@ -221,10 +225,10 @@ def test_unknown_normalizers_are_refused():
 
 @pytest.mark.parametrize("scale", ("std", "none"))
 def test_advantages_are_trls(scale):
-    """A deviation with G in place of G - 1, a mean over the batch in place of the group, or a forgotten 1e-4 would
-    scale every step."""
+    """A standard deviation with G in place of G - 1, a mean over the batch in place of the group, or a missing 1e-4
+    would change the size of every advantage."""
     rewards = torch.rand(5, 4)
-    rewards[3] = 0.7 + torch.tensor([0.0, 1e-4, 0.0, 0.0])  # here the 1e-4 is all that matters
+    rewards[3] = 0.7 + torch.tensor([0.0, 1e-4, 0.0, 0.0])  # rewards so close that the 1e-4 matters
     for group, adv in zip(rewards.double().tolist(), group_advantages(rewards, scale)):
         mean = sum(group) / 4
         std = (sum((r - mean) ** 2 for r in group) / 3) ** 0.5
@@ -235,15 +239,15 @@ def test_advantages_are_trls(scale):
 
 
 def test_a_group_of_one_is_refused():
-    """The deviation of one number is NaN, and the weights would become NaN too."""
+    """The standard deviation of one number is NaN, and the weights would become NaN too."""
     with pytest.raises(ValueError, match="two or more"):
         group_advantages(torch.ones(3, 1))
 
 
 @pytest.mark.parametrize("scale", ("std", "none"))
 def test_equal_rewards_are_no_advantage(scale):
-    """0/0 is NaN. And a mean that is off by a rounding error, divided by 1e-4, is an advantage of 0.001, which Adam
-    turns into a whole step if no group of the batch has a signal."""
+    """0/0 is NaN. If the mean is off by a rounding error, division by 1e-4 gives an advantage of 0.001. Adam would turn
+    it into a full step if no group of the batch has a signal."""
     for G, reward in itertools.product((2, 3, 8, 12, 16), (0.0, 0.1, 0.2, 1.0, 1.1, 1.2)):
         assert not group_advantages(torch.full((2, G), reward), scale).any(), (G, reward)
 
@@ -260,7 +264,7 @@ def chatty(make_gpt, **options):
 
 
 def make_rollout(prompts, completions):
-    """A rollout of given tokens. The sampler's log-probability of each token is a number from -8 to 0 of its own."""
+    """A rollout of given tokens. Each token has another log-probability of the sampler, from -8 to 0."""
     count, n = itertools.count(1), len(prompts)
     logp = [[-(next(count) * 997 % 8191) / 1024 for _ in c] for c in completions]
     return Rollout(prompts, completions, logp, [""] * n, [True] * n,
@@ -275,7 +279,8 @@ def random_rollout(n=24, longest=12):
 
 
 def assert_holds(batch, rollout, rows):
-    """The batch has just these rows, in this order: whole, padded on the right, and each sampled token once."""
+    """The batch must have exactly these rows in this order, complete, padded on the right, and with each sampled token
+    once."""
     n, T = len(rows), max(len(rollout.prompts[i] + rollout.completions[i]) for i in rows)
     assert batch.idx.shape == (n, T) and batch.mask.shape == (n, T - 1) and batch.mask.dtype == torch.bool
     for i, tokens, on in zip(rows, batch.idx, batch.mask):
@@ -288,8 +293,8 @@ def assert_holds(batch, rollout, rows):
 
 
 def test_a_batch_trains_every_sampled_token_and_no_other():
-    """A mask from `token != pad` leaves the stop token untrained if it is also the pad, and trains a stop token in the
-    prompt. Here the stop token, 0 as the pad is or 9, stands in prompts and completions."""
+    """A mask from `token != pad` would leave out the stop token if it is also the pad, and include a stop token in the
+    prompt. Here the stop token is 0 (like the pad) or 9, and is in prompts and completions."""
     for stop in (0, 9):
         prompts, completions = [[1, stop, 2], [3], [4, 5]], [[6, 7, stop], [stop], [6, stop, 6, 6]]
         rollout = make_rollout(prompts, completions)
@@ -298,9 +303,9 @@ def test_a_batch_trains_every_sampled_token_and_no_other():
 
 
 def test_micro_batches_hold_each_row_once_and_keep_the_budget():
-    """Sorting may lose or double a row, and a budget that forgets the padding runs out of memory on long rows. A
-    length counts as the multiple of 8 to which it is rounded up when it is computed. And a row that would have fitted
-    must not begin a batch of its own, which costs time."""
+    """Sorting must not lose or repeat a row. The budget must include the padding, or long rows would run out of memory:
+    a length counts as the multiple of 8 to which it is rounded up. A row that fits into the batch before it must not
+    begin a new batch, which costs time."""
     rng = random.Random(0)
     for _ in range(100):
         n = rng.randint(1, 120)
@@ -323,8 +328,8 @@ def test_micro_batches_hold_each_row_once_and_keep_the_budget():
 
 
 def test_micro_batches_have_few_sizes(make_gpt, monkeypatch):
-    """Without rounding there would be a hundred sizes, each of which costs a CPU new kernels. Rounded sizes that break
-    the budget would not fit what was compiled for it."""
+    """Without rounding there would be a hundred sizes, and a CPU would need new kernels for each. If rounded sizes
+    exceeded the budget, they would not fit the compiled code."""
     rng, sizes = random.Random(0), set()
 
     def noted(model, idx):
@@ -345,7 +350,7 @@ def test_micro_batches_have_few_sizes(make_gpt, monkeypatch):
 
 
 def test_a_row_over_the_budget_goes_alone():
-    """A row that is longer than the budget must neither be dropped nor end the run."""
+    """A row that is longer than the budget must not be dropped, or end the run."""
     rollout = make_rollout([[1] * 400, [1] * 2, [1] * 300], [[2] * 100, [2], [2] * 90])
     batches = micro_batches(rollout, [0, 1, 2], 120, CPU)
     assert [batch.row.unique().tolist() for batch in batches] == [[1], [2], [0]]
@@ -353,15 +358,15 @@ def test_a_row_over_the_budget_goes_alone():
 
 
 def test_no_rows_are_no_micro_batch():
-    """A minibatch without rows must be nothing to compute: there would be no longest row to pad to."""
+    """A minibatch without rows must give no micro-batch. It has no longest row to pad to."""
     assert micro_batches(make_rollout([[1, 2, 3], [4]], [[5], [6, 7]]), [], 120, CPU) == []
 
 
 @pytest.mark.parametrize("normalize", NORMALIZE)
 def test_each_token_has_what_its_row_has(normalize):
-    """Tokens of several rows stand in one vector. An index that is off by a row gives a token the advantage, the
-    weight or the sampler's log-probability of another completion. And a weight among the rows with a signal, in place
-    of all rows of the minibatch, grows as signals become rare."""
+    """The tokens of several rows are in one vector. If an index were off by a row, a token would get the advantage, the
+    weight or the sampler's log-probability of another completion. If a weight counted only the rows with a signal
+    instead of all rows of the minibatch, it would grow as signals become rare."""
     rollout, adv, rows = random_rollout(), torch.tensor([0.0, 1.2, -0.7, 0.4] * 6), torch.tensor([13, 2, 8, 3, 0, 21])
     cfg = GRPOConfig(normalize=normalize, micro_batch=50, rl_max_new_tokens=12)
     batches, share = make_minibatch(rollout, rows, adv, cfg, CPU)
@@ -380,7 +385,7 @@ def test_each_token_has_what_its_row_has(normalize):
 
 @pytest.mark.parametrize("normalize", NORMALIZE)
 def test_a_row_without_tokens_does_no_harm(make_gpt, normalize):
-    """A row of no tokens must not divide by zero. It counts among the rows, and nothing of it is trained."""
+    """A row without tokens must not cause a division by zero. It counts as a row, and adds nothing to the loss."""
     rollout = make_rollout([[1, 2], [3]], [[4, 5, 6], []])
     cfg, policy = GRPOConfig(normalize=normalize, rl_max_new_tokens=5, rl_samples=2, kl_coef=0.0), make_gpt(spread=3.0)
     batches, _ = make_minibatch(rollout, torch.tensor([0, 1]), torch.tensor([1.0, -1.0]), cfg, CPU)
@@ -394,7 +399,7 @@ def test_a_row_without_tokens_does_no_harm(make_gpt, normalize):
 
 
 class Poisoned:
-    """A model's hidden states with junk wherever no token was sampled: in prompts and in the padding."""
+    """A model's `hidden`, with junk at all positions where no token was sampled: in prompts and in the padding."""
 
     def __init__(self, model, batches, junk):
         self.model, self.batches, self.junk, self.reads = model, batches, junk, 0
@@ -409,7 +414,7 @@ class Poisoned:
 
 
 def poison(monkeypatch, module, junk, *models):
-    """From here on, the hidden states of what the module makes micro-batches of are poisoned."""
+    """From here on, the hidden states are junk outside the completions, for all micro-batches that the module makes."""
     batches = []
 
     def noted(*args):
@@ -425,8 +430,8 @@ def poison(monkeypatch, module, junk, *models):
 @pytest.mark.parametrize("normalize", NORMALIZE)
 @pytest.mark.parametrize("junk", (float("nan"), float("inf"), -float("inf"), 1e4, 0.0))
 def test_padding_changes_nothing(make_gpt, monkeypatch, normalize, junk):
-    """A mean that includes padding is wrong. And since 0 * NaN is NaN, a mask that multiplies would let one bad number
-    in the padding destroy the weights. Here all that the models say outside the completions is junk."""
+    """A mean must not include padding. Since 0 * NaN is NaN, a mask that multiplies would let one bad number in the
+    padding destroy the weights. Here the hidden states of all positions outside the completions are junk."""
     cfg = GRPOConfig(normalize=normalize, rl_samples=8, rl_max_new_tokens=12, rl_minibatches=2, kl_coef=0.3,
                      micro_batch=120)
     rollout, adv, found = random_rollout(), torch.tensor([0.0, 1.2, -0.7, 0.4] * 6), []
@@ -444,8 +449,8 @@ def test_padding_changes_nothing(make_gpt, monkeypatch, normalize, junk):
 
 
 def test_other_tokens_in_the_padding_change_nothing(make_gpt):
-    """If a token could read what is to its right, its log-probability would depend on how long the other rows of its
-    batch are."""
+    """If a token could attend to the tokens on its right, its log-probability would depend on the lengths of the other
+    rows in its batch."""
     model, rollout = make_gpt(spread=3.0), random_rollout()
     batch = make_batch(rollout, list(range(24)), CPU)
     logp = token_logprobs(model, batch.idx, batch.mask)
@@ -459,7 +464,7 @@ def test_other_tokens_in_the_padding_change_nothing(make_gpt):
 
 
 def test_masks_of_any_type(make_gpt):
-    """A mask of uint8 would index rows instead of choosing tokens, if it were used as an index itself."""
+    """A mask of uint8 must not be used as an index itself, because it would select rows instead of tokens."""
     model, batch = make_gpt(), make_batch(random_rollout(), list(range(24)), CPU)
     logp = token_logprobs(model, batch.idx, batch.mask)
     for dtype in (torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32):
@@ -467,7 +472,8 @@ def test_masks_of_any_type(make_gpt):
 
 
 def test_minibatches_deal_each_row_once():
-    """Sampling with replacement, or dropping the remainder, would leave completions untrained."""
+    """If rows were sampled with replacement, or if the remainder were dropped, some completions would not be trained
+    on."""
     def deal(n, k, seed):
         return [part.tolist() for part in random_minibatches(n, k, torch.Generator().manual_seed(seed))]
 
@@ -480,8 +486,8 @@ def test_minibatches_deal_each_row_once():
 
 
 def test_a_rollout_trains_the_tokens_that_were_sampled(make_gpt):
-    """To decode and encode again does not give the sampled tokens back, as the random bytes sampled here prove. And a
-    text that still held its end of text would not be well formed, so that stopping would cost the reward."""
+    """Decoding and encoding again does not give the sampled tokens back, as the random bytes here show. A text that
+    still has its end-of-text token would not be well formed, so stopping would cost the reward."""
     encoding, model = TASK.encoding, chatty(make_gpt)
     problems = [parse("1+2"), parse("13*4-20")]
     rollout = sample_rollout(model, problems, lambda text, problem: {"reward": float(len(problem.question))}, TASK,
@@ -504,7 +510,8 @@ def test_a_rollout_trains_the_tokens_that_were_sampled(make_gpt):
 
 
 class TwoStops(Arithmetic):
-    """The task with two stop tokens, as a chat model has them. The second is a word piece that has its own text."""
+    """The task with two stop tokens, as a chat model has them. The second is a word piece, which has a text of its
+    own."""
     stop_ids = (*Arithmetic.stop_ids, TASK.encoding.encode_ordinary("<answer>")[0])
 
     def encode_prompt(self, problem):
@@ -512,8 +519,9 @@ class TwoStops(Arithmetic):
 
 
 def test_a_task_decides_prompts_and_stop_tokens(make_gpt):
-    """A rollout that knows only the encoding's end of text scores texts with the other stop tokens in them, and takes
-    these completions for cut off. And a prompt that it encodes itself lacks what the task puts around a problem."""
+    """If a rollout knew only the encoding's end-of-text token, it would score texts that contain other stop tokens, and
+    count these completions as truncated. If it encoded the prompt itself, the prompt would lack the text that the task
+    puts around a problem."""
     encoding, model, task = TASK.encoding, chatty(make_gpt), TwoStops()
     stops = task.stop_ids
     with torch.no_grad():
@@ -537,7 +545,7 @@ QUESTIONS = ("1+2", "3*4", "20-7")
 
 
 def step(model, reward_fn, reference=None, seed=0, optimizer=None, lr_scale=1.0, **options):
-    """grpo_step with the settings of STEP, changed by the options -> (the means that are logged, the rollout)."""
+    """grpo_step with the settings of STEP, changed by the options -> (the logged means, the rollout)."""
     metrics, rollout = grpo_step(model, reference, optimizer or Optimizer(model, adam_lr=0.01, muon_lr=0.02),
                                  [parse(q) for q in QUESTIONS], reward_fn, TASK, dataclasses.replace(STEP, **options),
                                  torch.Generator().manual_seed(seed), lr_scale)
@@ -545,13 +553,14 @@ def step(model, reward_fn, reference=None, seed=0, optimizer=None, lr_scale=1.0,
 
 
 def wordy(text, problem):
-    """A reward with groups of all kinds: "1+2" always earns, "3*4" never does, "20-7" for an ASCII first letter."""
+    """A reward with groups of all kinds: "1+2" is always rewarded, "3*4" never, and "20-7" if the first character is
+    ASCII."""
     right = float(problem.question == "1+2" or problem.question == "20-7" and "\0" < text[:1] < "\x7f")
     return {"reward": right, "accuracy": right}
 
 
 def equal_rewards(text, problem):
-    """A reward that teaches nothing."""
+    """The same reward for every answer, which gives no signal."""
     return {"reward": 0.1, "accuracy": 0.0}
 
 
@@ -563,9 +572,9 @@ def slow_logprobs(model, rollout, i):
 
 
 def slow_update(policy, reference, optimizer, rollout, adv, cfg, minibatches, lr_scale, everything):
-    """grpo_update as the papers have it: one row at a time without padding, every row of a minibatch in its average,
-    and a copy of the policy as pi_old -> metrics. Rows of advantage 0 are left out, or with `everything` the penalty
-    acts on them, too."""
+    """grpo_update as in the papers: one row at a time without padding, every row of a minibatch in its average, and a
+    copy of the policy as pi_old -> metrics. Rows with advantage 0 are skipped. With `everything` the penalty acts on
+    them too."""
     old, sums, losses, norm_sum = copy.deepcopy(policy), {}, [], 0.0
     for rows in minibatches:
         lengths = [len(rollout.completions[i]) for i in rows]
@@ -599,11 +608,11 @@ def slow_update(policy, reference, optimizer, rollout, adv, cfg, minibatches, lr
 @pytest.mark.parametrize("kl_coef, everything", ((0.0, False), (0.3, False), (0.3, True)))
 @pytest.mark.parametrize("normalize", NORMALIZE)
 def test_update_is_the_slow_one(make_gpt, normalize, kl_coef, everything, minibatches, micro_batch):
-    """Each of these faults still trains a policy: a mask that is shifted, padding that is trained, advantages of other
-    rows, an average over the rows with a signal alone, an average for each micro-batch, a pi_old that moves with the
-    policy, clips that change places, a penalty on rows that are not to be computed, or metrics of the last
-    micro-batch. The same update computed slowly, one row at a time, has none. And a tiny advantage in place of 0 makes
-    an update compute all rows, so that the penalty acts on all: Algorithm 1 to the letter."""
+    """Each of these bugs still trains a policy: a shifted mask, training on padding, advantages of other rows, an
+    average over only the rows with a signal, an average for each micro-batch, a pi_old that moves with the policy,
+    swapped clips, a penalty on rows that should be skipped, or metrics of the last micro-batch. The slow update, one
+    row at a time, has none of these bugs. With a tiny advantage in place of 0, an update must compute all rows, so that
+    the penalty acts on all (Algorithm 1 of DeepSeekMath)."""
     cfg = dataclasses.replace(STEP, normalize=normalize, kl_coef=kl_coef, rl_minibatches=minibatches,
                               micro_batch=micro_batch, rl_max_new_tokens=12, clip_low=0.15, clip_high=0.3)
     rollout, reference = random_rollout(), make_gpt(seed=1, spread=3.0)
@@ -622,18 +631,19 @@ def test_update_is_the_slow_one(make_gpt, normalize, kl_coef, everything, miniba
     for gradient, slow in zip(optimizer.gradients, slow_optimizer.gradients):
         assert (gradient - slow).norm() < 1e-4 * slow.norm()
     if minibatches > 1:
-        assert slow_metrics["clip_low"] > 0 and slow_metrics["clip_high"] > 0, "both clips should be active here"
+        both = slow_metrics["clip_fraction_low"], slow_metrics["clip_fraction_high"]
+        assert min(both) > 0, "both clips should be active here"
     if everything:
-        # a tiny advantage is clipped like another, and then counted
-        assert metrics.pop("clip_high") >= slow_metrics.pop("clip_high")
+        # rows with a tiny advantage are clipped too, and then counted
+        assert metrics.pop("clip_fraction_high") >= slow_metrics.pop("clip_fraction_high")
     for name, value in slow_metrics.items():
         assert metrics[name] == (value if value is None else pytest.approx(value, rel=1e-4, abs=1e-6)), name
 
 
 @pytest.mark.parametrize("normalize", NORMALIZE)
 def test_loss_is_averaged_over_all_completions(make_gpt, normalize):
-    """Rows of advantage 0 are not computed. If they did not count in the average either, a minibatch in which one group
-    of a hundred has a signal would have as large a gradient as one in which all have."""
+    """Rows with advantage 0 are skipped, but must count in the average. Otherwise a minibatch with a signal in one
+    group of a hundred would have as large a gradient as one with a signal in all groups."""
     policy = chatty(make_gpt)
     rollout = sample_rollout(policy, [parse(q) for q in QUESTIONS], wordy, TASK, samples=8, max_new_tokens=6,
                              generator=torch.Generator().manual_seed(0))
@@ -650,7 +660,7 @@ def test_loss_is_averaged_over_all_completions(make_gpt, normalize):
 
 
 class Still:
-    """An optimizer that moves nothing and keeps what it was told."""
+    """An optimizer that changes no weights, and keeps the arguments of each step."""
 
     def __init__(self, model):
         self.model, self.told = model, []
@@ -664,9 +674,9 @@ class Still:
 
 @pytest.mark.parametrize("normalize", NORMALIZE)
 def test_the_logged_loss_is_the_mean_over_everything(make_gpt, normalize):
-    """Minibatches differ in their rows, or in their tokens. A mean of their losses as if they were equal depends on how
-    the rows were dealt. And the optimizer of several ranks weighs gradients by what it is told that each is a mean
-    over: rows, or tokens."""
+    """Minibatches differ in their numbers of rows or tokens. If they had equal weights in the logged loss, it would
+    depend on how the rows were dealt. With several ranks, the optimizer weights a gradient by the number of rows or
+    tokens that it is a mean over, so this number must be correct."""
     policy, rollout, found = make_gpt(spread=3.0), random_rollout(), {}
     adv = torch.randn(24, generator=torch.Generator().manual_seed(0))
     adv[:3] = 0.0
@@ -703,8 +713,8 @@ def sequence_loss(logp, batch, cfg):
 
 @pytest.mark.parametrize("micro_batch", (4096, 60))
 def test_a_fork_needs_no_more_than_a_loss_function(make_gpt, micro_batch):
-    """A loss of whole completions needs to know which tokens are one completion's. If a batch did not say so, or cut a
-    row in two, or if an update used its own loss somewhere, a fork would have to copy the whole update."""
+    """A loss on whole completions needs to know which tokens belong to one completion. If a batch did not say so or cut
+    a row in two, or if an update used its own loss somewhere, a fork would have to copy the whole update."""
     cfg = dataclasses.replace(STEP, normalize="sequence", rl_minibatches=3, micro_batch=micro_batch, clip_low=0.05,
                               clip_high=0.05)
     rollout, adv = random_rollout(), torch.tensor([0.0, 1.2, -0.7, 0.4, 0.0, -1.5, 0.9, -0.3] * 3)
@@ -730,8 +740,9 @@ def test_a_fork_needs_no_more_than_a_loss_function(make_gpt, micro_batch):
 
 @pytest.mark.parametrize("scale", ("std", "none"))
 def test_a_step_is_a_rollout_its_advantages_and_an_update(make_gpt, scale):
-    """A step that forgets a setting of the advantages still learns. And several processes are tested with grpo_update
-    on a given rollout: if grpo_step did anything else to the policy, those tests would say nothing about it."""
+    """A step that ignores a setting of the advantages would still learn. The tests with several processes call
+    grpo_update on a given rollout. So grpo_step must not do anything else to the policy, which these tests could not
+    see."""
     options = {"rl_minibatches": 2, "kl_coef": 0.1, "scale": scale}
     stepped, updated, reference = chatty(make_gpt), chatty(make_gpt), chatty(make_gpt, seed=1)
     metrics, rollout = step(stepped, wordy, reference, seed=4, **options)
@@ -747,8 +758,8 @@ def test_a_step_is_a_rollout_its_advantages_and_an_update(make_gpt, scale):
 
 @pytest.mark.parametrize("normalize", NORMALIZE)
 def test_step_reports_what_happened(make_gpt, normalize):
-    """A metric that nobody computes a second time may be the last micro-batch's, a mean of normalized rewards, or a
-    ratio that is not 1 where the policy has not moved."""
+    """A metric must not be that of the last micro-batch or a mean of normalized rewards, and the ratio must be 1 if the
+    policy has not changed. The test computes every metric a second time."""
     encoding, model = TASK.encoding, chatty(make_gpt)
     reference, untouched = copy.deepcopy(model), copy.deepcopy(model.state_dict())
     metrics, rollout = step(model, wordy, reference, normalize=normalize, kl_coef=0.1, micro_batch=100)
@@ -765,7 +776,7 @@ def test_step_reports_what_happened(make_gpt, normalize):
     expected = {"reward": rewards.mean(), "accuracy": rewards.mean(), "length": lengths.float().mean(),
                 "length_wrong": lengths[rewards == 0].float().mean(), "truncated": sum(truncated) / 24,
                 "tokens": lengths.sum(), "entropy": -logp_sum / lengths.sum(), "no_signal": 2 / 3, "ratio": 1,
-                "clip_low": 0, "clip_high": 0, "kl": 0, "loss": -(adv * weight[normalize]).sum()}
+                "clip_fraction_low": 0, "clip_fraction_high": 0, "kl": 0, "loss": -(adv * weight[normalize]).sum()}
     assert metrics.keys() == {*expected, "sampler_gap", "grad_norm"}
     for name, value in expected.items():
         assert abs(metrics[name] - float(value)) < 1e-5, name
@@ -776,8 +787,8 @@ def test_step_reports_what_happened(make_gpt, normalize):
 
 
 def test_a_reward_may_have_parts_of_its_own(make_gpt):
-    """A step that asks for a "format" fails with a task that has none, and one that logs fixed names hides what a task
-    of your own returns. And where no answer is wrong, the length of the wrong ones is no number."""
+    """A step must not need a "format", which a task may not have, and must log all scores that a task of your own
+    returns. If no answer is wrong, the mean length of wrong answers must be None."""
     model = chatty(make_gpt)
     metrics, rollout = step(model, lambda text, problem: {"reward": len(text) / 7, "accuracy": 1.0, "depth": 3.0})
     assert metrics["depth"] == 3 and metrics["reward"] == pytest.approx(sum(map(len, rollout.texts)) / 7 / 24)
@@ -786,7 +797,7 @@ def test_a_reward_may_have_parts_of_its_own(make_gpt):
 
 
 def test_a_reward_may_be_an_integer(make_gpt):
-    """A reward function of one's own counts something, or returns True. torch has no mean of integers."""
+    """A reward function of your own may count something, or return True. torch has no mean of integers."""
     model = chatty(make_gpt)
     metrics, rollout = step(model, lambda text, problem: {"reward": len(text), "accuracy": len(text) > 3})
     assert metrics["reward"] == pytest.approx(sum(map(len, rollout.texts)) / 24) and metrics["grad_norm"] > 0
@@ -794,8 +805,8 @@ def test_a_reward_may_be_an_integer(make_gpt):
 
 
 def test_metrics_leave_what_they_are_given_alone():
-    """A sum that is kept as a tensor and added to in place would change the tensor of the caller who gave it first.
-    And a mean of no values is no number."""
+    """If a sum were kept as a tensor and changed in place, it would change the caller's tensor. The mean of no values
+    must be None."""
     metrics, given = Metrics(), torch.tensor(2.0)
     for _ in range(3):
         metrics.add("loss", given, 1)
@@ -805,8 +816,9 @@ def test_metrics_leave_what_they_are_given_alone():
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_the_ratio_of_a_policy_that_has_not_moved_is_exactly_1(make_gpt, dtype):
-    """If pi_old came from another pass, the sampler's or one of another type, the ratio would only be near to 1, in
-    bfloat16 not even that. The first update moves the policy that the second minibatch meets, unless its size is 0."""
+    """If pi_old came from the sampler's pass, or from a pass with another compute dtype, the ratio would only be close
+    to 1, and in bfloat16 not even that. The first update changes the policy before the second minibatch, unless the
+    learning rate is 0."""
     found = []
     for options in ({}, {"rl_minibatches": 2}, {"rl_minibatches": 2, "lr_scale": 0.0}):
         model = make_gpt(TASK.encoding.n_vocab)
@@ -819,7 +831,7 @@ def test_the_ratio_of_a_policy_that_has_not_moved_is_exactly_1(make_gpt, dtype):
 
 @pytest.mark.parametrize("normalize", NORMALIZE)
 def test_memory_budget_does_not_change_the_step(make_gpt, normalize):
-    """A budget that lets fewer rows be computed at a time must give the same loss and the same gradient."""
+    """A budget with fewer rows at a time must give the same loss and the same gradient."""
     V, found = TASK.encoding.n_vocab, []
     for micro_batch in (0, 10_000, 60):
         metrics, _ = step(make_gpt(V), wordy, make_gpt(V, seed=1), normalize=normalize, kl_coef=0.3,
@@ -831,8 +843,8 @@ def test_memory_budget_does_not_change_the_step(make_gpt, normalize):
 
 @pytest.mark.parametrize("muon_lr", (0.0, 0.02))
 def test_equal_rewards_change_nothing(make_gpt, muon_lr):
-    """Without a signal there is nothing to learn. But an optimizer step without a gradient, or with one of zeros, would
-    still move the weights by the momentum of the steps before."""
+    """Without a signal there is nothing to learn. An optimizer step without a gradient, or with a gradient of zeros,
+    would still move the weights by the momentum buffer of earlier steps."""
     model = chatty(make_gpt)
     optimizer, fresh = Optimizer(model, adam_lr=0.01, muon_lr=muon_lr), copy.deepcopy(model.state_dict())
     step(model, wordy, optimizer=optimizer)
@@ -841,17 +853,18 @@ def test_equal_rewards_change_nothing(make_gpt, muon_lr):
     metrics, _ = step(model, equal_rewards, optimizer=optimizer, seed=1, rl_minibatches=2)
     assert metrics["no_signal"] == 1 and metrics["length_wrong"] == metrics["length"]
     assert metrics["loss"] == metrics["grad_norm"] == 0
-    assert {metrics[name] for name in ("kl", "ratio", "clip_low", "clip_high", "sampler_gap")} == {None}
+    nulls = "kl", "ratio", "clip_fraction_low", "clip_fraction_high", "sampler_gap"
+    assert {metrics[name] for name in nulls} == {None}
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    for part, old in zip(optimizer.state_dict(), state):  # nor does the momentum fade
+    for part, old in zip(optimizer.state_dict(), state):  # the momentum buffers do not change either
         for key, values in old["state"].items():
             assert all(torch.equal(value, part["state"][key][name]) for name, value in values.items())
 
 
 def test_a_minibatch_without_a_signal_takes_no_step(make_gpt):
-    """If one row of four minibatches has a signal, three updates would be made of momentum alone. The loss and the norm
-    that are logged are means over all four. And each minibatch must call the optimizer, as another rank may have a
-    signal in it."""
+    """If one row of four minibatches has a signal, the other three minibatches must not make a step with the momentum
+    buffer alone. The logged loss and norm are means over all four. Each minibatch must call the optimizer, because
+    another rank may have a signal in it."""
     policy = chatty(make_gpt)
     rollout = sample_rollout(policy, [parse(q) for q in QUESTIONS], wordy, TASK, samples=8, max_new_tokens=6,
                              generator=torch.Generator().manual_seed(0))
@@ -873,15 +886,15 @@ def test_a_minibatch_without_a_signal_takes_no_step(make_gpt):
 def test_without_a_penalty_the_reference_is_not_asked(make_gpt):
     """A pass of the reference costs time, and without a penalty nothing uses its result."""
     reference = chatty(make_gpt)
-    reference.forward = reference.hidden = None  # a call of either would be an error
+    reference.forward = reference.hidden = None  # a call of one of them would be an error
     assert step(chatty(make_gpt), wordy, reference)[0]["kl"] is None
     with pytest.raises(TypeError):
         step(chatty(make_gpt), wordy, reference, kl_coef=0.1)
 
 
 def test_a_tiny_advantage_lets_the_penalty_act_on_every_row(make_gpt):
-    """Rows of advantage 0 are left out. A fork in which the penalty is to act on all rows (Algorithm 1 to the letter)
-    replaces their 0, and needs no other update."""
+    """Rows with advantage 0 are skipped. If a fork wants the penalty on all rows (Algorithm 1 of DeepSeekMath), a tiny
+    advantage in place of 0 must be enough, without another update."""
     found, rollout = {}, random_rollout()
     cfg = dataclasses.replace(STEP, rl_minibatches=1, kl_coef=0.1, rl_max_new_tokens=12)
     for adv in (torch.zeros(24), torch.zeros(24).where(torch.zeros(24, dtype=torch.bool), 1e-30)):
@@ -899,8 +912,9 @@ def test_a_tiny_advantage_lets_the_penalty_act_on_every_row(make_gpt):
 
 @pytest.mark.parametrize("honest", (True, False))
 def test_bandit(make_gpt, honest):
-    """A few steps must find the letters if one token is sampled and a letter is rewarded. They cannot with a gradient
-    of the wrong sign, or with credit for the wrong row. And nothing must be learnt from a reward that is random."""
+    """The policy samples one token, and a letter is rewarded. A few steps must be enough to learn this. They are not if
+    the gradient has the wrong sign, or if a row gets the reward of another row. From a random reward, the policy must
+    learn nothing."""
     encoding, rng = TASK.encoding, random.Random(0)
     model, prompt = make_gpt(encoding.n_vocab), TASK.encode_prompt(parse("1+2"))
     cfg = dataclasses.replace(STEP, rl_samples=64, rl_max_new_tokens=1)

@@ -1,4 +1,4 @@
-"""The heart alone: model, rewards, grpo and distill do their work where nothing of engine/ can be imported."""
+"""The heart alone: model.py, rewards.py, grpo.py and distill.py must work if nothing of engine/ can be imported."""
 import copy
 import re
 import subprocess
@@ -19,22 +19,22 @@ OF_ENGINE = "import sys; print([name for name in sys.modules if name.split('.')[
 
 
 def python(code):
-    """What the code prints in a new process, in the repository's folder."""
+    """Run the code in a new process, in the repository's folder -> the lines that it prints."""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
 
 def test_the_heart_imports_nothing_of_engine():
-    """One import of engine/ in the heart, or in what it imports, and a fork could not take the files alone. Other tests
-    cannot see it, because they have imported engine/ already."""
+    """If the heart, or a module that it imports, imported engine/, a fork could not take these files alone. Other tests
+    cannot see this bug, because they have imported engine/ already."""
     assert python(f"import model, rewards, grpo, distill; {OF_ENGINE}") == ["[]"]
     assert (ROOT / "engine" / "optimizer.py").exists(), "the name that is looked for should be a folder's here"
 
 
 @pytest.fixture
 def alone(monkeypatch):
-    """An import of anything in engine/ is an error, also one inside a function."""
+    """Every import from engine/ is an error, also inside a function."""
     for name in ("engine", *sys.modules):
         if name.split(".")[0] == "engine":
             monkeypatch.setitem(sys.modules, name, None)
@@ -43,7 +43,7 @@ def alone(monkeypatch):
 
 
 class Adam(torch.optim.Adam):
-    """All that a step asks of an optimizer."""
+    """An optimizer with only the method that a step uses."""
 
     def step(self, lr_scale, share=1.0, has_gradient=True):
         norm = torch.nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 1.0)
@@ -53,18 +53,18 @@ class Adam(torch.optim.Adam):
 
 
 def tiny(seed):
-    """A model of random weights with the default block_size, which has room for the longest completion of a step."""
+    """A model with random weights and the default block_size, which has room for the longest completion of a step."""
     torch.manual_seed(seed)
     return GPT(GPTConfig(TASK.encoding.n_vocab, n_layer=1, n_head=1, n_embd=16))
 
 
 def digits(text, problem):
-    """A reward that random answers differ in."""
+    """A reward that differs among random answers: the number of digits."""
     return {"reward": sum(map(str.isdigit, text)), "accuracy": 1.0}
 
 
 def state(*models):
-    """A copy of all weights, and of the state of torch's own random numbers."""
+    """A copy of all weights, and of the state of torch's global generator."""
     return copy.deepcopy([model.state_dict() for model in models]), torch.get_rng_state()
 
 
@@ -82,8 +82,8 @@ def assert_trained(before, model):
 
 
 def test_grpo_alone(alone):
-    """With torch, the plain `generate` and the settings as they are, a step trains the policy, and changes nothing
-    else: a setting that only a command line fills in, or a method that only engine/ has, would end it."""
+    """A step must not need a setting that only the command line fills in, or a method that only engine/ has. With
+    torch, the plain `generate` and the default settings, it must train the policy and change nothing else."""
     policy, reference = tiny(seed=0), tiny(seed=1)
     policy_before, before = copy.deepcopy(policy.state_dict()), state(reference)
     metrics, rollout = grpo_step(policy, reference, Adam(policy.parameters(), lr=1e-3), PROBLEMS, digits, TASK,
@@ -97,7 +97,7 @@ def test_grpo_alone(alone):
 
 
 def test_distillation_alone(alone):
-    """As above: a step trains the student, and changes nothing else."""
+    """The same for distillation: a step must train the student, and change nothing else."""
     student, teacher = tiny(seed=0), tiny(seed=1)
     student_before, before = copy.deepcopy(student.state_dict()), state(teacher)
     metrics = distill_step(student, teacher, Adam(student.parameters(), lr=1e-3), PROBLEMS * 4, digits, TASK,
@@ -110,7 +110,7 @@ def test_distillation_alone(alone):
 
 
 def test_the_script_of_the_docs_learns():
-    """docs/own.md shows a script to begin with. It must run as it stands, without engine/, and its reward must rise."""
+    """The script in docs/own.md must run as it is, without engine/, and its reward must rise."""
     section = (ROOT / "docs" / "own.md").read_text().split("## GRPO in your own script\n")[1]
     code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
     *lines, of_engine = python(f"{code}\n{OF_ENGINE}")

@@ -1,5 +1,6 @@
 """The layout: who imports whom, how long a file and a function may be, and what a row of the log holds."""
 import ast
+import re
 
 import pytest
 
@@ -75,13 +76,39 @@ def test_files_and_functions_are_short(path):
             assert node.end_lineno - node.lineno + 1 <= 50, node.name
 
 
+# The pages
+
+PAGES = sorted(path for path in (ROOT / "README.md", *ROOT.glob("docs/*"), *ROOT.glob("experiments/*.md"))
+               if path.suffix in (".md", ".ipynb"))
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_to_files(path):
+    """A file is renamed, and a page still links to it by its old name."""
+    links = re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8"))
+    assert links or path.suffix == ".ipynb"
+    for link in links:
+        assert link.startswith("https://") or (path.parent / link).exists(), link
+
+
+def test_the_readme_counts_the_lines():
+    """A README of many screens, or one that promises short files and states the lengths that they once had."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    table = re.findall(r"^\| (`[^|]+) \| (\d+) \|", text, re.MULTILINE)
+    assert len(table) == 6
+    for names, n_lines in table:
+        lines = sum(len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in re.findall("`(.+?)`", names))
+        assert abs(lines - int(n_lines)) <= 10, (names, lines)
+
+
 # The log
 
 EVERY = {"stage", "step", "seconds", "loss", "grad_norm", "tokens_per_s"}
 SCORES = {"reward", "accuracy", "format", "reflection", "length", "length_wrong", "truncated", "entropy"}
 FIELDS = {
     "base": EVERY, "student_base": EVERY,
-    "zero": EVERY | SCORES | {"ratio", "kl", "clip_low", "clip_high", "sampler_gap", "no_signal"},
+    "zero": EVERY | SCORES | {"ratio", "kl", "clip_fraction_low", "clip_fraction_high", "sampler_gap", "no_signal"},
     "student": EVERY | SCORES | {"accepted"},
 }
 

@@ -1,4 +1,4 @@
-"""The loop that all stages share: what a step is, what is saved when, and runs that end anyhow and go on."""
+"""The loop that all stages share: what a step is, what is saved when, and how an interrupted run resumes."""
 import contextlib
 import dataclasses
 import json
@@ -53,8 +53,9 @@ class Mean:
 
 
 def train_small(run, each_step=lambda step: None):
-    """A stage of its own. What it learns depends on all that it keeps: the optimizer's moments, a running mean of the
-    loss, an average of the weights, and the numbers that a step draws. each_step(step) stands in the body's middle."""
+    """A small stage. Its result depends on everything that the stage saves: the optimizer's moments, a running mean of
+    the loss, an average of the weights, and the random numbers of a step. each_step(step) is called in the middle of
+    each step."""
     model = run.new_model(1, 1, 8)
     optimizer, mean, average = Optimizer(model, 1e-2), Mean(), AveragedModel(model)
     for step in run.steps(STEPS, model=model, optimizer=optimizer, mean=mean, average=average):
@@ -86,7 +87,7 @@ def start(out, function=train_small, *args):
 
 
 def make_run(out, **settings):
-    """A run outside of any program, for a stage that is named small."""
+    """A run without a program, for a stage that is named small."""
     cfg = Config(device="cpu", dtype="float32", compile="off", threads=1, save_every=0.0)
     cfg = dataclasses.replace(cfg, **settings)
     task = SimpleNamespace(encoding=SimpleNamespace(n_vocab=64))
@@ -108,20 +109,20 @@ def metrics_of(**values):
 
 
 def content(out):
-    """What is in a folder, without the lock."""
+    """The files in a folder, without the lock."""
     return {path.name: path.read_bytes() for path in out.iterdir() if not path.name.startswith("lock")}
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A finished run of the small program that nobody disturbed."""
+    """A finished, uninterrupted run of the small program."""
     out = tmp_path_factory.mktemp("small")
     assert start(out) == 0
     return out
 
 
 def assert_equal_runs(out, other):
-    """Weights, figures and rows of two runs, all but the seconds."""
+    """Two runs have equal weights, results and log rows, except for the seconds."""
     assert weights_equal(out / "small.pt", other / "small.pt")
     assert results(out)["models"] == results(other)["models"]
     same = [[{key: value for key, value in row.items() if key not in ("seconds", "tokens_per_s")} for row in rows(path)]
@@ -133,7 +134,8 @@ def assert_equal_runs(out, other):
 
 
 def test_steps_are_numbered_and_the_last_one_knows(tmp_path):
-    """A held-out loss at each step, or at none; a step that is counted from 0."""
+    """Steps must count from 1, and only the last one must be marked as the last. Otherwise a stage would have a
+    held-out loss at every step, or at none."""
     seen = []
     for step in make_run(tmp_path).steps(3, hold=0.25, model=tiny_model()):
         seen.append((step.number, step.last, step.lr_scale))
@@ -143,8 +145,8 @@ def test_steps_are_numbered_and_the_last_one_knows(tmp_path):
 
 
 def test_a_step_is_logged_exactly_once(tmp_path):
-    """A step without a row in the log (it was forgotten, or `continue` stands before it), which looks like one that was
-    killed; or with two, of which one is lost."""
+    """A stage may forget step.log, skip it with `continue`, or call it twice. The log would then have a gap, as if the
+    run had been killed, or lose one of two rows."""
     def none(step):
         pass
 
@@ -165,7 +167,7 @@ def test_a_step_is_logged_exactly_once(tmp_path):
 
 
 def test_the_last_step_must_be_logged_too(tmp_path):
-    """`continue` in the last step: the model is saved as if it was finished."""
+    """With `continue` in the last step, the model would be saved as if the stage were finished."""
     with pytest.raises(AssertionError, match="step.log"):
         for step in make_run(tmp_path).steps(2, model=tiny_model()):
             if step.last:
@@ -175,7 +177,8 @@ def test_the_last_step_must_be_logged_too(tmp_path):
 
 
 def test_every_step_and_rank_draws_its_own(monkeypatch):
-    """Two steps, stages or ranks that sample the same: half of the work is then wasted, and nothing else shows it."""
+    """If two steps, stages or ranks drew the same samples, half of the work would be wasted, and nothing else would
+    show it."""
     def draws(rank, name="zero", step=1, seed=0):
         monkeypatch.setattr(engine.loop, "rank", lambda: rank)
         run = Run(Config(seed=seed, device="cpu"), None, None, {}, {})
@@ -187,14 +190,14 @@ def test_every_step_and_rank_draws_its_own(monkeypatch):
              draws(1, step=2)]
     assert len({numbers for numbers, _ in found}) == len({str(numbers) for _, numbers in found}) == len(found)
     assert draws(0) == found[0] and draws(1) == found[1]
-    for seeds, (number, _) in ("0/zero/1", found[0]), ("0/zero/1/1", found[1]):  # or no figure could be made again
+    for seeds, (number, _) in ("0/zero/1", found[0]), ("0/zero/1/1", found[1]):  # or no figure could be reproduced
         rng = random.Random(seeds)
         rng.getrandbits(63)
         assert rng.random() == number
 
 
 def test_a_step_has_the_generators_of_its_number(tmp_path):
-    """Steps that draw from one generator: a resumed run would draw other numbers than one that was left alone."""
+    """If all steps drew from one generator, a resumed run would draw other numbers than an uninterrupted one."""
     run, seen = make_run(tmp_path), []
     for step in run.steps(3, model=tiny_model()):
         seen.append((step.rng.random(), torch.rand(1, generator=step.generator).item()))
@@ -204,7 +207,7 @@ def test_a_step_has_the_generators_of_its_number(tmp_path):
 
 
 def test_samples_have_random_numbers_of_their_own(tmp_path):
-    """Keeping samples draws from a step's generator, or always asks the problems that the first step asks."""
+    """The kept samples must not draw from a step's generator, or always use the problems of the first step."""
     run = make_run(tmp_path)
     drawn = [run.seeded(0, name)[0].getrandbits(64) for name in ("", "samples small", "samples zero")]
     drawn += [run.seeded(1)[0].getrandbits(64)]
@@ -212,7 +215,7 @@ def test_samples_have_random_numbers_of_their_own(tmp_path):
 
 
 def test_problems_are_divided_evenly(monkeypatch):
-    """Ranks that get fewer problems than asked for, and say nothing; or that all get the same ones."""
+    """Ranks must not silently get fewer problems than asked for."""
     def asked(n):
         step = Step(1, False, random.Random(0), torch.Generator(), 1.0)
         found = step.problems(n, lambda rng: rng.random())
@@ -228,7 +231,7 @@ def test_problems_are_divided_evenly(monkeypatch):
 
 
 def test_learning_rate_schedule():
-    """A schedule that begins or ends at 0, which wastes a step, or that never reaches the rate that was set."""
+    """A schedule that begins or ends at 0 wastes a step. The schedule must also reach the rate that was set."""
     for steps in (1, 7, 100):
         for hold in (0.0, 0.4):
             found = [lr_schedule(step, steps, hold) for step in range(1, steps + 1)]
@@ -236,7 +239,8 @@ def test_learning_rate_schedule():
 
 
 def test_a_row_holds_means_over_what_was_counted(tmp_path):
-    """A mean over steps instead of values; 0 where nothing was counted; tokens that are logged as a mean."""
+    """A mean must be over values, not over steps. A metric without values must be None, not 0, and tokens must not be
+    logged as a mean."""
     for step in make_run(tmp_path).steps(1, model=tiny_model()):
         metrics = Metrics()
         metrics.add("loss", torch.tensor(6.0), 2), metrics.add("loss", 0, 1)
@@ -247,11 +251,12 @@ def test_a_row_holds_means_over_what_was_counted(tmp_path):
     assert row["tokens_per_s"] > 0 and set(row) == {"stage", "step", "seconds", "loss", "kl", "tokens_per_s"}
 
 
-# A loop that is left
+# Loops that end early
 
 
 def test_a_loop_that_is_left_writes_nothing(tmp_path, capfd):
-    """`break`: a half-trained model counts as finished, or the run goes on with the next stage without a word."""
+    """After `break`, a half-trained model must not count as finished, and the run must not silently begin the next
+    stage."""
     saved = {}
 
     def leave(run):
@@ -283,14 +288,14 @@ def test_a_loop_that_is_left_writes_nothing(tmp_path, capfd):
 
 
 def test_a_stage_that_trains_nothing(tmp_path, capfd):
-    """A stage that returns without a loop over run.steps ends in a traceback of its evaluation."""
+    """A stage that returns without a loop over run.steps must not end in a traceback from its evaluation."""
     assert start(tmp_path, lambda run: None) == 2
     line = capfd.readouterr().err
     assert line.count("\n") == 1 and "small ended" in line
 
 
 def test_an_exception_writes_nothing(tmp_path, small):
-    """A step that fails half-way is saved, or tears what was saved before it."""
+    """A step that fails half-way must not be saved, and must not damage the files that were saved before it."""
     saved = {}
 
     def fail(step):
@@ -306,7 +311,8 @@ def test_an_exception_writes_nothing(tmp_path, small):
 
 
 def test_a_closed_generator_writes_nothing(tmp_path):
-    """GeneratorExit, with which Python ends a loop that is left, is taken for the end of a step."""
+    """Python raises GeneratorExit in a generator whose loop has ended early. The generator must not treat this as the
+    end of a step."""
     steps = make_run(tmp_path).steps(3, model=tiny_model())
     next(steps).log(metrics_of(loss=1.0))
     next(steps).log(metrics_of(loss=1.0))
@@ -319,7 +325,7 @@ def test_a_closed_generator_writes_nothing(tmp_path):
 
 
 def test_no_steps_save_the_model(tmp_path):
-    """--init without pretraining: a corpus is made for nothing, or the model is not saved, or not as it is."""
+    """--init without pretraining must save the model unchanged, and must not write a corpus that nobody reads."""
     class NoCorpus:
         def make_corpus(self, *args):
             raise AssertionError("a corpus for nothing")
@@ -335,15 +341,15 @@ def test_no_steps_save_the_model(tmp_path):
         Corpus(run.task, run.cfg, 1, 4).batch(1)
 
 
-# Runs that are ended
+# Interrupted runs
 
 
-INTERRUPTED = "\nsmall.py: interrupted; the same command goes on from the last checkpoint\n"
+INTERRUPTED = "\nsmall.py: interrupted; repeat the command to resume from the last checkpoint\n"
 
 
 def test_ctrl_c_in_a_step(tmp_path, small, capfd):
-    """Ctrl-C ends in a traceback, or leaves half a step; or a part of the stage's own (a running mean, an average of
-    the weights) begins anew, and the run ends otherwise than one that was left alone."""
+    """Ctrl-C must not end in a traceback or save half a step. Everything that a stage keeps (a running mean, an average
+    of the weights) must be restored, so that a resumed run ends like an uninterrupted one."""
     for number in 1, 3:
         out = tmp_path / f"{number}"
 
@@ -361,7 +367,7 @@ def test_ctrl_c_in_a_step(tmp_path, small, capfd):
 
 @pytest.mark.parametrize("part", [GPT, Optimizer, Mean, AveragedModel])
 def test_every_part_matters(tmp_path, monkeypatch, part):
-    """The test above would pass with a part that is not kept, if the weights did not depend on it."""
+    """If the weights did not depend on a part, the test above would pass even if that part were not saved."""
     def interrupt(step):
         if step.number == 3:
             raise KeyboardInterrupt
@@ -381,7 +387,8 @@ class Killed(BaseException):
 
 
 def moments_of(function, moments, last):
-    """A function of which each call is two moments, one before and one after it; Killed is raised at the last one."""
+    """Wrap a function so that each call counts as two moments, one before the call and one after it. Killed is raised
+    at moment number `last`."""
     def call(*args, **kwargs):
         for before in (True, False):
             moments.append(function)
@@ -394,7 +401,7 @@ def moments_of(function, moments, last):
 
 
 def killed_at(last, out, monkeypatch):
-    """The small stage, which ends at a moment of its writing -> did it get that far?"""
+    """Train the small stage, and kill it at moment number `last` of its writing -> was that moment reached?"""
     with monkeypatch.context() as patch, contextlib.suppress(Killed):
         moments = []
         for name in ("fsync", "replace", "unlink"):
@@ -405,8 +412,8 @@ def killed_at(last, out, monkeypatch):
 
 
 def test_a_run_may_be_killed_while_it_writes(tmp_path, monkeypatch):
-    """Between any two writes the files do not fit together: a step is done twice or left out, a row is missing, a
-    checkpoint is torn, or what is left of a finished stage is taken for the next attempt's."""
+    """Between any two writes, the files do not fit together. A resumed run must not repeat or skip a step, lose a row,
+    tear a checkpoint, or use files that a finished stage has left."""
     (tmp_path / "0").mkdir()
     train_small(make_run(tmp_path / "0"))
     for last in range(1, 1000):
@@ -420,13 +427,14 @@ def test_a_run_may_be_killed_while_it_writes(tmp_path, monkeypatch):
         assert weights_equal(out / "small.pt", tmp_path / "0" / "small.pt")
         assert [(row["step"], row["loss"]) for row in rows(out)] == [
             (row["step"], row["loss"]) for row in rows(tmp_path / "0")]
-    # two writes a step (its content and its name), those of log.jsonl and small.pt, and the removal of resume.pt
+    # STEPS + 2 writes (resume.pt at each step, log.jsonl, small.pt), each an fsync and a rename; then the removal of
+    # resume.pt
     assert last > 2 * (2 * (STEPS + 2) + 1)
 
 
 def test_what_another_stage_left_is_not_gone_on_from(tmp_path, small):
-    """A run that was killed just after a stage was finished leaves resume.pt of that stage: the next stage takes it for
-    its own, and begins in the middle with the wrong weights."""
+    """A run that is killed just after a stage has finished leaves that stage's resume.pt. The next stage must not
+    resume from this file, in the middle and with the wrong weights."""
     left = load_checkpoint(small / "small.pt") | {"stage": "other", "step": 2, "parts": {}}
     torch.save(left, tmp_path / "resume.pt")
     assert start(tmp_path) == 0
@@ -435,7 +443,7 @@ def test_what_another_stage_left_is_not_gone_on_from(tmp_path, small):
 
 @pytest.mark.parametrize("name", ["resume", "small"])
 def test_ctrl_c_while_saving(tmp_path, small, monkeypatch, capfd, name):
-    """Ctrl-C while a checkpoint is written leaves half a file in the place of the one before."""
+    """Ctrl-C while a checkpoint is being written must not leave half a file in place of the previous checkpoint."""
     save, before = torch.save, {}
 
     def interrupted(content_, file):
@@ -459,18 +467,17 @@ def test_ctrl_c_while_saving(tmp_path, small, monkeypatch, capfd, name):
 
 
 def test_killed_run_goes_on(quick, tmp_path, capfd):
-    """SIGKILL or Ctrl-C at a random moment of every stage of one run loses the optimizer's state, doubles rows of the
-    log, or tears a file; or something draws from a generator that nobody seeded. The run must end as another one did
-    that was left alone."""
+    """SIGKILL or Ctrl-C at a random moment of every stage must not lose the optimizer's state, double rows of the log,
+    or tear a file, and every random generator must be seeded. The run must end like an uninterrupted one."""
     assert not weights_equal(quick / "base.pt", quick / "zero.pt"), "RL must have had something to learn"
     lengths = {name: sum(row["stage"] == name for row in rows(quick)) for name in NAMES}
     log, printed = tmp_path / "log.jsonl", ""
     for stage, steps in lengths.items():
-        # A shell that starts the tests in the background has them ignore Ctrl-C, and so would the run.
+        # Tests that a shell starts in the background ignore Ctrl-C, and the run would inherit this.
         process = subprocess.Popen([sys.executable, "train.py", *QUICK, f"--out={tmp_path}"], cwd=ROOT, text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-        reached = f'{{"stage": "{stage}", "step": {random.randint(2, steps // 2)},'  # step 1 has been saved then
+        reached = f'{{"stage": "{stage}", "step": {random.randint(2, steps // 2)},'  # by then, step 1 is saved
         while not (log.exists() and reached in log.read_text()):
             assert process.poll() is None, f"the run ended before it could be killed: {process.stderr.read()}"
             time.sleep(0.002)
@@ -480,11 +487,11 @@ def test_killed_run_goes_on(quick, tmp_path, capfd):
         printed += stdout
         if stage == "student_base":
             assert process.returncode == 130, stderr
-            assert stderr == "\ntrain.py: interrupted; the same command goes on from the last checkpoint\n"
+            assert stderr == "\ntrain.py: interrupted; repeat the command to resume from the last checkpoint\n"
     capfd.readouterr()
     assert main([*QUICK, f"--out={tmp_path}"]) == 0
     printed += capfd.readouterr().out
-    went_on = dict(re.findall("^([a-z_]+): going on after step ([0-9]+)", printed, re.MULTILINE))
+    went_on = dict(re.findall("^([a-z_]+): resuming after step ([0-9]+)", printed, re.MULTILINE))
     assert list(went_on) == NAMES and all(int(step) > 0 for step in went_on.values())
     for name in NAMES:
         assert weights_equal(quick / f"{name}.pt", tmp_path / f"{name}.pt"), name
@@ -492,11 +499,11 @@ def test_killed_run_goes_on(quick, tmp_path, capfd):
     assert [(r["stage"], r["step"]) for r in rows(quick)] == [(r["stage"], r["step"]) for r in rows(tmp_path)]
 
 
-# What is not finite
+# Values that are not finite
 
 
 def test_not_a_number_stops_the_run(tmp_path, refused):
-    """A run that goes on for hours on NaN. A learning rate that no model survives brings it about."""
+    """A run must not continue for hours on NaN. Here a learning rate that is far too high causes the NaN."""
     line = r"at step (\d+); the last good checkpoint is \S+resume.pt, step (\d+)"
     step, saved = re.search(line, refused(*QUICK, "--base_adam_lr=1e30", f"--out={tmp_path}")).groups()
     assert int(saved) == int(step) - 1 == torch.load(tmp_path / "resume.pt", weights_only=True)["step"]
@@ -504,7 +511,8 @@ def test_not_a_number_stops_the_run(tmp_path, refused):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), torch.tensor(float("nan"))])
 def test_what_is_not_finite_is_not_saved(tmp_path, monkeypatch, value):
-    """A broken model replaces the last good checkpoint or the best model, or its answers and its row are kept."""
+    """A broken model must not replace the last good checkpoint or the best model, and its answers and its row must not
+    be kept."""
     kept = []
     monkeypatch.setattr(engine.loop, "keep_samples", lambda run, step, *args: kept.append(step))
     monkeypatch.setattr(engine.loop, "heldout_accuracy", lambda *args: 1.0)
@@ -519,16 +527,16 @@ def test_what_is_not_finite_is_not_saved(tmp_path, monkeypatch, value):
             step.log(metrics_of(loss=value if step.last else 1.0, nothing=2.0))
     assert kept == [0, 0, 1, 2] and len(rows(tmp_path)) == 2 and not (tmp_path / "small.pt").exists()
     assert [load_checkpoint(tmp_path / f"{name}.pt")["step"] for name in ("small_best", "resume")] == [1, 2]
-    with pytest.raises(UsageError, match=line.format(3, ".*resume.pt, step 2")):  # from which it goes on
+    with pytest.raises(UsageError, match=line.format(3, ".*resume.pt, step 2")):  # resumed from step 2
         for step in run.steps(3, model=tiny_model()):
             step.log(metrics_of(loss=value))
 
 
-# When is saved what
+# When checkpoints are saved
 
 
 def test_saving_takes_a_twentieth_of_the_time(tmp_path, monkeypatch):
-    """The checkpoint of a large model takes seconds, and saving it every save_every seconds would take most of the
+    """Saving the checkpoint of a large model takes seconds. Saving it every save_every seconds would take most of the
     run."""
     now, saved = [0.0], []
 
@@ -541,11 +549,12 @@ def test_saving_takes_a_twentieth_of_the_time(tmp_path, monkeypatch):
     for step in make_run(tmp_path, save_every=3.0).steps(200, model=tiny_model()):
         now[0] += 1.0
         step.log(metrics_of(loss=0.0, tokens=1))
-    assert saved == ["resume.pt"] * 6 + ["small.pt"]  # after 3 steps, and then after 38 each
+    assert saved == ["resume.pt"] * 6 + ["small.pt"]  # after 3 steps, and then every 38 steps
 
 
 def best_of(out, accuracies, monkeypatch, stop_after=None):
-    """A stage of 5 steps that is evaluated at each second and the last one, with these accuracies -> what is logged."""
+    """A stage of 5 steps. Its quick evaluations, after steps 2, 4 and 5, return these accuracies -> [(step, accuracy)]
+    from the log."""
     answers = iter(accuracies)
     monkeypatch.setattr(engine.loop, "keep_samples", lambda *args: None)
     monkeypatch.setattr(engine.loop, "heldout_accuracy", lambda *args: next(answers))
@@ -560,8 +569,8 @@ def best_of(out, accuracies, monkeypatch, stop_after=None):
 
 
 def test_the_best_model_is_kept(tmp_path, monkeypatch):
-    """RL that gets worse again leaves only the model that it ended with; or a resumed run takes its first evaluation
-    for the best one; or an attempt that begins anew keeps the best model of an earlier one."""
+    """RL may get worse again, so the best model must be kept beside the last one. A resumed run must not take its first
+    evaluation for the best, and a stage that starts again must not keep the best model of an earlier attempt."""
     path = tmp_path / "small_best.pt"
     assert best_of(tmp_path, [0.5, 0.25, 0.25], monkeypatch) == [(2, 0.5), (4, 0.25), (5, 0.25)]
     best, last = (load_checkpoint(tmp_path / f"{name}.pt", "small") for name in ("small_best", "small"))
@@ -569,7 +578,7 @@ def test_the_best_model_is_kept(tmp_path, monkeypatch):
     (tmp_path / "small.pt").unlink()
     assert best_of(tmp_path, [0.0], monkeypatch, stop_after=3) == [(2, 0.0)]
     assert not path.exists(), "the best model of an earlier attempt, and an accuracy of 0 is nobody's best"
-    # it goes on after step 2, whose accuracy it reads from the log
+    # a run that is resumed after step 2 reads the accuracy of that step from the log
     (tmp_path / "resume.pt").unlink()
     assert best_of(tmp_path, [0.5], monkeypatch, stop_after=3) == [(2, 0.5)]
     assert best_of(tmp_path, [0.25], monkeypatch, stop_after=5) == [(2, 0.5), (4, 0.25)]
@@ -579,7 +588,8 @@ def test_the_best_model_is_kept(tmp_path, monkeypatch):
 
 
 def test_looking_changes_nothing(quick, tmp_path):
-    """--eval_every or the samples draw from the numbers of a step, so that a run with them ends otherwise."""
+    """If --eval_every or the kept samples drew from the random numbers of a step, they would change the result of a
+    run."""
     copy(quick, tmp_path, "base.pt")
     assert main([*QUICK, "--eval_every=2", "--stage=zero", f"--out={tmp_path}"]) == 0
     assert [row["step"] for row in rows(tmp_path) if "heldout_accuracy" in row] == [2, 4, 5]
@@ -587,8 +597,8 @@ def test_looking_changes_nothing(quick, tmp_path):
 
 
 def test_only_rl_is_evaluated_on_the_way(tmp_path, monkeypatch):
-    """--eval_every, which says how many steps of RL, evaluates a student, too. With a pretrained model that takes
-    minutes, and a student_best.pt that nobody asked for takes its room on the disk."""
+    """--eval_every counts steps of RL, so a student must not be evaluated too. With a pretrained model this would take
+    minutes, and a student_best.pt that nobody asked for would take space on the disk."""
     monkeypatch.setattr(engine.loop, "keep_samples", lambda *args: None)
     monkeypatch.setattr(engine.loop, "heldout_accuracy", lambda *args: 0.5)
     for step in make_run(tmp_path, eval_every=1).steps(2, watch=Watch(None, None, tiny_model()), model=tiny_model()):
@@ -597,7 +607,8 @@ def test_only_rl_is_evaluated_on_the_way(tmp_path, monkeypatch):
 
 
 def test_the_heldout_loss_is_read_at_the_last_step(quick):
-    """A base of fewer than 100 steps without a held-out loss, or a held-out loss that takes most of the time."""
+    """A base of fewer than 100 steps must have a held-out loss too. Computing this loss at every step would take most
+    of the time."""
     for name in ("base", "student_base"):
         logged = [row for row in rows(quick) if row["stage"] == name]
         assert [row["step"] for row in logged if "heldout_loss" in row] == [logged[-1]["step"]]
@@ -605,7 +616,7 @@ def test_the_heldout_loss_is_read_at_the_last_step(quick):
 
 
 def test_what_is_shown(tmp_path, capsys):
-    """A log on the terminal that nobody can read: a line for each of thousands of steps; or no line at the end."""
+    """A line for each of thousands of steps would make the terminal unreadable. The last step must have a line."""
     for step in make_run(tmp_path).steps(45, model=tiny_model()):
         step.log(metrics_of(loss=1.0))
     shown = re.findall(r"^small (\d+)/45  loss 1  \d+ s to go$", capsys.readouterr().out, re.MULTILINE)
@@ -620,13 +631,13 @@ def test_what_is_shown(tmp_path, capsys):
     assert len(re.findall(r"^small \d+/21  reward 0.5 ", printed, re.MULTILINE)) == 21
     assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])["reward"] == 0.5
     for step in make_run(tmp_path).steps(1, model=tiny_model()):
-        step.log(metrics_of(reward=0.5), rollout)  # of problems that do not come from step.problems
+        step.log(metrics_of(reward=0.5), rollout)  # these problems do not come from step.problems
     assert "->" not in capsys.readouterr().out
 
 
 def test_the_time_that_is_left(tmp_path, capsys, monkeypatch):
-    """The seconds to go are too few after a run has gone on, because the steps before count as done in no time; or the
-    stage's seconds begin anew."""
+    """In a resumed run, the seconds to go would be too few if the steps before counted as done in no time. The stage's
+    seconds must not start at 0 again."""
     now = [100.0]
     monkeypatch.setattr(engine.progress.time, "perf_counter", lambda: now[0])
     for last in (2, 4):

@@ -1,5 +1,5 @@
-"""The model against slow, independent oracles: Llama's formulas in float64, and log-softmax written out. Then its quick
-methods against its own."""
+"""The model against slow, independent oracles: Llama's formulas in float64, and log-softmax written out. Then the
+quick methods of engine/speed/fast.py against the model's own."""
 import copy
 import itertools
 import random
@@ -19,7 +19,7 @@ from model import GPT, GPTConfig, select, token_logprobs
 from tests.conftest import Descent
 from train import Config
 
-# What published families do otherwise than the models made here.
+# How published families differ from the models that are made here.
 FAMILIES = {
     "made here": {},
     "llama": dict(n_hidden=40, rope_theta=500.0, eps=1e-3, tied=False),
@@ -31,7 +31,7 @@ FAMILIES = {
 
 
 def make_family(name: str, vocab_size: int = 11, seed: int = 0) -> GPT:
-    """A small model of a family. Weights are large, so that what it says depends on what it reads."""
+    """A small model of a family. Its weights are large, so that its outputs depend strongly on its inputs."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(vocab_size, 48, n_layer=2, n_head=4, n_embd=32, **FAMILIES[name]))
     with torch.no_grad():
@@ -41,7 +41,7 @@ def make_family(name: str, vocab_size: int = 11, seed: int = 0) -> GPT:
 
 
 def next_logits(model, tokens):
-    """Logits of what follows one row, read whole and alone, (V,)."""
+    """The logits of the token after one row, which is read whole and alone, (V,)."""
     return model(torch.tensor([tokens]))[0, -1]
 
 
@@ -49,8 +49,8 @@ def next_logits(model, tokens):
 
 
 def llama(model: GPT, idx):
-    """Llama's forward pass from its paper, in float64, with the rotation as a product of complex numbers; and what
-    Qwen2 and Qwen3 add."""
+    """Llama's forward pass from its paper, in float64, with the rotation as a product of complex numbers, and with
+    the additions of Qwen2 and Qwen3."""
     w = {name: p.detach().double() for name, p in model.state_dict().items()}
     c, x = model.config, w["embedding.weight"][idx]
     B, T, _ = x.shape
@@ -92,8 +92,8 @@ def test_forward_is_llama(family):
 
 
 def test_bfloat16_is_of_the_products_only(make_gpt):
-    """If weights or gradients were bfloat16, an update of 0.1 % would be rounded away. If copies of the weights
-    outlived an update, every minibatch of a step but the first would get the gradient of weights that are gone."""
+    """If weights or gradients were bfloat16, an update of 0.1 % would be rounded away. If bfloat16 copies of the
+    weights outlived an update, every minibatch of a step except the first would get the gradient of old weights."""
     exact, model, idx = make_gpt(spread=2.0), make_gpt(spread=2.0), torch.randint(11, (3, 20))
     model.dtype = torch.bfloat16
     logits = model(idx)
@@ -133,16 +133,17 @@ def test_too_long_a_sequence_is_refused(make_gpt):
     (dict(n_kv_head=2), "n_kv_head"), (dict(head_size=7), "head_size"), (dict(n_embd=97), "n_embd"),
     (dict(n_embd=99), "n_embd")])
 def test_shapes_that_do_not_fit(sizes, named):
-    """A width that the heads do not divide is a mistake of the command line, whose line must name the setting. In the
-    model it would be an error about a matrix."""
+    """If the heads do not divide the width, the user must see which setting is wrong. Without a check, the model would
+    fail with an error about a matrix."""
     with pytest.raises(ValueError, match=named):
         GPTConfig(11, **dict(n_head=3, n_embd=96) | sizes)
 
 
 def test_an_embedding_that_is_also_the_output_matrix_counts_once():
-    """The number of parameters is what the results compare the teacher and the student by."""
+    """The results compare the teacher and the student by their numbers of parameters. A shared matrix that counts twice
+    would make this comparison wrong."""
     sizes = [model.n_params() for model in (make_family("qwen3"), make_family("made here"))]
-    qkv_and_norms = 2 * (32 * 16 * 4 + 2 * 16)  # of both layers: wider heads of q and o, fewer of k and v, two norms
+    qkv_and_norms = 2 * (32 * 16 * 4 + 2 * 16)  # in both layers: wider q and o, fewer heads of k and v, two norms
     assert sizes[0] - sizes[1] == 11 * 32 + qkv_and_norms
 
 
@@ -150,8 +151,8 @@ def test_an_embedding_that_is_also_the_output_matrix_counts_once():
 
 
 def test_a_mask_takes_rows_of_the_whole_logits(make_gpt):
-    """If the masked rows came in another order, each token would get the log-probability of another one. A batch has
-    its mask on the CPU, whatever the device of the model."""
+    """If the masked rows came in another order, each token would get the log-probability of another one. The mask of a
+    batch is on the CPU, whatever the device of the model."""
     model, idx = make_gpt(), torch.randint(11, (4, 9))
     mask = torch.rand(4, 9) < 0.4
     assert 1 < mask.sum() < 36 and mask.device.type == "cpu"
@@ -163,8 +164,8 @@ def test_a_mask_takes_rows_of_the_whole_logits(make_gpt):
 
 @torch.no_grad()
 def test_token_logprobs_is_the_log_of_the_softmax(make_gpt):
-    """The log-probabilities may be shifted by one token, or normalised over the wrong dimension. Those of all next
-    tokens must add up to probability 1."""
+    """The log-probabilities must not be shifted by one token, or normalised over the wrong dimension. The probabilities
+    of all possible next tokens must add up to 1."""
     model, idx = make_gpt(), torch.randint(11, (3, 7))
     every = torch.ones(3, 6, dtype=torch.bool)
     logp = token_logprobs(model, idx, every)
@@ -180,7 +181,7 @@ def test_token_logprobs_is_the_log_of_the_softmax(make_gpt):
 
 
 def test_logprobs_are_of_the_targets(make_gpt):
-    """Its float32 matters: in bfloat16 a log-probability of -7 is off by up to 0.02, and every ratio with it."""
+    """The result must be float32: in bfloat16 a log-probability of -7 is off by up to 0.02, and every ratio with it."""
     model, target = make_gpt(), torch.randint(11, (13,))
     model.dtype = torch.bfloat16
     hidden = torch.randn(13, 32, dtype=torch.bfloat16)
@@ -226,8 +227,8 @@ def test_rounded_sizes_change_nothing(make_gpt, monkeypatch, n, T):
 
 
 def test_quick_methods_take_what_the_plain_ones_take(make_gpt):
-    """Logits of whole rows, as pretraining asks for them; none at all; and a sequence that is too long. Cut to
-    block_size without a word, its hidden states would be those of other tokens."""
+    """The quick methods must take whole rows, as in pretraining, and no rows at all. A sequence that is too long must
+    be refused: if it were silently cut to block_size, its hidden states would be those of other tokens."""
     plain, model = make_gpt(block_size=24), make_fast(make_gpt(block_size=24), CFG, training=True)
     idx = torch.randint(11, (3, 24))
     assert torch.allclose(model(idx), plain(idx), atol=1e-5) and model(idx).shape == (3, 24, 11)
@@ -239,8 +240,9 @@ def test_quick_methods_take_what_the_plain_ones_take(make_gpt):
 
 @pytest.mark.parametrize("part", (1, 7, 1000))
 def test_logits_in_parts(make_gpt, monkeypatch, part):
-    """With a large vocabulary the logits are computed in parts, and again in the backward pass: values and gradients
-    are those of one piece. If a part were kept for the backward pass, the memory would be that of all logits."""
+    """With a large vocabulary, the logits are computed in parts, and once more in the backward pass. Values and
+    gradients must equal those of one piece. If the parts were kept for the backward pass, they would take the memory of
+    all logits."""
     plain, model, idx = make_gpt(), make_gpt(), torch.randint(11, (3, 20))
     mask = torch.rand(3, 19) < 0.4
     monkeypatch.setattr(fast, "LOGITS_AT_A_TIME", part * 11 + 5)
@@ -253,8 +255,8 @@ def test_logits_in_parts(make_gpt, monkeypatch, part):
 
 
 def test_make_fast_takes_what_the_vocabulary_asks_for(make_gpt, monkeypatch):
-    """Rounded up, the logits of a large vocabulary would be larger still; in parts, those of a small one slower. A
-    model that only answers is not touched but for its generate."""
+    """Rounding up would make the logits of a large vocabulary larger still. Computing in parts would make those of a
+    small one slower. A model that only samples must get a new generate and nothing else."""
     found = {}
     for limit in (11, 10):
         monkeypatch.setattr(fast, "LARGE_VOCABULARY", limit)
@@ -270,8 +272,8 @@ def test_make_fast_takes_what_the_vocabulary_asks_for(make_gpt, monkeypatch):
 
 @pytest.mark.parametrize("limit", (4_096, 4))
 def test_a_copy_of_a_quick_model_learns_by_itself(make_gpt, monkeypatch, limit):
-    """A stand-in for a method that remembers its model would answer, in every copy, with the weights of the first, and
-    give it the gradients of the copy."""
+    """If a quick method kept a reference to its first model, every copy would compute with the weights of that model,
+    and would add its gradients there."""
     monkeypatch.setattr(fast, "LARGE_VOCABULARY", limit)
     model = make_fast(make_gpt(), CFG, training=True, sampling=True)
     idx, mask = torch.randint(11, (3, 20)), torch.rand(3, 19) < 0.5
@@ -294,10 +296,10 @@ def test_a_copy_of_a_quick_model_learns_by_itself(make_gpt, monkeypatch, limit):
 
 
 def gradients(make_gpt, update, limit, monkeypatch):
-    """The gradients of the updates of a model that is plain (limit 0) or quick."""
+    """The gradient of each update of a model that is plain (limit 0) or quick."""
     task = Arithmetic()
     trained, other = (make_gpt(task.encoding.n_vocab, seed, spread=3.0) for seed in (1, 2))
-    trained.generate, other.generate = Sampler(trained), Sampler(other)  # so that all draw the same answers
+    trained.generate, other.generate = Sampler(trained), Sampler(other)  # so that all models draw the same answers
     if limit:
         monkeypatch.setattr(fast, "LARGE_VOCABULARY", limit)
         make_fast(trained, CFG, training=True, sampling=True)
@@ -310,7 +312,7 @@ def gradients(make_gpt, update, limit, monkeypatch):
 
 @pytest.mark.parametrize("divergence", ("forward", "jsd", "sft"))
 def test_distillation_with_a_large_vocabulary(make_gpt, monkeypatch, divergence):
-    """The student's gradient is that of the plain methods, whatever the vocabulary."""
+    """With a small and a large vocabulary, the quick methods must give the student the gradient of the plain ones."""
     cfg = SimpleNamespace(**vars(CFG) | dict(divergence=divergence, distill_minibatches=2))
 
     def update(student, teacher, optimizer, problems, task):
@@ -323,7 +325,8 @@ def test_distillation_with_a_large_vocabulary(make_gpt, monkeypatch, divergence)
 
 
 def test_grpo_with_a_large_vocabulary(make_gpt, monkeypatch):
-    """The policy's gradient is that of the plain methods, whatever the vocabulary, with a reference beside it."""
+    """With a small and a large vocabulary, the quick methods must give the policy the gradient of the plain ones. The
+    loss includes the KL to a reference."""
     def update(policy, reference, optimizer, problems, task):
         def reward_fn(text, problem):
             return {"reward": float(len(text) % 3), "accuracy": 0.0}

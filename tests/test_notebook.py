@@ -1,6 +1,6 @@
-"""docs/walkthrough.ipynb runs from top to bottom, and what it shows is what it says.
+"""docs/walkthrough.ipynb runs from top to bottom, and shows the current code.
 
-    jupyter execute --inplace docs/walkthrough.ipynb    makes its outputs again
+    jupyter execute --inplace docs/walkthrough.ipynb    writes its outputs again
 """
 import inspect
 import json
@@ -25,7 +25,7 @@ def text_of(output):
 
 
 def test_what_is_committed_was_executed():
-    """The notebook is committed without its outputs, with an error in them, or too large to be shown."""
+    """The notebook must not be committed without its outputs, with an error in them, or too large to be shown."""
     cells = code_cells()
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
     assert sum(bool(cell["outputs"]) for cell in cells) >= len(cells) - 1
@@ -34,14 +34,14 @@ def test_what_is_committed_was_executed():
 
 
 def test_the_loop_that_it_shows_is_that_of_train():
-    """train.run_grpo changes, and the committed notebook goes on showing what it was."""
+    """If train.run_grpo changes, the committed notebook must not still show the old code."""
     shown = [text_of(output) for cell in code_cells() for output in cell["outputs"]]
     assert any(inspect.getsource(train.run_grpo).strip() in text for text in shown)
 
 
 def test_it_runs(tmp_path):
-    """A cell calls what does not exist, or finds the runs of an earlier execution and trains nothing. It needs
-    experiments/requirements.txt, and four minutes."""
+    """A cell must not call a function that does not exist, or find the runs of an earlier execution and train nothing.
+    This test needs experiments/requirements.txt and four minutes."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("matplotlib"), pytest.importorskip("pandas"), pytest.importorskip("ipykernel")
     notebook = nbformat.read(NOTEBOOK, 4)

@@ -1,4 +1,4 @@
-"""Muon against torch's own, and what a step of the optimizer does to weights, gradients and state."""
+"""Muon against torch.optim.Muon, and what a step of the optimizer does to weights, gradients and state."""
 import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -28,8 +28,8 @@ def weights(model):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_muon_is_torchs(make_gpt, dtype):
-    """With a wrong scale for a shape, a wrong momentum or a wrong coefficient, Muon still learns, but worse. torch's
-    own computes in bfloat16, hence the tolerance."""
+    """With a wrong scale for a shape, a wrong momentum or a wrong coefficient, Muon still learns, but worse.
+    torch.optim.Muon computes in bfloat16, hence the tolerance."""
     matrices, others = ([p for p in make_gpt().blocks.parameters() if p.dim() == 2] for _ in range(2))
     ours, torchs = Muon(matrices, 0.02, dtype), torch.optim.Muon(others, lr=0.02, weight_decay=0.0)
     for _ in range(5):
@@ -48,7 +48,7 @@ def test_muon_is_torchs(make_gpt, dtype):
 
 @pytest.mark.parametrize("muon_lr", (0.0, 0.02))
 def test_optimizer_goes_on_from_a_checkpoint_bit_for_bit(make_gpt, muon_lr):
-    """If a checkpoint forgets a moment or a step count, a resumed run goes on to other weights."""
+    """If a checkpoint lacked a moment or a step count, a resumed run would reach other weights."""
     model, batches = make_gpt(), torch.randint(11, (6, 4, 10))
     optimizer = Optimizer(model, adam_lr=0.003, muon_lr=muon_lr)
     train(model, optimizer, batches[:3])
@@ -66,7 +66,8 @@ def test_optimizer_goes_on_from_a_checkpoint_bit_for_bit(make_gpt, muon_lr):
 
 
 def test_optimizer_step_scales_clears_and_reports_the_norm(make_gpt):
-    """Gradients may pile up over steps, the schedule may not be applied, or the norm may be taken after clipping."""
+    """Gradients must not pile up over steps, the schedule must be applied, and the reported norm must be that before
+    clipping."""
     model, idx = make_gpt(), torch.randint(11, (4, 10))
     optimizer = Optimizer(model, adam_lr=0.003, muon_lr=0.02)
     backward(model, idx, factor=100)
@@ -79,8 +80,8 @@ def test_optimizer_step_scales_clears_and_reports_the_norm(make_gpt):
 
 @pytest.mark.parametrize("muon_lr", (0.0, 0.02))
 def test_gradients_are_clipped(make_gpt, muon_lr):
-    """One minibatch with a huge gradient would fill the momentum, so that the updates after it go its way. Adam's first
-    step has the same size whatever the gradient's, so that only a later step shows whether it was clipped."""
+    """One minibatch with a huge gradient would fill the momentum buffer and decide the direction of the next updates.
+    Adam's first step has the same size for every gradient, so only a later step shows whether it was clipped."""
     ours, others = (make_gpt() for _ in range(2))
     optimizer, by_hand = (Optimizer(model, adam_lr=0.003, muon_lr=muon_lr) for model in (ours, others))
     for size in (100.0, 0.3, 5.0, 0.7):
@@ -99,8 +100,8 @@ def test_gradients_are_clipped(make_gpt, muon_lr):
 
 
 def test_an_update_without_a_gradient_moves_nothing(make_gpt):
-    """Late in RL a minibatch may have nothing to learn. A step would still move the weights, by momentum alone. A norm
-    on another device than the others could not be added to them on a GPU."""
+    """Late in RL a minibatch may have no gradient. A step would still move the weights, by momentum alone. The norm
+    must be on the device of the model, or it could not be added to the other norms on a GPU."""
     model = make_gpt()
     optimizer = Optimizer(model, adam_lr=0.003, muon_lr=0.02)
     train(model, optimizer, torch.randint(11, (2, 4, 10)))
@@ -141,7 +142,7 @@ def two_ranks(monkeypatch):
 @pytest.mark.parametrize("rows", ((4, 4), (5, 3), (8, 0)))
 def test_ranks_make_the_update_of_one_process(make_gpt, two_ranks, monkeypatch, rows):
     """Each rank's loss is a mean over its own rows. If the ranks' gradients were added without weights, or clipped
-    before they are added, several processes would learn something else than one. A rank may have no rows."""
+    before they are added, several processes would make another update than one. A rank may have no rows."""
     idx, models = torch.randint(11, (8, 10)), [make_gpt() for _ in range(3)]
     optimizers = [Optimizer(model, adam_lr=0.003, muon_lr=0.02) for model in models]
     norms = [None] * 3
@@ -161,7 +162,8 @@ def test_ranks_make_the_update_of_one_process(make_gpt, two_ranks, monkeypatch, 
 
 
 def test_ranks_agree_that_there_is_nothing_to_learn(make_gpt, two_ranks):
-    """A rank that steps without any gradient moves its weights by momentum, and the others wait for it."""
+    """If a rank stepped without any gradient, momentum would move its weights, and the other ranks would wait for
+    it."""
     models, idx = [make_gpt() for _ in range(2)], torch.randint(11, (2, 4, 10))
     optimizers = [Optimizer(model, adam_lr=0.003, muon_lr=0.02) for model in models]
     two_ranks(*(lambda i=i: train(models[i], optimizers[i], idx) for i in range(2)))

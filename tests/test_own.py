@@ -23,7 +23,7 @@ QUICK = [*SETTINGS, "--rl_steps=2", "--distill_steps=1", "--distill_prompts=32",
 
 
 def write(path, rows):
-    """Writes rows as JSONL; a row that is text is written as it is."""
+    """Write rows as JSONL. A row that is a string is written unchanged."""
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return str(path)
 
@@ -45,8 +45,8 @@ def numbered(n, **more):
     ("9" * 101, ("9" * 101,), ("9" * 101 + ".0", "9" * 5000)),
 ])
 def test_answers_are_compared_exactly(tmp_path, answer, right, wrong):
-    """Answers are compared as floats, for which 0.1 is 0.10000000000000001; a number is compared as text, or text as a
-    number."""
+    """Answers must not be compared as floats, for which 0.1 equals 0.10000000000000001. Numbers must not be compared as
+    text, nor text as numbers."""
     rows = [{"prompt": "Q", "answer": answer, "split": "train"}, *numbered(2, split="test")]
     problem = OwnProblems(Arithmetic(), write(tmp_path / "p.jsonl", rows), 40, 120).parse("q")
     assert all(map(problem.check, right))
@@ -57,21 +57,23 @@ def test_answers_are_compared_exactly(tmp_path, answer, right, wrong):
     ("0.12345678901234567891", "0.12345678901234567891"), ("12345678901234567890123", "12345678901234567890123"),
     ("-2.50", "-5/2"), ("7.0", "7"), ("1e-5", "1E-5"), ("9" * 5000, "9" * 5000)])
 def test_json_numbers_keep_their_digits(tmp_path, given, same):
-    """A JSON number is read as a float, which drops digits, or as an int, which Python refuses above 4,300 digits."""
+    """A JSON number must not be read as a float, which drops digits, or as an int, which Python refuses above 4,300
+    digits."""
     rows = [f'{{"prompt": "Q", "answer": {given}, "split": "train"}}', *numbered(2, split="test")]
     problem = OwnProblems(Arithmetic(), write(tmp_path / "p.jsonl", rows), 40, 5000).parse("Q")
     assert problem.answer == given and problem.check(same) and not problem.check(same + "1")
 
 
 def test_equal_answers_vote_together():
-    """Six votes for 0.5 and five for 1/2 lose against seven for 3."""
+    """Six votes for 0.5 and five for 1/2 are eleven votes for one answer, and must not lose against seven for 3."""
     problem = Problem("A half?", "1/2")
     answers = ["0.5"] * 6 + ["1/2"] * 5 + ["3"] * 7
     assert problem.check(majority([problem.canonical(answer) for answer in answers])) and not problem.check("3")
 
 
 def test_no_answer_takes_long_to_compare():
-    """Fraction is given the text of a sample unchecked: it takes seconds for some short texts, and reads 1_000."""
+    """The text of a sample must not reach Fraction unchecked: for some short texts Fraction takes seconds, and it reads
+    1_000 as a number."""
     canonical = Problem("?", "").canonical
     assert Fraction(canonical("0" + "1" * 99)) == int("1" * 99) and canonical("0" + "1" * 100) == "0" + "1" * 100
     for text in ("1e3000000", "1_000", "\u0663", "1/" + "0" * 50, "1" * 1_000_000):
@@ -82,7 +84,8 @@ def test_no_answer_takes_long_to_compare():
 
 
 def test_problems_are_those_of_the_file(tmp_path):
-    """A problem is on the wrong side of the split or has another row's answer, or the seed does not decide the draw."""
+    """A problem must not be on the wrong side of the split or have another row's answer, and the seed must decide which
+    problems are drawn."""
     halves = [{"prompt": f"Half of {i}", "answer": i / 2, "split": "test"} for i in range(9)]
     rows = [*numbered(20, split="train"), *halves]
     task = OwnProblems(Arithmetic(), write(tmp_path / "p.jsonl", rows), 40, 20)
@@ -103,7 +106,7 @@ def test_problems_are_those_of_the_file(tmp_path):
 
 
 def test_without_a_split_a_tenth_is_tested_on(tmp_path, assert_frequencies):
-    """The split depends on line numbers, so that a line inserted moves problems from one side to the other."""
+    """If the split depended on line numbers, an inserted line would move problems from one side to the other."""
     rows = numbered(3000)
     task = OwnProblems(Arithmetic(), write(tmp_path / "a.jsonl", rows), 40, 20)
     assert_frequencies([len(task.problems[side]) for side in ("train", "test")], [0.9, 0.1])
@@ -114,8 +117,8 @@ def test_without_a_split_a_tenth_is_tested_on(tmp_path, assert_frequencies):
 
 
 def test_unusable_problems_are_left_out_and_counted(tmp_path):
-    """A prompt that does not fit, an answer that costs RL its time and is never right, a repeated prompt that counts
-    twice, or a test problem that is trained on because it stands on both sides."""
+    """These problems must be left out: a prompt that does not fit, an answer that no completion can match and that only
+    costs RL time, a repeated prompt, and a training problem that is also a test problem."""
     rows = [*numbered(9, split="train"), {"prompt": "  twice 0? ", "answer": "0", "split": "test"},  # lines 1 to 10
             {"prompt": " ", "answer": "1"}, {"prompt": "", "answer": "1"},
             {"prompt": "a" * 39, "answer": "1"}, {"prompt": "a" * 38, "answer": "1", "split": "train"},
@@ -143,7 +146,7 @@ def test_unusable_problems_are_left_out_and_counted(tmp_path):
       for split in ("false", '"dev"', "1", "null", '["test"]')),
 ])
 def test_a_bad_line_is_named(tmp_path, capsys, line, words):
-    """A bad line ends in a traceback, or the run begins without it."""
+    """A bad line must not end in a traceback, and the run must not begin without that line."""
     path = write(tmp_path / "p.jsonl", [*numbered(3, split="train"), *numbered(3, split="test"), "", line])
     assert main([*QUICK, f"--problems={path}", f"--out={tmp_path / 'out'}"]) == 2
     printed = capsys.readouterr()
@@ -158,7 +161,7 @@ def test_a_bad_line_is_named(tmp_path, capsys, line, words):
     (b'{"prompt": "a", "answer": "1", "split": "test"}\n{"prompt": "b", "answer": "1", "split": "test"}', "0 problems"),
 ])
 def test_files_without_problems_are_refused(tmp_path, capsys, content, words):
-    """The test side is empty, and the mean over it is NaN at the end of the run."""
+    """If the test side were empty, the mean over it would be NaN at the end of the run."""
     (tmp_path / "p.jsonl").write_bytes(content)
     assert main([*QUICK, f"--problems={tmp_path / 'p.jsonl'}", f"--out={tmp_path / 'out'}"]) == 2
     printed = capsys.readouterr()
@@ -166,18 +169,19 @@ def test_files_without_problems_are_refused(tmp_path, capsys, content, words):
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
-    """A byte-order mark at the start of a file, which some editors write, makes the first line bad JSON."""
+    """Some editors write a byte-order mark at the start of a file. It must not make the first line bad JSON."""
     (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(
         {"prompt": "a\u2028b", "answer": "1"}, ensure_ascii=False).encode() + b"\r\n")
     with pytest.raises(ValueError, match="1 problems to train on"):
         OwnProblems(Arithmetic(), str(tmp_path / "p.jsonl"), 40, 20)
 
 
-# What is not replaced is the wrapped task's
+# Everything else comes from the wrapped task
 
 
 def test_all_other_members_are_those_of_the_wrapped_task(tmp_path):
-    """A member that a task gains later is missing from the wrappers, or an object in another process has no task."""
+    """The wrappers must have every member that a task gains later, and a wrapper that is sent to another process must
+    still have its task."""
     class Scored(Arithmetic):
         def reward(self, completion, problem):
             return {"accuracy": 1.0, "length": float(len(completion))}
@@ -200,8 +204,8 @@ def test_all_other_members_are_those_of_the_wrapped_task(tmp_path):
 
 
 def test_files_are_read_with_the_encoding_of_the_wrapped_task(tmp_path):
-    """The prompts and the text of a model from elsewhere are encoded for the model that is trained here."""
-    ranks = {bytes([b]): 255 - b for b in range(256)}  # the same bytes under other ids, and a larger end of text
+    """The prompts and the text of a pretrained model must not be encoded for the model that is trained here."""
+    ranks = {bytes([b]): 255 - b for b in range(256)}  # other ids for the bytes, and a larger one for the end of text
     foreign = tiktoken.Encoding("foreign", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 300})
 
     class Foreign(Arithmetic):
@@ -226,7 +230,8 @@ def make_text(n=400):
 
 @pytest.mark.parametrize("kind", ("jsonl", "txt"))
 def test_text_is_read_whole_and_a_fiftieth_is_kept(tmp_path, kind):
-    """Documents are lost, torn, or both trained and measured on; or text brings its own end-of-text token."""
+    """A document must not be lost, torn, or both trained on and held out. The characters <|endoftext|> in a text must
+    not become an end-of-text token."""
     texts = [*make_text(), "So it ends.<|endoftext|>Not yet."]
     if kind == "jsonl":
         path = write(tmp_path / "t.jsonl", [{"text": text} for text in texts])
@@ -240,14 +245,14 @@ def test_text_is_read_whole_and_a_fiftieth_is_kept(tmp_path, kind):
     once = task.split_documents(task.make_corpus(whole - whole // 50, seed=0))
     held_out = task.split_documents(task.make_corpus(whole // 50, seed=0, heldout=True))
     read = [encoding.decode(part[:-1].tolist()) for part in once]
-    kept = [encoding.decode(part[:-1].tolist()) for part in held_out[:-1]]  # the last may go on in what is read
+    kept = [encoding.decode(part[:-1].tolist()) for part in held_out[:-1]]  # one may be cut at the border
     assert set(kept) and not set(read) & set(kept)
     assert len(read) == len(set(read)) >= 0.97 * len(texts)
     assert len(set(read) - set(texts)) <= 1 and len(set(kept) - set(texts)) <= 1
 
 
 def test_too_little_text_is_read_again_in_another_order(tmp_path):
-    """The corpus ends early, or repeats the same order."""
+    """The corpus must not end early, or repeat the text in the same order."""
     path = write(tmp_path / "t.jsonl", [{"text": text} for text in make_text()])
     task = OwnCorpus(Arithmetic(), path, 1.0)
     n = len(task.tokens[False])
@@ -261,7 +266,8 @@ def test_too_little_text_is_read_again_in_another_order(tmp_path):
 @pytest.mark.parametrize("share", (0.25, 0.5, 0.9))
 @pytest.mark.parametrize("size", (1, 60, 100_000))
 def test_the_share_is_of_tokens_and_everywhere_the_same(tmp_path, share, size):
-    """The share counts documents instead of tokens, or all of the text comes first, and only the start may be read."""
+    """The share must count tokens, not documents. The text must not all come first, because a run may read only the
+    start."""
     texts = make_text()
     texts = ["\n".join(texts[i:i + size]) for i in range(0, len(texts), size)]
     task = OwnCorpus(Arithmetic(), write(tmp_path / "t.jsonl", [{"text": text} for text in texts]), share)
@@ -277,7 +283,7 @@ def test_the_share_is_of_tokens_and_everywhere_the_same(tmp_path, share, size):
 
 
 def test_long_documents_fill_many_rows(tmp_path):
-    """A book is one document, and only its first row is read."""
+    """A book is one document. A run must read more of it than its first row."""
     (tmp_path / "book.txt").write_text("\n".join(f"{i} is a number, and so is {i + 1}." for i in range(3000)))
     task = OwnCorpus(Arithmetic(), str(tmp_path / "book.txt"), 1.0)
     tokens, starts = corpus_rows(task, 240, 129, 0)
@@ -287,7 +293,7 @@ def test_long_documents_fill_many_rows(tmp_path):
 
 @pytest.mark.parametrize("length", (100, 150, 250, 380, 600))
 def test_most_of_the_text_is_read(tmp_path, length):
-    """Rows start only where a document starts, so that only the first row of each document is ever read."""
+    """If rows started only where a document starts, only the first row of each document would ever be read."""
     rng = random.Random(0)
     texts = ["".join(rng.choices("abcdefgh ", k=length)) for _ in range(60_000 // length)]
     task = OwnCorpus(Arithmetic(), write(tmp_path / "t.jsonl", [{"text": text} for text in texts]), 1.0)
@@ -307,7 +313,7 @@ def test_most_of_the_text_is_read(tmp_path, length):
     ("t.txt", "", "too little text"), ("t.txt", "\n\n \n", "too little text"), ("t.txt", "hello", "too little text"),
 ])
 def test_bad_text_is_refused(tmp_path, capsys, name, content, words):
-    """A model is pretrained on nothing, and nobody knows before the end of the stage."""
+    """Without a check, a model is pretrained on nothing, and nobody notices before the end of the stage."""
     (tmp_path / name).write_text(content)
     assert main([*QUICK, f"--corpus={tmp_path / name}", f"--out={tmp_path / 'out'}"]) == 2
     printed = capsys.readouterr()
@@ -318,7 +324,7 @@ def test_bad_text_is_refused(tmp_path, capsys, name, content, words):
 
 
 def test_a_run_on_files(tmp_path, capsys):
-    """The recipe works on the built-in problems and text only; or a run goes on although a file has changed."""
+    """The recipe must also work on problems and text from files. A run must not resume if a file has changed."""
     problems = write(tmp_path / "p.jsonl", numbered(300))
     corpus = write(tmp_path / "t.jsonl", [{"text": f"User: Twice {i}?\nAssistant: <think>{i}+{i}={2 * i}</think>"
                                            f"<answer>{2 * i}</answer>"} for i in range(300, 700)])
@@ -363,6 +369,6 @@ def test_numbers_as_people_write_them(written, number):
 
 @pytest.mark.parametrize("text", ["1,23", ",123", "1,2345", "$", ".", "$-5", "1,234,", "5..", "1.234,5"])
 def test_what_is_no_number(text):
-    """Commas that do not part thousands would make 1,23 equal to 123."""
+    """If commas were allowed anywhere, 1,23 would be equal to 123."""
     assert not Problem("?", "123").check(text) and not Problem("?", "1234").check(text)
     assert Problem("?", "").canonical(text) == text

@@ -1,4 +1,4 @@
-"""Several ranks: together they make the update of one process, and they live and end together."""
+"""Several ranks: together they make the update of one process, and they end together."""
 import dataclasses
 import os
 import random
@@ -36,7 +36,7 @@ TASK = Arithmetic()
 P, G = 6, 3  # prompts, and completions of each
 
 
-# Two real processes, this one and a child, and the same work in one
+# Two real processes (this one and a child) against a single process
 
 
 def make_gpt(seed: int) -> GPT:
@@ -49,7 +49,7 @@ def make_gpt(seed: int) -> GPT:
 
 
 class Recording(Optimizer):
-    """The real optimizer, which keeps the gradient of each update as its parts see it: that of all ranks, clipped."""
+    """The real optimizer. It also keeps the gradient of each update as its parts see it: that of all ranks, clipped."""
 
     def __init__(self, model, adam_lr, muon_lr=0.0, clip=1.0):
         super().__init__(model, adam_lr, muon_lr)
@@ -65,7 +65,7 @@ class Recording(Optimizer):
 
 
 class Descent(Recording):
-    """Plain gradient descent without clipping, after which the weights tell the gradients."""
+    """Plain gradient descent without clipping, so that the weights show the gradients."""
 
     def __init__(self, model, *rates):
         super().__init__(model, 0.1, clip=1e9)
@@ -82,7 +82,7 @@ def muon(model, *rates):
 
 
 def result(metrics: Metrics, model: GPT, optimizer: Recording) -> tuple:
-    """What a case finds: the row in the log, the gradients of the updates, and the weights after them."""
+    """The result of a case: the row in the log, the gradients of the updates, and the weights after them."""
     step = Step(1, True, None, None, 1.0)
     step.log(metrics)
     progress = Progress(SimpleNamespace(stage="zero"), 1, {})
@@ -93,12 +93,13 @@ def result(metrics: Metrics, model: GPT, optimizer: Recording) -> tuple:
 
 
 def of_all_ranks(**numbers: float) -> dict[str, float]:
-    """Numbers of this rank, added up. They show that the ranks divide the work, instead of each doing all of it."""
+    """The sums of these numbers over all ranks. They show that the ranks divide the work and do not repeat it."""
     return {name: sums_over_ranks({name: (number, 1)})[name][0] for name, number in numbers.items()}
 
 
 def make_rollout(samples: int) -> Rollout:
-    """A rollout whose two halves have different numbers of tokens, of right answers and of rewards."""
+    """A rollout whose two halves differ in their numbers of tokens, their numbers of correct answers, and their
+    rewards."""
     problems = [parse(f"{i + 1}+{10 ** (i % 3)}") for i in range(P * G // samples)]
     rollout = grpo.sample_rollout(make_gpt(seed=1), problems, lambda text, problem: {}, TASK, samples=samples,
                                   max_new_tokens=20, generator=torch.Generator().manual_seed(2))
@@ -123,7 +124,8 @@ def this_ranks(rollout: Rollout) -> Rollout:
 
 
 def grpo_case(kl_coef: float, normalize: str, live: int = P * G, rest: float = 0.0, make_optimizer=Descent) -> tuple:
-    """grpo_update on a given rollout, of which the rows after the first `live` have the advantage `rest`."""
+    """grpo_update on a given rollout. The rows after the first `live` ones have the advantage `rest`, and so has every
+    other row whose advantage is 0."""
     model, rollout = make_gpt(seed=1), make_rollout(samples=G)
     adv = group_advantages(rollout.column("reward").view(P, G)).flatten()
     adv = adv.where(torch.arange(P * G) < live, 0.0)
@@ -137,7 +139,7 @@ def grpo_case(kl_coef: float, normalize: str, live: int = P * G, rest: float = 0
 
 
 def distill_case(right: int = P * G, make_optimizer=Descent, **settings) -> tuple:
-    """distill_step on given samples, of which none after the first `right` is accepted."""
+    """distill_step on given samples. None after the first `right` ones is accepted."""
     student, rollout = make_gpt(seed=1), make_rollout(samples=1)
     for score in rollout.scores[right:]:
         score["accuracy"] = 0.0
@@ -150,7 +152,7 @@ def distill_case(right: int = P * G, make_optimizer=Descent, **settings) -> tupl
 
 
 def pretraining_case(n_rows: int, make_optimizer=Descent) -> tuple:
-    """Three updates of train.pretrain, of which the ranks have different numbers of rows if n_rows is odd."""
+    """Three updates of train.pretrain. If n_rows is odd, the ranks have different numbers of rows."""
     model, optimizers, total = make_gpt(seed=1), [], Metrics()
     cfg = Config(device="cpu", block_size=40, micro_batch=80)
 
@@ -173,7 +175,7 @@ def pretraining_case(n_rows: int, make_optimizer=Descent) -> tuple:
 
 
 def no_gradient_case() -> tuple:
-    """Three updates of AdamW and Muon, in the second of which no rank has a gradient."""
+    """Three updates of AdamW and Muon. In the second one, no rank has a gradient."""
     model = make_gpt(seed=1)
     optimizer, metrics = muon(model), Metrics()
 
@@ -195,7 +197,7 @@ def no_gradient_case() -> tuple:
 
 
 def evaluation_case() -> tuple:
-    """evaluate() on completions that depend on nothing but their problem."""
+    """evaluate() on completions that depend only on their problem."""
     def sample(model, problems, reward_fn, task, samples, max_new_tokens, generator):
         texts = []
         for problem in problems:
@@ -212,7 +214,7 @@ def evaluation_case() -> tuple:
 
 
 def quick_evaluation_case(n_problems: int) -> tuple:
-    """heldout_accuracy() of a policy that is right about every third problem."""
+    """heldout_accuracy() of a policy whose answer is correct if the length of the question is a multiple of 3."""
     asked = []
 
     def sample(model, problems, reward_fn, task, samples, max_new_tokens, generator):
@@ -259,13 +261,13 @@ NOTHING_TO_LEARN = ("grpo, no live row", "grpo, no live row, AdamW", "distill, n
 
 
 def metrics_by_rank() -> dict:
-    """Sums and counts of which each rank has some."""
+    """Sums and counts. Some of them exist on one rank only."""
     mine = {"both": (6.0 + rank(), 2), "none": (0.0, 0), f"rank {rank()} alone": (torch.tensor(3.0), torch.tensor(4))}
     return sums_over_ranks(mine)
 
 
 def run_cases_as(rank: int, path: str) -> dict:
-    """Meet the other rank in a file, run all cases and leave."""
+    """Join the other rank through a file, run all cases, and leave the group."""
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2,
                             timeout=timedelta(seconds=60))
     try:
@@ -276,7 +278,7 @@ def run_cases_as(rank: int, path: str) -> dict:
 
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory):
-    """What each of two ranks found in each case."""
+    """The results of each of two ranks, by case."""
     where = tmp_path_factory.mktemp("ranks")
     child = subprocess.Popen([sys.executable, "-m", "tests.test_parallel", str(where)], cwd=ROOT, text=True,
                              stderr=subprocess.PIPE)
@@ -291,9 +293,9 @@ def of_two(tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_make_the_update_of_one_process(of_two, case):
-    """Gradients or losses are averaged without their shares, a denominator counts one rank's rows only, a rank without
-    a live row waits for ever or leaves the others alone, the norm that is clipped is that of one rank, or ranks drift
-    apart."""
+    """Gradients and losses must be averaged with the ranks' shares as weights, a denominator must count the rows of all
+    ranks, and the clipped norm must be that of all ranks. A rank without a live row must not wait forever or leave the
+    others waiting, and the ranks' weights must stay equal."""
     (metrics, gradients, weights), (metrics_1, gradients_1, weights_1) = (found[case] for found in of_two)
     assert metrics == metrics_1 and all(torch.equal(weights[key], weights_1[key]) for key in weights)
     assert len(gradients) == len(gradients_1) and all(map(torch.equal, gradients, gradients_1))
@@ -308,27 +310,29 @@ def test_two_ranks_make_the_update_of_one_process(of_two, case):
         assert (gradient - of_one).norm() <= tolerance * of_one.norm(), i
     before, real = make_gpt(seed=1).state_dict(), "AdamW" in case or "Muon" in case
     for key in weights:
-        # AdamW divides by the gradient's size, so a gradient that is little more than rounding moves a weight as well
+        # AdamW divides by the gradient's size, so even a gradient as small as the rounding moves a weight
         assert torch.allclose(weights[key], expected[key], rtol=1e-4, atol=1e-4 if real else 1e-6), key
         assert torch.equal(before[key], expected[key]) != (case not in NOTHING_TO_LEARN), key
 
 
 @pytest.mark.parametrize("case", ("grpo, AdamW", "grpo, no live row on rank 1, AdamW", "pretraining, odd batch, Muon"))
 def test_the_norm_of_all_ranks_is_clipped(of_two, case):
-    """Each rank clips its own gradient, whose norm is another than that of the whole, or nothing is clipped at all."""
+    """If each rank clipped its own gradient, the clipped norm would not be that of the whole gradient. The gradient
+    must be clipped at all."""
     metrics, gradients, _ = of_two[0][case]
     assert metrics["grad_norm"] > 5 and all(gradient.norm() == pytest.approx(1, rel=1e-4) for gradient in gradients)
 
 
 def test_metrics_are_added_up_by_name(of_two):
-    """A rank that had nothing of a metric shifts all others, or waits for ever; or a rank alone adds up nothing."""
+    """A metric that one rank lacks must not shift all others, or make a rank wait forever. A single process must get
+    its own sums."""
     expected = {"both": (13.0, 4), "none": (0, 0), "rank 0 alone": (3, 4), "rank 1 alone": (3, 4)}
     assert of_two[0]["metrics"] == of_two[1]["metrics"] == expected
     assert metrics_by_rank() == {"both": (6, 2), "none": (0, 0), "rank 0 alone": (3, 4)}
 
 
 def test_a_mean_over_nothing_is_none():
-    """A mean of means, or a division by no values."""
+    """A metric must be the mean over all values, not a mean of means. Without any value it must be None."""
     metrics = Metrics()
     metrics.add("a", torch.tensor(6.0), 2), metrics.add("a", 0, 1), metrics.add("none", 0, 0)
     row, *_ = result(metrics, make_gpt(seed=1), SimpleNamespace(gradients=[]))
@@ -336,7 +340,7 @@ def test_a_mean_over_nothing_is_none():
 
 
 def test_problems_are_divided_evenly(monkeypatch):
-    """Ranks that get fewer problems than asked for, and say nothing."""
+    """Ranks must not silently get fewer problems than asked for."""
     monkeypatch.setattr("engine.loop.world_size", lambda: 2)
     step = Step(1, True, random.Random(0), None, 1.0)
     assert len(step.problems(6, TASK.make_problem)) == 3
@@ -345,7 +349,7 @@ def test_problems_are_divided_evenly(monkeypatch):
 
 
 def test_each_rank_needs_a_row(monkeypatch):
-    """A rank without a row of a batch has no loss, and its mean is not a number."""
+    """A rank without a row of a batch has no loss, so its mean would be NaN."""
     monkeypatch.setattr("engine.corpus.world_size", lambda: 2)
     with pytest.raises(AssertionError, match="each rank needs at least one row"):
         Corpus(TASK, Config(device="cpu"), n_steps=1, n_rows=1)
@@ -356,8 +360,7 @@ def test_each_rank_needs_a_row(monkeypatch):
 
 @pytest.fixture(scope="module")
 def by_two(tmp_path_factory):
-    """A run of two ranks through all stages, on a terminal that knows ASCII only -> where it wrote, and what it
-    printed."""
+    """A run of two ranks through all stages, on a terminal that knows ASCII only -> its folder, and what it printed."""
     out = tmp_path_factory.mktemp("by_two")
     done = subprocess.run([*TORCHRUN, *QUICK, "--save_every=9", "--distill_steps=2", f"--out={out}"], cwd=ROOT,
                           capture_output=True, env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"})
@@ -366,8 +369,8 @@ def by_two(tmp_path_factory):
 
 
 def test_two_ranks_pass_through_every_stage(quick, by_two):
-    """Both ranks write the log, print or evaluate, pretraining reads other rows than one process does, or the second
-    rank's steps are lost."""
+    """No log row, printed line or evaluated answer may appear twice, pretraining must read the rows that one process
+    reads, and the work of the second rank must not be lost."""
     out, printed = by_two
     assert list(results(out)["models"]) == NAMES
     steps = {name: [row["step"] for row in rows(out) if row["stage"] == name] for name in NAMES}
@@ -394,8 +397,8 @@ def test_two_ranks_pass_through_every_stage(quick, by_two):
 
 
 def test_ranks_end_without_torchrun_and_one_process_goes_on(by_two, tmp_path, capfd):
-    """After SIGKILL torchrun cannot end its ranks, and they train on and hold the lock; or a run that two ranks began
-    cannot go on in one."""
+    """After SIGKILL, torchrun cannot end its ranks. They must not continue to train and hold the lock. One process must
+    be able to resume a run that two ranks began."""
     copy(by_two[0], tmp_path, "base.pt")
     settings = [*QUICK, "--rl_prompts=2", "--rl_samples=2", "--rl_max_new_tokens=8", "--rl_steps=200", "--stage=zero"]
     process = subprocess.Popen([*TORCHRUN, *settings, f"--out={tmp_path}"], cwd=ROOT, stdout=subprocess.PIPE,
@@ -405,7 +408,7 @@ def test_ranks_end_without_torchrun_and_one_process_goes_on(by_two, tmp_path, ca
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    printed, _ = process.communicate(timeout=120)  # it ends when all who hold the pipe have, which are the ranks
+    printed, _ = process.communicate(timeout=120)  # returns when all ranks, which hold the pipe, have ended
     assert "torchrun has ended" in printed
     deadline = time.monotonic() + 120
     while True:
@@ -420,7 +423,7 @@ def test_ranks_end_without_torchrun_and_one_process_goes_on(by_two, tmp_path, ca
 
     capfd.readouterr()
     assert main([*settings, "--save_every=9", f"--out={tmp_path}"]) == 0
-    assert "zero: going on after step " in capfd.readouterr().out
+    assert "zero: resuming after step " in capfd.readouterr().out
     assert [row["step"] for row in rows(tmp_path) if row["stage"] == "zero"] == list(range(1, 201))
     assert list(results(tmp_path)["models"]) == ["base", "zero"]
 
@@ -428,7 +431,7 @@ def test_ranks_end_without_torchrun_and_one_process_goes_on(by_two, tmp_path, ca
 @pytest.mark.parametrize("device, gpus, refused", (("auto", 1, True), ("cuda", 1, True), ("cpu", 1, False),
                                                    ("auto", 2, False), ("auto", 0, False)))
 def test_two_ranks_do_not_share_a_gpu(monkeypatch, device, gpus, refused):
-    """nccl ends both ranks with forty lines, after a minute."""
+    """If two ranks shared a GPU, nccl would end both after a minute, with forty lines."""
     met = []
     for name, value in (("is_torchelastic_launched", lambda: True), ("init_process_group", met.append)):
         monkeypatch.setattr(dist, name, value)

@@ -6,13 +6,13 @@ import pytest
 
 from tests.conftest import copy, results
 
-pytest.importorskip("matplotlib")  # of experiments/requirements.txt, which CI has
+pytest.importorskip("matplotlib")  # from experiments/requirements.txt, which CI has
 
 import plot  # noqa: E402
 
 
 def test_figure(quick, tmp_path, capsys):
-    """The figure would not be written, would show the rows of another stage, or an error would not be one line."""
+    """The figure must be written and must show the rows of RL. An error must be one line."""
     assert doctest.testmod(plot).failed == 0
     assert plot.main([str(quick), str(tmp_path / "figure.png")]) == 0
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
@@ -23,8 +23,8 @@ def test_figure(quick, tmp_path, capsys):
 
 
 def test_which_models_are_drawn(quick, tmp_path):
-    """A run without a student would have no figure, the control student_rl would be missing from it, or other controls
-    would fill it."""
+    """A run without a student must have a figure too. The figure must show the control student_rl, but no other
+    control, as these would fill it."""
     copy(quick, tmp_path, "log.jsonl")
     for names, drawn in ((["base", "zero"], ["base", "zero"]),
                          (["base", "zero", "student_base", "student", "shuffled", "student_rl"],

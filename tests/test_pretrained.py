@@ -1,4 +1,4 @@
-"""Models from elsewhere: what --init reads is what transformers reads. The tests build their own tiny models of each
+"""Pretrained models: --init must read what transformers reads. The tests build their own tiny models of each
 family with transformers, from experiments/requirements.txt, which CI has. Nothing is downloaded."""
 import dataclasses
 import json
@@ -56,8 +56,8 @@ TEXT = "User: 8*7-19\nAssistant: <think>56-19=37</think> the answer is it isn't 
 
 
 def llama3_tokenizer(folder):
-    """A tokenizer.json as Llama 3 has it: transformers makes it of a file of tiktoken, and every pair that joins to a
-    token is listed as a merge."""
+    """A tokenizer.json like that of Llama 3: transformers makes it from a file of tiktoken, and lists every pair that
+    forms a token as a merge."""
     import base64
 
     from tiktoken._educational import bpe_train
@@ -74,7 +74,8 @@ def llama3_tokenizer(folder):
 
 
 def make_tokenizer(pre_tokenizer: str = "digits"):
-    """A byte-level BPE of 300 tokens and 4 added ones, trained on a little text, that splits as a published family."""
+    """A byte-level BPE of 300 tokens and 4 added ones, trained on a little text. It splits text like a published
+    family."""
     from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
     tokenizer = tokenizers.Tokenizer(models.BPE())
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre_tokenizer in ("digits", "gpt2"))
@@ -86,7 +87,7 @@ def make_tokenizer(pre_tokenizer: str = "digits"):
     if pre_tokenizer == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    lacking = "Ħąĵ" if pre_tokenizer == "gpt2" else ""  # the letters of three bytes, \x04 among them
+    lacking = "Ħąĵ" if pre_tokenizer == "gpt2" else ""  # these letters stand for three bytes, one of them \x04
     trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=[a for a in alphabet if a not in lacking],
                                   show_progress=False)
     tokenizer.train_from_iterator([TEXT] * 9, trainer)
@@ -98,8 +99,8 @@ def make_tokenizer(pre_tokenizer: str = "digits"):
 
 def make_folder(folder, family: str = "llama, grouped, tied", pre_tokenizer: str = "digits", template: str = CHATML,
                 shards: bool = False, **changes):
-    """A random model of a family and a tokenizer, saved by transformers. Weights are large, so that what the model says
-    depends on what it reads -> transformers' model."""
+    """Save a random model of a family and a tokenizer with transformers -> transformers' model. The weights are large,
+    so that the outputs depend strongly on the inputs."""
     tokenizer = make_tokenizer(pre_tokenizer)
     kind = family.split(",")[0]
     torch.manual_seed(0)
@@ -118,7 +119,7 @@ def make_folder(folder, family: str = "llama, grouped, tied", pre_tokenizer: str
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def both(request, tmp_path_factory):
-    """transformers' model of a family, and ours from its folder."""
+    """transformers' model of a family, and our model from its folder."""
     folder = tmp_path_factory.mktemp("family")
     theirs = make_folder(folder, request.param, shards=True)
     return theirs, load_model(folder, theirs.config.vocab_size, 64)
@@ -126,7 +127,7 @@ def both(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder of --init. Tests that change it copy it."""
+    """A folder for --init. Tests that change the folder copy it first."""
     path = tmp_path_factory.mktemp("init") / "model"
     make_folder(path)
     return path
@@ -145,8 +146,8 @@ def copy_of(folder, tmp_path):
 
 @torch.no_grad()
 def test_logits_are_equal(both):
-    """Weights that load without an error would still mean something else: a frequency, an eps, a bias, a norm, or which
-    heads share their keys."""
+    """Weights may load without an error and still be used wrongly: with another frequency or eps, without a bias or a
+    norm, or with keys that the wrong heads share."""
     theirs, ours = both
     idx = torch.randint(ours.config.vocab_size, (3, 60))
     logits = ours(idx)
@@ -156,7 +157,8 @@ def test_logits_are_equal(both):
 
 @pytest.mark.parametrize("sample", [GPT.generate, generate])
 def test_greedy_answers_are_equal(both, sample):
-    """Sampling with the cache would share keys among the wrong heads, or forget biases, norms or the output matrix."""
+    """Sampling with the cache must not share keys among the wrong heads, or leave out biases, norms or the output
+    matrix."""
     theirs, ours = both
     prompts = torch.randint(ours.config.vocab_size, (4, 9))
     mine, _ = sample(ours, prompts.tolist(), 20, temperature=0.0, stop_ids=(-1,))
@@ -166,8 +168,8 @@ def test_greedy_answers_are_equal(both, sample):
 
 
 def test_the_sampler_and_the_training_pass_agree(both):
-    """Prompts of different lengths, several samples of each: the log-probabilities of what was sampled are those of the
-    full pass."""
+    """With prompts of different lengths and several samples of each, the sampler's log-probabilities must be those of
+    the training pass."""
     _, ours = both
     prompts = [[5, 6, 7], [8, 9, 10, 11, 12, 13]]
     completions, logp = generate(ours, prompts, 15, stop_ids=(3,), samples=3,
@@ -180,8 +182,8 @@ def test_the_sampler_and_the_training_pass_agree(both):
 
 
 def test_a_frozen_copy_is_the_same_in_less_memory(both):
-    """The reference of a model that has not been trained yet must agree with it bit for bit, or the penalty would pull
-    it towards something else; and neither follows the other."""
+    """The reference of an untrained policy must agree with it bit for bit, or the KL penalty would pull the policy away
+    from itself. A later update of the policy must not change the reference."""
     _, ours = both
     cfg = Config(init="elsewhere", device="cpu", compile="off", micro_batch=512)
     model = make_model(ours.config, torch.bfloat16)
@@ -201,8 +203,8 @@ def test_a_frozen_copy_is_the_same_in_less_memory(both):
 
 @pytest.mark.parametrize("both", ["qwen2"], indirect=True)
 def test_biases_are_added_in_float32(both):
-    """Qwen2's biases may be large. Rounded to bfloat16 before they are added, they would move every query and key. The
-    training pass, the sampler and a frozen copy round alike."""
+    """Qwen2's biases may be large. If they were rounded to bfloat16 before they are added, every query and key would
+    change. The training pass, the sampler and a frozen copy must round in the same way."""
     _, ours = both
     model = make_model(ours.config, torch.bfloat16)
     model.load_state_dict(ours.state_dict())
@@ -218,8 +220,8 @@ def test_biases_are_added_in_float32(both):
 
 
 def test_a_checkpoint_keeps_the_rotation(both, tmp_path):
-    """The tables of Llama 3's scaled frequencies are no parameters. A model that is made again without them would go on
-    from its checkpoint with other positions, and only a little worse."""
+    """The tables of Llama 3's scaled frequencies are not parameters. A model that is rebuilt without them would use
+    other positions than its checkpoint, and be only a little worse."""
     _, ours = both
     save_checkpoint(tmp_path / "base.pt", {"nanor1": 1, "stage": "base", "config": {"dtype": "float32"},
                                            "shape": dataclasses.asdict(ours.config), "model": ours.state_dict()})
@@ -231,7 +233,8 @@ def test_a_checkpoint_keeps_the_rotation(both, tmp_path):
 
 
 def test_rows_that_no_token_names_are_left_out(tmp_path):
-    """Qwen's embeddings have more rows than there are tokens. What is sampled from them could not be decoded."""
+    """Qwen's embedding has more rows than the tokenizer has tokens. A token that is sampled from these rows could not
+    be decoded."""
     theirs = make_folder(tmp_path, "llama", vocab_size=400)
     ours = load_model(tmp_path, n := Encoding(tmp_path).n_tokens, 64)
     idx = torch.randint(n, (2, 30))
@@ -243,8 +246,9 @@ def test_rows_that_no_token_names_are_left_out(tmp_path):
 
 @pytest.mark.parametrize("pre_tokenizer", ["gpt2", "digits", "qwen2", "llama3", "words"])
 def test_tokenizers_agree(tmp_path, pre_tokenizer):
-    """Another split, another order of merges, a special token found in a text, bytes that the vocabulary lacks, a
-    letter and its accent that are not joined first, or text that no part of the split matches."""
+    """Our ids must be those of transformers. They could differ in the split, in the order of merges, for a special
+    token inside a text, for bytes that the vocabulary lacks, for a letter and an accent that are not joined first, or
+    for text that no part of the split matches."""
     tokenizer = llama3_tokenizer(tmp_path) if pre_tokenizer == "llama3" else make_tokenizer(pre_tokenizer)
     tokenizer.save_pretrained(tmp_path)
     encoding, rng = Encoding(tmp_path), random.Random(0)
@@ -261,7 +265,7 @@ def test_tokenizers_agree(tmp_path, pre_tokenizer):
 
 
 def test_ids_without_a_name_decode(folder, tmp_path):
-    """A gap among the ids would end the run when the model first samples it."""
+    """The ids may have gaps. A run must not end when the model first samples an id from a gap."""
     to = copy_of(folder, tmp_path)
     content = json.loads((to / "tokenizer.json").read_text())
     content["added_tokens"][-1]["id"] += 2
@@ -271,14 +275,15 @@ def test_ids_without_a_name_decode(folder, tmp_path):
 
 
 def test_the_task_travels_to_other_ranks(folder):
-    """Rank 0 sends the task to the others. A tiktoken.Encoding is pickled by what its own constructor takes."""
+    """Rank 0 sends the task to the other ranks by pickle. A tiktoken.Encoding is pickled as the arguments of its own
+    constructor, which are not those of our subclass."""
     task = Pretrained(Arithmetic(), str(folder), "Go.")
     copied, problem = pickle.loads(pickle.dumps(task)), Problem("8*7<think>", "")
     assert copied.encode_prompt(problem) == task.encode_prompt(problem) and copied.stop_ids == task.stop_ids
 
 
 def test_equal_tokenizers(folder, tmp_path):
-    """A file may spell its merges in two ways."""
+    """A file may write its merges in two ways, and both must give equal tokenizers."""
     to = copy_of(folder, tmp_path)
     content = json.loads((to / "tokenizer.json").read_text())
     content["model"]["merges"] = [" ".join(merge) for merge in content["model"]["merges"]]
@@ -292,7 +297,7 @@ def test_equal_tokenizers(folder, tmp_path):
 
 
 def test_the_prompt_is_the_templates(folder):
-    """The ids are those that transformers makes of the same messages, special tokens included."""
+    """The ids must be those that transformers makes from the same messages, special tokens included."""
     task = Pretrained(Arithmetic(), str(folder), "Think first.")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     messages = [{"role": "system", "content": "Think first."}, {"role": "user", "content": "8*7-19"}]
@@ -307,8 +312,8 @@ def test_the_prompt_is_the_templates(folder):
 
 
 def test_tokens_of_the_template_are_special(folder, tmp_path):
-    """Some chat models do not mark the ends of their turns as special. A question could then end its own turn, and an
-    answer would not stop."""
+    """Some chat models do not mark the tokens that end a turn as special. A question could then end its own turn, and
+    an answer would not stop."""
     to = copy_of(folder, tmp_path)
     content = json.loads((to / "tokenizer.json").read_text())
     for token in content["added_tokens"]:
@@ -325,7 +330,8 @@ def test_tokens_of_the_template_are_special(folder, tmp_path):
     ("{% for m in messages %}{{ m['content'][0]['text'] }}{% endfor %}", "instruction"),
     ("{% for m in messages %}{{ m['content'] + m['content'] }}{% endfor %}", "repeats")])
 def test_a_template_that_leaves_a_text_out(folder, tmp_path, template, words):
-    """A template without a system role drops the instruction, and RL would train on another prompt than was asked."""
+    """A template without a system role drops the instruction. RL would then train on another prompt than the user asked
+    for."""
     to = copy_of(folder, tmp_path)
     (to / "chat_template.jinja").write_text(template)
     with pytest.raises(ValueError, match=words):
@@ -333,7 +339,7 @@ def test_a_template_that_leaves_a_text_out(folder, tmp_path, template, words):
 
 
 def test_the_model_begins_the_thought_itself(folder, tmp_path):
-    """Templates of reasoning models end in "<think>". A completion would lack that tag, and never be rewarded."""
+    """Templates of reasoning models end in "<think>". A completion would then lack that tag, and never be rewarded."""
     to = copy_of(folder, tmp_path)
     (to / "chat_template.jinja").write_text(CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"))
     task, usual = (Pretrained(Arithmetic(), str(path), "Go.") for path in (to, folder))
@@ -342,8 +348,8 @@ def test_the_model_begins_the_thought_itself(folder, tmp_path):
 
 @pytest.mark.parametrize("template", [CHATML, None])
 def test_a_text_cannot_inject_a_special_token(folder, tmp_path, template):
-    """A question, an example or an instruction that spells a special token, or one of the characters that stand for
-    texts, would end the user's turn or repeat another text."""
+    """A question, an example or an instruction may contain a special token, or one of the placeholder characters that
+    stand for texts. It must not end the user's turn or repeat another text."""
     to = copy_of(folder, tmp_path)
     if not template:
         (to / "chat_template.jinja").unlink()
@@ -362,8 +368,8 @@ def test_a_text_cannot_inject_a_special_token(folder, tmp_path, template):
 
 
 def test_without_a_template(folder, tmp_path):
-    """A base model reads the plain dialogue of the built-in world, without a space at the end, which would be a token
-    of its own and keep it from " <think>"."""
+    """A base model gets the plain dialogue of the built-in tasks. A space at the end of the prompt would be a token of
+    its own, and the model could not begin its answer with " <think>"."""
     to = copy_of(folder, tmp_path)
     (to / "chat_template.jinja").unlink()
     task = Pretrained(Arithmetic(), str(to), "Think.")
@@ -374,8 +380,8 @@ def test_without_a_template(folder, tmp_path):
 
 
 def test_stop_ids(folder, tmp_path):
-    """A chat model ends its turn with another token than its text: what the file says and what the template puts after
-    an answer, not what is called an end of text."""
+    """A chat model ends a turn and a text with different tokens. Its stop tokens must be the eos_token_id of the config
+    file and the token that the template puts after an answer, not the tokenizer's eos_token."""
     specials = Encoding(folder).specials
     assert Pretrained(Arithmetic(), str(folder), "").stop_ids == (specials["<|endoftext|>"], specials["<|im_end|>"])
     to = copy_of(folder, tmp_path)
@@ -392,8 +398,8 @@ def test_stop_ids(folder, tmp_path):
     "{% for i in range(10**9) %}{% endfor %}",
     "{{ raise_exception('only user and assistant') }}", "{% if %}"])
 def test_templates_run_in_a_sandbox(folder, tmp_path, template):
-    """A template is foreign code: it may not reach Python or change what it is given. One that fails, or asks for a
-    huge range, is refused in a line."""
+    """A template is foreign code. It must not reach Python's internals or change its arguments. A template that fails,
+    or asks for a huge range, must be refused in one line."""
     to = copy_of(folder, tmp_path)
     (to / "chat_template.jinja").write_text(template)
     with pytest.raises(ValueError, match="chat template fails"):
@@ -401,7 +407,8 @@ def test_templates_run_in_a_sandbox(folder, tmp_path, template):
 
 
 def test_a_corpus_in_the_models_tokens(folder):
-    """--base_tokens pretrains further: the documents are those of the built-in corpus, each with an end."""
+    """--base_tokens continues the pretraining with the documents of the built-in corpus. Each document must have an
+    end."""
     task = Pretrained(Arithmetic(), str(folder), "")
     ids = task.make_corpus(5000, 0)
     assert len(ids) >= 5000 and ids.max() < task.encoding.n_tokens and ids[-1] == task.stop_ids[0]
@@ -487,7 +494,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
     (lambda folder: (folder / "chat_template.jinja").write_text("{{ nothing.there }}"), "chat template"),
 ])
 def test_what_cannot_be_read_is_refused(folder, tmp_path, refused, change, named):
-    """A model that is half understood would train, and be wrong. The line names the field."""
+    """A model that is only partly understood would train, but with wrong outputs. The error must name the field."""
     to = copy_of(folder, tmp_path)
     change(to)
     assert named in refused(f"--init={to}", f"--out={tmp_path / 'out'}", "--stage=base", *TINY)
@@ -520,7 +527,7 @@ def run(folder, tmp_path_factory):
 
 
 def test_init_is_the_base(run, folder):
-    """The base is the folder's model, and the student's base is every second of its layers."""
+    """The base must be the folder's model, and the student's base must be made of every second layer of it."""
     base, student = (load_checkpoint(run / f"{name}.pt") for name in ("base", "student_base"))
     model = load_model(folder, base["shape"]["vocab_size"], 64)
     assert all(torch.equal(base["model"][name], weight) for name, weight in model.state_dict().items())
@@ -535,7 +542,7 @@ def test_rl_reports_heldout_accuracy(run):
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(run, folder, tmp_path, monkeypatch):
-    """resume.pt does not hold the frozen reference: it is the base again."""
+    """resume.pt does not hold the frozen reference. In a resumed run the reference must be the base again."""
     step = train.grpo_step
     calls = []
 
@@ -562,7 +569,7 @@ def test_another_folder_is_noticed(run, folder, tmp_path, refused):
 
 
 def test_ask_and_evaluate(run, folder, tmp_path, capsys):
-    """--ask goes through the template, with several samples; --evaluate takes other problems and trains nothing."""
+    """--ask must use the template, with several samples. --evaluate must take other problems and train nothing."""
     before = (run / "zero.pt").read_bytes()
     assert main(["--ask=2+3", "--samples=3", f"--out={run}"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -576,12 +583,12 @@ def test_ask_and_evaluate(run, folder, tmp_path, capsys):
 
 def test_evaluate_refuses(run, tmp_path, refused):
     (tmp_path / "one.jsonl").write_text('{"prompt": "1+1?", "answer": 2}\n')
-    assert "2 are the least" in refused(f"--evaluate={tmp_path / 'one.jsonl'}", f"--out={run}")
+    assert "at least 2 problems" in refused(f"--evaluate={tmp_path / 'one.jsonl'}", f"--out={run}")
     assert "no model" in refused(f"--evaluate={tmp_path / 'one.jsonl'}", f"--out={tmp_path / 'nothing'}")
 
 
 def test_own_problems_with_shots(folder, tmp_path, refused):
-    """The first training problems with a solution are the examples, and RL never asks them."""
+    """The first training problems with a solution become the examples, and RL must never use them as problems."""
     path, solved = tmp_path / "own.jsonl", ' "solution": "2 and 2 is 4",'
     path.write_text("".join(f'{{"prompt": "{n} and 2?",{solved * (n == 2)} "answer": {n + 2}, "split": "{side}"}}\n'
                             for n, side in enumerate(["train", "test", "train", "train", "test", "train"]))
@@ -597,7 +604,8 @@ def test_own_problems_with_shots(folder, tmp_path, refused):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_out_again(family, tmp_path):
-    """init -> export -> the same model for --init and for transformers: logits, tokens and greedy answers."""
+    """A model that is read with --init and then exported must be the same for --init and for transformers: logits,
+    tokens and greedy answers."""
     make_folder(tmp_path / "in", family)
     assert main([f"--init={tmp_path / 'in'}", *TINY, "--stage=base", f"--out={tmp_path}"]) == 0
     assert export_hf.main([str(tmp_path / "base.pt"), str(tmp_path / "again")]) == 0
@@ -617,7 +625,7 @@ def test_out_again(family, tmp_path):
 
 
 def test_student_init(folder, tmp_path, refused):
-    """A student from a folder must have the teacher's tokenizer, or its logits are about other tokens."""
+    """A student from a folder must have the teacher's tokenizer, or its logits would be for other tokens."""
     make_folder(tmp_path / "small", "llama", num_hidden_layers=1)
     make_folder(tmp_path / "foreign", "llama", pre_tokenizer="gpt2")
     line = refused(f"--init={folder}", f"--student_init={tmp_path / 'foreign'}", *TINY, f"--out={tmp_path / 'out'}")
@@ -635,7 +643,7 @@ def test_pretraining_further(folder, tmp_path):
 
 
 def test_the_best_model_is_kept(folder, tmp_path, monkeypatch):
-    """RL that gets worse again leaves the model of its best held-out accuracy."""
+    """RL may get worse again. The model with the best held-out accuracy must be kept."""
     answers, real = iter([0.5, 0.25]), evaluation.sample_rollout
 
     def looked(*args):
@@ -653,7 +661,7 @@ def test_the_best_model_is_kept(folder, tmp_path, monkeypatch):
 
 
 def test_safetensors_is_asked_for(folder, tmp_path, refused, monkeypatch):
-    """Without the package, which is none of the four that everything else needs, a traceback would say nothing of
-    what to do."""
+    """safetensors is not among the four packages that everything else needs. If it is missing, a traceback would not
+    say what to do."""
     monkeypatch.setitem(sys.modules, "safetensors", None)
     assert "pip install safetensors" in refused(f"--init={folder}", f"--out={tmp_path / 'out'}", *TINY)

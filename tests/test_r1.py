@@ -1,4 +1,4 @@
-"""The world of two languages, its reward, and the further stages of R1."""
+"""The task with two languages, its reward, and the further stages of R1."""
 import random
 import subprocess
 import sys
@@ -42,13 +42,13 @@ def complete(thought: str, answer: str = "37") -> str:
     ("8*7=56\n, 56-19=37 ", 1, 0), ("8*7=", 0, 0), ("=56", 0, 0), ("--8*7=56", 0, 0), ("8+-7=1", 1, 0),
 ))
 def test_the_share_of_steps_in_the_questions_language(thought, symbols, words):
-    """A thought without steps, with two languages in one step or with one step over and over is paid."""
+    """A thought must not be paid if it has no steps, two languages in one step, or one step over and over."""
     for problem, share in ((SYMBOLS, symbols), (WORDS, words)):
         assert language_reward(complete(thought), problem.in_language) == pytest.approx(share)
 
 
 def test_what_stands_outside_the_thought_has_no_language():
-    """The other language in the answer costs the reward, or the right one there earns it."""
+    """The other language in the answer must not cost the reward, and the correct language there must not earn it."""
     for answer in ("37", "56 minus 19 is 37", "56-19=37"):
         assert language_reward(complete("8*7=56", answer), SYMBOLS.in_language) == 1
         assert language_reward(complete("so", answer), SYMBOLS.in_language) == 0
@@ -57,13 +57,13 @@ def test_what_stands_outside_the_thought_has_no_language():
 @pytest.mark.parametrize("completion", ("8*7=56", "<think>8*7=56</think>", complete("8*7=56") + ".", "",
                                         complete("8*7=56").replace("</think>", ""), complete("8*7=56") * 2))
 def test_what_is_not_well_formed_earns_nothing_for_its_language(completion):
-    """The language is paid without the format, so that a policy need not close its thought."""
+    """If the language were paid without the format, a policy would not need to close its thought."""
     assert language_reward(completion, SYMBOLS.in_language) == 0
 
 
 @pytest.mark.parametrize("piece", ("8*7=56, ", "8", "8,", ",", "-", "8*", "8 times ", "=56, wait, "))
 def test_the_time_is_linear(piece):
-    """A hostile thought takes quadratic time."""
+    """A hostile thought must not take quadratic time."""
     def seconds(n):
         began = time.process_time()
         language_reward(complete(piece * n), WORDS.in_language)
@@ -73,7 +73,8 @@ def test_the_time_is_linear(piece):
 
 
 def test_everyday_answers():
-    """A thought or tags around an everyday answer are punished; or anything beside the answer is accepted."""
+    """A thought or tags around an everyday answer must not be punished. Any other text beside the answer must not be
+    accepted."""
     problem = everyday("larger 37 52")
     for completion, right in (("52", 1), ("<answer>52</answer>", 1), (complete("37, 52", "52"), 1), ("37", 0), ("", 0),
                               (" 52 ", 1), ("52 37", 0), ("<think>52", 0), ("<think>52</think>", 0), ("052", 0),
@@ -84,11 +85,11 @@ def test_everyday_answers():
     assert everyday_answer("<think>" * 50_000) == ""
 
 
-# The world
+# The task
 
 
 def test_languages_translate_back():
-    """A minus sign becomes "minus" where it is no operation, or a step in words is not recognised."""
+    """A minus sign must become "minus" only where it is an operation, and every step in words must be recognised."""
     rng = random.Random(0)
     for _ in range(500):
         problem = TASK.make_problem(rng, longer=True)
@@ -103,7 +104,7 @@ def test_languages_translate_back():
 
 
 def test_held_out_problems_are_in_no_corpus():
-    """A test question stands in the corpus in the other language, or is asked in RL."""
+    """A test question must not stand in the corpus in the other language, and RL must not use it."""
     corpus = TASK.encoding.decode(TASK.make_corpus(300_000, 0).tolist()).split(END_OF_TEXT)
     asked = {text.split("\n")[0].removeprefix("User: ") for text in corpus if text.startswith("User: ")}
     assert len(asked) > 3000 and not any(is_test(in_symbols(question)) for question in asked)
@@ -118,13 +119,13 @@ def test_held_out_problems_are_in_no_corpus():
 @pytest.mark.parametrize("text", ("say 100", "say 07", "say", "larger 37", "larger 0 5", "reverse 37", "8 times",
                                   "8*7 is 56", "8 times 7" + " minus 19" * 6, "say 37; 1"))
 def test_what_is_no_problem_is_refused(text):
-    """--ask answers what is no question of this task, or ends in a traceback."""
+    """--ask must refuse a text that is not a question of this task, without a traceback."""
     with pytest.raises(ValueError, match="is no e"):
         TASK.parse(text)
 
 
 def test_too_many_everyday_questions_are_refused(monkeypatch):
-    """An evaluation of fewer problems than was asked for, or a search for them that never ends."""
+    """An evaluation must not silently have fewer problems than asked for, or search for more of them forever."""
     monkeypatch.setattr(Bilingual, "make_everyday", lambda self, rng, test: everyday(f"say {rng.randint(1, 3)}"))
     assert len(TASK.heldout_problems(3, "everyday", 0)) == 3
     with pytest.raises(ValueError, match="fewer than 4 everyday problems"):
@@ -132,7 +133,8 @@ def test_too_many_everyday_questions_are_refused(monkeypatch):
 
 
 def test_the_authors_are_as_described():
-    """The corpus has another share of languages, everyday questions or slips than the file says."""
+    """The corpus must have the shares of languages, everyday questions and wrong steps that data/bilingual.py
+    states."""
     rng, kinds, wrong, steps = random.Random(0), {"own": 0, "other": 0, "both": 0}, [0, 0], [0, 0]
     n, n_everyday = 12_000, 0
     for _ in range(n):
@@ -159,7 +161,7 @@ def test_the_authors_are_as_described():
 
 
 def test_the_default_has_its_own_vocabulary():
-    """The words of this task change the tokens of the others."""
+    """The words of this task must not change the tokens of the other tasks."""
     assert TASK.encoding.n_vocab == get_tokenizer().n_vocab + 4
     assert TASK.encoding.encode_ordinary("3 times 4") != get_tokenizer().encode_ordinary("3 times 4")
 
@@ -168,12 +170,12 @@ def test_the_default_has_its_own_vocabulary():
 
 
 def made_with(**settings):
-    """A run as far as rewards and problems are concerned."""
+    """A run that has only what rewards and problems need."""
     return SimpleNamespace(task=TASK, cfg=Config(**settings))
 
 
 def test_rewards_by_kind():
-    """The language is not paid for, or an everyday question is paid for its format."""
+    """The language must be paid for. An everyday question must not be paid for its format."""
     reward_fn = r1.language_reward_function(made_with(language_weight=0.25))
     right, mixed = complete("8*7=56, 56-19=37"), complete("8*7=56, 56 minus 19 is 37")
     assert [reward_fn(text, SYMBOLS)["reward"] for text in (right, mixed)] == [2.25, 2.125]
@@ -185,7 +187,8 @@ def test_rewards_by_kind():
 
 
 def test_everyday_questions_have_their_share():
-    """r1 is asked arithmetic alone, or problems as long as the hard ones; or its students are not."""
+    """r1 must not train on arithmetic alone, or on problems as long as the hard ones. Its students must train on both
+    kinds, with such long problems."""
     for longer, most in ((False, 4), (True, 6)):
         make, rng = r1.mixed_problems(made_with(everyday_share=0.25), longer), random.Random(0)
         problems = [make(rng) for _ in range(2000)]
@@ -195,7 +198,7 @@ def test_everyday_questions_have_their_share():
     assert max(len(make(rng).working.split(", ")) for _ in range(500)) == 6
 
 
-# What a change of each setting of this file, and of some others, must refuse: by hand.
+# The stages that a change of a setting must refuse, written by hand: all settings of r1.py, and some others.
 LATE = "r1 student student_sft"
 SHAPES = {
     "cold_steps cold_prompts cold_epochs sft_muon_lr sft_adam_lr": f"dev1 dev2 dev3 {LATE}",
@@ -212,7 +215,8 @@ SHAPES = {
 
 
 def test_which_settings_shape_which_stage():
-    """A stage goes on from one that was made with other settings; or one that is as good as before is refused."""
+    """A stage must not continue from one that was made with other settings. A stage that is still valid must not be
+    refused."""
     by_hand = {name: set(stages.split()) for names, stages in SHAPES.items() for name in names.split()}
     own = [name for group in (r1.ColdStart, r1.Rejection, r1.Dev2, r1.FinalRL) for name in vars(group())]
     assert set(own) <= set(by_hand), "a new setting needs a line in SHAPES"
@@ -221,7 +225,8 @@ def test_which_settings_shape_which_stage():
 
 
 def test_the_task_cannot_be_another(capsys):
-    """r1.py pretrains on the arithmetic of train.py, and fails when it first asks an everyday question."""
+    """With --task=arithmetic, r1.py would pretrain on the arithmetic of train.py, and fail at its first everyday
+    question."""
     assert parse_args(PROGRAM, [])[0].task == "bilingual" and settings_of(Config)["task"].choices == ("bilingual",)
     assert run_command(PROGRAM, ["--task=arithmetic"]) == 2
     printed = capsys.readouterr()
@@ -229,7 +234,8 @@ def test_the_task_cannot_be_another(capsys):
 
 
 class Calls:
-    """A run whose stages end where training begins: what they call the three ways to train with."""
+    """A run that does not train. It records the arguments with which each stage calls one of the three training
+    functions."""
 
     def __init__(self, monkeypatch, **settings):
         self.run, self.made = made_with(**settings), []
@@ -237,7 +243,7 @@ class Calls:
             monkeypatch.setattr(r1, name, lambda run, *args, name=name: self.made.append((name, *args)))
 
     def of(self, stage):
-        """A stage's call, if it starts from models that are called like their stages."""
+        """The call of a stage. Each model that the stage starts from is replaced by the name of its stage."""
         self.made.clear()
         r1.STAGES[stage].train(self.run, *r1.STAGES[stage].starts)
         call, = self.made
@@ -245,7 +251,8 @@ class Calls:
 
 
 def test_what_each_stage_is_made_of(monkeypatch):
-    """A stage starts from another model, learns from another teacher, or has another stage's settings or rewards."""
+    """A stage must not start from another model, learn from another teacher, or have another stage's settings or
+    rewards."""
     calls = Calls(monkeypatch, cold_steps=2, cold_prompts=30, cold_epochs=5, dev2_steps=6, sft_steps=7, sft_epochs=8,
                   r1_steps=9, distill_steps=10, distill_epochs=11, distill_prompts=12, distill_minibatches=13,
                   everyday_share=1.0)
@@ -279,7 +286,8 @@ def test_what_each_stage_is_made_of(monkeypatch):
 
 
 def test_fine_tuning_takes_turns(monkeypatch):
-    """Every step asks the same teacher, a teacher gets the other's problems, or the student learns at another rate."""
+    """The steps must take turns between the teachers, a teacher must not get the other's problems, and the student must
+    learn at the rates of this stage."""
     asked, made = [], []
     monkeypatch.setattr(r1, "Optimizer", lambda *args: made.append(args) or "optimizer")
     monkeypatch.setattr(r1, "distill_step", lambda model, teacher, optimizer, problems, reward_fn, task, cfg, *rest:
@@ -315,7 +323,7 @@ def pipeline(tmp_path_factory):
 
 
 def test_the_pipeline_runs(pipeline, capsys):
-    """A stage is missing, starts from the wrong model, or is not evaluated in what this task measures."""
+    """Every stage must run and start from the correct model. Its evaluation must include the metrics of this task."""
     out, _, printed = pipeline
     found = results(out)["models"]
     assert list(found) == ["base", "zero", "dev1", "dev2", "dev3", "r1", "student_base", "student", "student_sft"]
@@ -331,7 +339,7 @@ def test_the_pipeline_runs(pipeline, capsys):
 
 
 def test_a_stage_that_is_made_again_is_the_same(pipeline):
-    """A stage's samples hang on something else than seed, stage and step."""
+    """A stage's samples must depend only on seed, stage and step."""
     out, args, _ = pipeline
     again = ("dev3", "student_sft")
     for name in again:
@@ -345,7 +353,7 @@ def test_a_stage_that_is_made_again_is_the_same(pipeline):
 
 
 def test_settings_of_later_stages_are_refused(pipeline, capsys):
-    """A stage goes on from one that was made with another reward."""
+    """A stage must not continue from one that was made with another reward."""
     _, (_, _, *args), _ = pipeline
     assert run_command(PROGRAM, [*args, "--language_weight=0.5"]) == 2
     error = capsys.readouterr().err
@@ -354,7 +362,7 @@ def test_settings_of_later_stages_are_refused(pipeline, capsys):
 
 
 def test_train_does_not_know_the_pipeline(tmp_path):
-    """A reader of R1-Zero alone meets R1's further stages, or an import goes in a circle."""
+    """A reader of R1-Zero alone must not need R1's further stages, and no import may be circular."""
     code = "import sys, train; assert 'r1' not in sys.modules; print(list(train.STAGES))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "['base', 'zero', 'student_base', 'student']"

@@ -11,7 +11,7 @@ THINK, END_THINK, ANSWER, END_ANSWER = TAGS
 
 # completion to "8*7-19", whose answer is 37; the accuracy and the format that it must get
 TABLE = [
-    # as it should be
+    # correct and well formed
     ("<think>8*7=56, 56-19=37</think><answer>37</answer>", 1, 1),
     ("<think>8*7=56, 56-19=37</think>\n\n<answer>37</answer>", 1, 1),
     ("  \n<think>\nx\n</think>\t<answer>\n37\n</answer>\r\n", 1, 1),
@@ -55,7 +55,7 @@ TABLE = [
     ("<think>x</think><answer><b>37</b></answer>", 0, 1),
     ("<think>x</think><answer>[37]</answer>", 0, 1),
     ("<think>x</think><answer>None</answer>", 0, 1),
-    # right, with text where none belongs
+    # correct, with text where none belongs
     ("So: <think>x</think><answer>37</answer>", 1, 0),
     ("<think>x</think>so<answer>37</answer>", 1, 0),
     ("<think>x</think><answer>37</answer>.", 1, 0),
@@ -128,7 +128,8 @@ TABLE = [
 
 @pytest.mark.parametrize("completion, accuracy, well_formed", TABLE)
 def test_table(completion, accuracy, well_formed):
-    """Somewhere, each of these completions got a reward that it had not earned, or was refused one that it had."""
+    """Each of these completions is a trick or an edge case. It must not get a reward that it has not earned, or miss
+    one that it has earned."""
     assert accuracy_reward(completion, parse("8*7-19")) == accuracy
     assert format_reward(completion) == well_formed
 
@@ -141,7 +142,8 @@ def test_table(completion, accuracy, well_formed):
     ("9*9-1", "80", ("8_0", "8e1", "0080", "80%", "80 = 80", "8\u06f0")),
 ])
 def test_integers(question, right, wrong):
-    """int() accepts "-0", "007", " 7", "1_0" and the digits of every script. check() must accept one spelling alone."""
+    """int() accepts "-0", "007", " 7", "1_0" and the digits of every script. check() must accept exactly one
+    spelling."""
     problem = parse(question)
     assert problem.check(right) and not any(problem.check(answer) for answer in wrong)
     assert accuracy_reward(f"<think>x</think><answer> {right}\n</answer>", problem) == 1.0
@@ -200,8 +202,8 @@ def mutated(rng):
 
 
 def test_random_completions_get_what_the_second_parser_gives():
-    """On some odd string a parser may raise an exception, or give a reward that the rules do not. A second parser
-    judges 100,000 strings."""
+    """An odd string must not raise an exception, or get a reward that the rules do not give. A second parser checks
+    100,000 strings."""
     rng, problem, counts = random.Random(0), parse("8*7-19"), {}
     for _ in range(100_000):
         completion = mutated(rng)
@@ -216,7 +218,7 @@ def test_random_completions_get_what_the_second_parser_gives():
 
 
 class Counted(str):
-    """A string that adds up how many characters its methods look at, at most."""
+    """A string that counts the characters that its methods read, at most."""
     read = calls = 0
 
 
@@ -245,8 +247,8 @@ HARD = [lambda n: THINK * n, lambda n: "<" * n, lambda n: "<think>" + "<thin" * 
 
 @pytest.mark.parametrize("hard", HARD)
 def test_parsing_is_linear(hard):
-    """A regular expression that backtracks takes minutes for one long sample. This counts characters and calls, which
-    depends on no clock."""
+    """A regular expression that backtracks may take minutes for one long sample. This test counts characters and calls,
+    so it does not depend on a clock."""
     def work(n):
         """(characters read, calls of string methods, names of all functions written in C) for one scoring."""
         c_calls, text = [], Counted(hard(n))
@@ -265,7 +267,7 @@ def test_parsing_is_linear(hard):
 
 def test_very_long_completions_get_nothing():
     """Without a cap, one sample could cost any amount of time. A cap that is off by one would refuse the longest
-    length."""
+    completion that is allowed."""
     problem, frame = parse("8*7-19"), "<think>{}</think><answer>37</answer>"
     for extra, reward in ((0, 1.0), (1, 0.0), (10 * MAX_CHARS, 0.0)):
         completion = frame.format("x" * (MAX_CHARS - len(frame.format("")) + extra))
@@ -282,8 +284,8 @@ def test_reflection_counts_words(text, expected):
 
 @pytest.mark.parametrize("completion, accuracy, well_formed", TABLE[::7] + [("<think>wait</think>", 0, 0)])
 def test_rule_rewards_are_the_two_rewards(completion, accuracy, well_formed):
-    """If a task's rewards were other rules than the two that are tested here, or if reflecting earned anything,
-    training would reward what no test looks at."""
+    """A task must use exactly the two rewards that are tested here, and reflection must earn nothing. Otherwise
+    training would reward something that no test checks."""
     scores = rule_rewards(completion, parse("8*7-19"))
     assert scores == {"accuracy": accuracy, "format": well_formed, "reflection": float("wait" in completion)}
     assert list(scores) == ["accuracy", "format", "reflection"] and {type(v) for v in scores.values()} == {float}

@@ -1,5 +1,5 @@
 """Two ways to sample: GPT.generate, which reads the whole text again for each token, and engine.speed.sampler.generate,
-which every run uses. Most tests ask both."""
+which every run uses. Most tests check both."""
 import itertools
 
 import pytest
@@ -37,7 +37,7 @@ def test_cache_gives_the_logits_of_the_full_pass(make_gpt):
     cache = Cache(model, torch.tensor([longest - len(p) for p in rows]), longest + 12)
     logits = read(model, torch.tensor([[EOS] * (longest - len(p)) + p for p in rows]), cache)
     keep_at = {2: [2, 0, 1, 1], 6: [2, 0], 8: [1]}  # reordered, repeated, dropped
-    moved_at = {4: ([0], [3], 3)}  # the last takes the first one's place
+    moved_at = {4: ([0], [3], 3)}  # the last row takes the place of the first
     for t in range(11):
         full = torch.stack([next_logits(model, row) for row in rows])
         assert torch.allclose(logits, full, atol=1e-5), f"step {t}"
@@ -71,7 +71,8 @@ def test_a_row_does_not_depend_on_its_batch(make_gpt):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_cache_keeps_the_shared_heads_once(family):
-    """Keys and values that are copied for each head that shares them would fill the memory of a pretrained model."""
+    """If keys and values were copied for each head that shares them, they would fill the memory of a pretrained
+    model."""
     model = make_family(family)
     cache = Cache(model, torch.zeros(2, dtype=torch.long), 8)
     with torch.inference_mode():
@@ -83,8 +84,8 @@ def test_the_cache_keeps_the_shared_heads_once(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_reader_multiplies_by_the_matrices_of_its_block(family):
-    """Joined in another order, a query's matrix makes keys. Rounded at another place, the sampler's distribution is
-    further from the training pass than need be."""
+    """If the matrices were joined in another order, a query's matrix would make keys. If the sampler rounded at another
+    place, its distribution would be further from the training pass than necessary."""
     block = make_family(family).blocks[1]
     for dtype in (torch.float32, torch.bfloat16):
         reader = Reader(block, dtype)
@@ -95,8 +96,8 @@ def test_a_reader_multiplies_by_the_matrices_of_its_block(family):
 
 @pytest.mark.parametrize("family", ("made here", "qwen2"))
 def test_in_bfloat16_the_cache_rounds_as_the_model_does(sample, family):
-    """A sampler that computes in another type than training is further from it than the rounding of one pass. Its keys
-    and values would take twice the memory."""
+    """If the sampler had another compute dtype than training, the two would differ by more than the rounding of one
+    pass. Keys and values in float32 would take twice the memory."""
     model = make_family(family)
     model.dtype = torch.bfloat16
     for i, (completion, found) in enumerate(zip(*sample(model, samples=4))):
@@ -159,8 +160,8 @@ def test_samples_have_the_models_frequencies(sample, assert_frequencies, family,
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_temperature_0_takes_the_likeliest(sample, family):
-    """Temperature 0 as a division by 0.0001 takes another token now and then, and as a division by 0 it gives NaN. Its
-    log-probabilities are those of temperature 1: at temperature 0 all would be 0, and would say nothing."""
+    """Temperature 0 must not be a division by 0.0001, which sometimes takes another token, or by 0, which gives NaN.
+    The log-probabilities must be those of temperature 1: at temperature 0 all would be 0, and would say nothing."""
     model = make_family(family)
     completions, logp = sample(model, temperature=0.0)
     for prompt, completion, found in zip(PROMPTS, completions, logp, strict=True):
@@ -172,8 +173,8 @@ def test_temperature_0_takes_the_likeliest(sample, family):
 
 
 def test_draw_takes_no_token_of_probability_0():
-    """At u = 0 an inverted distribution that counts "<" takes the first token, and a rounded sum may count all V of
-    them."""
+    """The drawn token is the number of cumulative probabilities <= u. With "<", u = 0 would take the first token, even
+    if its probability is 0. With rounding, the number may be V, which is no token."""
     logits = torch.tensor([[float("-inf"), 2.0, 1.0, float("-inf")]])
     for u, expected in ((0.0, 1), (0.7, 1), (0.75, 2), (1 - 2**-24, 2)):
         token, logp = draw(logits, 1.0, torch.tensor([[u]]))
@@ -244,7 +245,7 @@ def test_prompts_that_cannot_be_answered_are_refused(make_gpt, sample, prompts, 
 
 
 def test_a_prompt_that_just_fits_is_answered(make_gpt, sample):
-    """A limit that is off by one refuses the longest prompt that fits. And an empty list of prompts is no error: it
+    """A limit that is off by one would refuse the longest prompt that fits. An empty list of prompts is no error: it
     gives an empty list of completions."""
     completions, logp = sample(make_gpt(), [[1] * 44], max_new_tokens=4)
     assert 1 <= len(completions[0]) == len(logp[0]) <= 4
@@ -255,7 +256,7 @@ def test_a_prompt_that_just_fits_is_answered(make_gpt, sample):
 
 
 class Counting:
-    """sampler.next_token, which keeps the sizes of its batches."""
+    """sampler.next_token, which also records the sizes of its batches."""
 
     def __init__(self):
         self.sizes = []
@@ -266,7 +267,8 @@ class Counting:
 
 
 def test_rows_that_ended_with_any_stop_token_leave_the_batch(make_gpt):
-    """If a row that ended with the second stop token stays in the batch, sampling goes on to the budget for nothing."""
+    """If a row that ended with the second stop token stayed in the batch, it would be sampled to the end for
+    nothing."""
     model, none, some = make_gpt(vocab_size=5), Counting(), Counting()
     options = dict(max_new_tokens=12, generator=torch.Generator().manual_seed(0))
     completions, _ = Sampler(model, none)(PROMPTS, samples=8, stop_ids=(0, 1, 2, 3, 4), **options)
@@ -276,7 +278,8 @@ def test_rows_that_ended_with_any_stop_token_leave_the_batch(make_gpt):
 
 
 def test_a_sampler_is_generate_of_its_model(make_gpt):
-    """A stand-in for model.generate that forgets an argument would train on other samples than were asked for."""
+    """If Sampler, which replaces model.generate, left out an argument, a run would train on other samples than it asked
+    for."""
     model, options = make_gpt(), dict(stop_ids=(EOS, 3), samples=3, temperature=0.8)
     found, expected = (one(PROMPTS, 9, generator=torch.Generator().manual_seed(5), **options)
                        for one in (Sampler(model), lambda *args, **more: sampler.generate(model, *args, **more)))
@@ -284,7 +287,8 @@ def test_a_sampler_is_generate_of_its_model(make_gpt):
 
 
 def test_batches_shrink_in_few_sizes():
-    """With a size for each number of rows, the CPU's library writes new machine code for nearly every token."""
+    """If every number of rows had a batch size of its own, the CPU's library would make new kernels for nearly every
+    token."""
     for device, room in (("cpu", 1.5), ("cuda", 2.0)):
         sizes = [batch_size(n, torch.device(device)) for n in range(1, 1025)]
         assert all(n <= size for n, size in enumerate(sizes, start=1))

@@ -18,7 +18,8 @@ def kept(out):
 
 
 def test_what_is_kept(quick):
-    """The steps are others than said, the problems change on the way, or rewards and answers do not belong together."""
+    """The steps must be the stated ones, the problems must not change during a stage, and rewards must belong to their
+    answers."""
     rows = kept(quick)
     assert sorted({(row["stage"], row["model"], row["step"]) for row in rows}) == [
         *(("student", "student", step) for step in (0, 1, 2, 5, 9)), ("student", "teacher", 0),
@@ -40,7 +41,8 @@ def test_what_is_kept(quick):
 
 
 def test_a_killed_run_keeps_no_row_twice(quick, tmp_path, monkeypatch):
-    """A resumed run has the rows of its first attempt twice, or draws otherwise; or keeping samples changes the run."""
+    """A resumed run must not keep the rows of its first attempt twice, or draw other samples. Keeping samples must not
+    change the run."""
     copy(quick, tmp_path, "base.pt")
     steps = []
 
@@ -54,7 +56,7 @@ def test_a_killed_run_keeps_no_row_twice(quick, tmp_path, monkeypatch):
     assert main([*QUICK, "--stage=zero", f"--out={tmp_path}"]) == 130
     monkeypatch.undo()
     rows = kept(tmp_path)
-    later = [{**row, "step": 5} for row in rows if row["step"] == 2]  # as of an attempt that got further
+    later = [{**row, "step": 5} for row in rows if row["step"] == 2]  # as if from an attempt that got further
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows + later))
     assert main([*QUICK, "--stage=zero", f"--out={tmp_path}"]) == 0
     assert kept(tmp_path) == [row for row in kept(quick) if row["stage"] == "zero"]
@@ -63,7 +65,7 @@ def test_a_killed_run_keeps_no_row_twice(quick, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("terminal, no_color, coloured", ((True, "", True), (True, "1", False), (False, "", False)))
 def test_what_is_printed(quick, capsys, monkeypatch, terminal, no_color, coloured):
-    """A line is wider than a terminal, or a pipe gets colours."""
+    """A line must not be wider than a terminal, and a pipe must not get colours."""
     monkeypatch.setenv("NO_COLOR", no_color)
     monkeypatch.setattr("sys.stdout.isatty", lambda: terminal, raising=False)
     assert samples.main([f"--out={quick}", "--problem=2"]) == 0
@@ -78,7 +80,7 @@ def test_what_is_printed(quick, capsys, monkeypatch, terminal, no_color, coloure
 @pytest.mark.parametrize("args, words", (("--out=nowhere", "run python train.py first"), ("--problem=5", "at most 4"),
                                          ("--stage=base", "no such problem"), ("--answers=0", "above 0")))
 def test_bad_input(quick, capsys, args, words):
-    """A mistake ends in a traceback."""
+    """A mistake must not end in a traceback."""
     assert samples.main([*([] if "out" in args else [f"--out={quick}"]), args]) == 2
     printed = capsys.readouterr()
     assert words in printed.err and printed.err.count("\n") == 1 and not printed.out

@@ -1,4 +1,4 @@
-"""The settings: what each shapes, what is refused, and what is read from the classes that declare them."""
+"""The settings: which stages each one shapes, what is refused, and what is read from the classes that declare them."""
 import dataclasses
 import importlib
 import inspect
@@ -23,7 +23,8 @@ from train import Config
 SETTINGS = settings_of(Config)
 FOUR = "base zero student_base student"
 
-# Which checkpoints a change of each setting must refuse (and "evaluation": which figures it makes stale), by hand.
+# The stages whose checkpoints a change of a setting must refuse, written by hand. "evaluation" stands for figures that
+# the change makes stale.
 SHAPES = {
     "device dtype compile threads micro_batch save_every eval_every": "",
     "seed task max_ops max_number max_factor parentheses init": f"{FOUR} evaluation",
@@ -38,7 +39,7 @@ SHAPES = {
     "distill_temperature on_policy": "student",
     "eval_problems": "evaluation",
 }
-# The same of r1.py.
+# The same for r1.py.
 STUDENTS = "student student_sft"
 LATE = f"dev2 dev3 r1 {STUDENTS}"
 ALL_OF_R1 = f"base zero dev1 {LATE} student_base"
@@ -62,7 +63,7 @@ SHAPES_OF_R1 = {
 }
 
 
-# What a change refuses
+# Changed settings
 
 
 def changed(cfg, name, kind):
@@ -81,8 +82,8 @@ def changed(cfg, name, kind):
 
 @pytest.mark.parametrize("program, table", [(train, SHAPES), (r1, SHAPES_OF_R1)], ids=["train", "r1"])
 def test_a_change_is_refused_where_it_shaped_something(program, table):
-    """A stage that names too few settings goes on from a checkpoint that was made otherwise; one that names too many
-    refuses a checkpoint that is as good as before."""
+    """A stage that names too few settings would continue from a checkpoint that was made with other values. A stage
+    that names too many would refuse a checkpoint that is still valid."""
     by_hand = {name: set(stages.split()) for names, stages in table.items() for name in names.split()}
     assert by_hand.keys() == vars(program.Config()).keys(), "a new setting needs a line in the table"
     shaping = {stage: shaped_by(program.STAGES, stage) for stage in program.STAGES}
@@ -97,7 +98,7 @@ def test_a_change_is_refused_where_it_shaped_something(program, table):
 
 
 def test_other_settings_are_refused(quick, refused):
-    """Stages of one run that were made with different settings: results.json would describe neither."""
+    """If the stages of one run were made with different settings, results.json would describe neither."""
     before = {path: path.read_bytes() for path in quick.iterdir()}
     line = refused(*QUICK, "--kl_coef=0.5", f"--out={quick}")
     assert "zero.pt was made with kl_coef=0.001, not 0.5" in line and "another --out" in line
@@ -106,7 +107,7 @@ def test_other_settings_are_refused(quick, refused):
 
 
 def test_a_begun_stage_keeps_its_settings(quick, tmp_path, refused):
-    """A stage that goes on from resume.pt with other settings than it began with."""
+    """A stage must not resume from resume.pt with other settings than it began with."""
     copy(quick, tmp_path, "base.pt")
     half = torch.load(quick / "zero.pt", weights_only=True) | {"step": 3}
     torch.save(half, tmp_path / "resume.pt")
@@ -114,8 +115,8 @@ def test_a_begun_stage_keeps_its_settings(quick, tmp_path, refused):
 
 
 def test_a_setting_that_a_checkpoint_lacks(quick, tmp_path, refused):
-    """A fork adds a setting: its older checkpoints are refused although the setting has its default, or are taken for
-    ones that were made with another value."""
+    """A fork adds a setting. Its older checkpoints must not be refused if the setting has its default, and must be
+    refused if it has another value."""
     files = [f"{name}.pt" for name in NAMES] + ["log.jsonl", "results.json"]
     copy(quick, tmp_path, *files)
     content = torch.load(quick / "zero.pt", weights_only=True)
@@ -130,15 +131,16 @@ def test_a_setting_that_a_checkpoint_lacks(quick, tmp_path, refused):
 
 
 def test_a_file_is_compared_by_its_content():
-    """A run is refused because its file lies in another folder now, or goes on with another file of the same name."""
+    """A run must not be refused because its file is in another folder, and must not continue with another file of the
+    same name."""
     stored = {"corpus": "/home/me/text.txt (crc32 0000abcd)"}
     assert change(Config(corpus="../text.txt (crc32 0000abcd)"), stored, ["corpus"]) == ""
     assert change(Config(corpus="/home/me/text.txt (crc32 0000abce)"), stored, ["corpus"]).startswith("corpus=")
 
 
 def test_changed_evaluation_is_done_again(quick, tmp_path, capsys):
-    """A setting of the evaluation alone that refuses a finished run, or leaves figures of the former setting; or a
-    finished run that is evaluated again for nothing."""
+    """A setting of the evaluation alone must not refuse a finished run, or leave the figures of the former setting. A
+    finished run must not be evaluated again without a reason."""
     copy(quick, tmp_path, *[f"{name}.pt" for name in NAMES], "log.jsonl", "results.json")
     trained = {path: path.read_bytes() for path in tmp_path.glob("*.pt")}
     assert main([*QUICK, "--eval_problems=2", f"--out={tmp_path}"]) == 0
@@ -156,7 +158,7 @@ def test_changed_evaluation_is_done_again(quick, tmp_path, capsys):
 
 
 def test_a_setting_without_a_comment_is_an_error():
-    """A setting whose help is empty, or is what stands behind another one."""
+    """A setting must not have an empty help text, or the comment of another setting."""
     @dataclass
     class Explained:
         first: int = 1  # the first
@@ -183,7 +185,7 @@ def test_a_setting_without_a_comment_is_an_error():
 
 
 def test_a_setting_that_two_groups_declare_is_an_error():
-    """Two groups use one name for two things: a value for one silently sets the other."""
+    """If two groups used one name for two things, a value for one would silently set the other."""
     @dataclass
     class Mine:
         seed: int = 3  # another seed
@@ -197,7 +199,7 @@ def test_a_setting_that_two_groups_declare_is_an_error():
 
 
 def test_a_subclass_may_change_a_default():
-    """A program with another default has to repeat a whole group, or its default does not arrive."""
+    """A program with another default must not have to repeat a whole group, and its default must be used."""
     @dataclass
     class Longer(Config):
         rl_steps: int = 500  # more rollouts
@@ -211,7 +213,7 @@ def test_a_subclass_may_change_a_default():
 
 
 def test_the_order_is_that_of_the_bases():
-    """--help begins with the last group, as dataclasses.fields does, or tears a group apart."""
+    """--help must not begin with the last group, as dataclasses.fields does, or tear a group apart."""
     budget = ["rl_max_new_tokens", "micro_batch"]  # of grpo.Budget, the base of two groups
     expected = [name for group in Config.__bases__ for name in inspect.get_annotations(group)]
     assert [name for name in SETTINGS if name not in budget] == expected
@@ -220,7 +222,7 @@ def test_the_order_is_that_of_the_bases():
 
 
 def test_choices_are_those_of_the_type():
-    """A list of choices beside the type, which a new choice would have to be added to as well."""
+    """If there were a list of choices beside the type, each new choice would have to be added to both."""
     @dataclass
     class Colours:
         colour: Literal["red", "green"] = "red"  # of the lamp
@@ -246,8 +248,8 @@ class Config(train.Config, Group):
 
 
 def test_without_sources_help_is_empty(tmp_path, monkeypatch, capsys):
-    """Only .pyc files were installed, or a class was typed in (python -c): the program ends in a traceback over its own
-    help."""
+    """The help texts come from the source. If only .pyc files were installed, or a class was typed in (python -c), the
+    program must not end in a traceback over its help."""
     (tmp_path / "group.py").write_text(SOURCE)
     py_compile.compile(str(tmp_path / "group.py"), cfile=str(tmp_path / "without_sources.pyc"))
     monkeypatch.syspath_prepend(tmp_path)
@@ -256,7 +258,7 @@ def test_without_sources_help_is_empty(tmp_path, monkeypatch, capsys):
         settings_of(importlib.import_module("group").Group)
     (tmp_path / "group.py").unlink()
     compiled = importlib.import_module("without_sources")
-    typed = types.ModuleType("typed_in")  # as python -c, such a module has no file
+    typed = types.ModuleType("typed_in")  # like python -c, such a module has no file
     monkeypatch.setitem(sys.modules, "typed_in", typed)
     exec(SOURCE, typed.__dict__)
     for module in (compiled, typed):
@@ -267,7 +269,7 @@ def test_without_sources_help_is_empty(tmp_path, monkeypatch, capsys):
             run_command(PROGRAM._replace(config=module.Config), ["--help"])
         printed = " ".join(capsys.readouterr().out.split())
         assert stop.value.code == 0 and "--depth VALUE (default: 3) --way {True,False} (default: True)" in printed
-        assert "--rl_steps VALUE rollouts (default: 200)" in printed
+        assert "--rl_steps VALUE steps of RL, each with a new rollout (default: 200)" in printed
     for name in ("group", "without_sources"):
         monkeypatch.delitem(sys.modules, name)
 
@@ -276,7 +278,7 @@ def test_without_sources_help_is_empty(tmp_path, monkeypatch, capsys):
 
 
 def test_a_number_must_be_above_0_but_for_a_table():
-    """A learning rate of 0 trains nothing and says nothing; or 0 is refused where it means "without"."""
+    """A learning rate of 0 would silently train nothing. But 0 must not be refused where it means "without"."""
     at_least_0 = """threads micro_batch save_every eval_every seed shots base_tokens student_base_tokens base_muon_lr
                     ref_every kl_coef accuracy_weight format_weight distill_muon_lr""".split()
     at_least_2 = "max_ops max_factor rl_samples".split()
@@ -297,7 +299,7 @@ def test_a_number_must_be_above_0_but_for_a_table():
 
 @pytest.mark.parametrize("values", [*PRESETS.values(), OF_INIT], ids=[*PRESETS, "init"])
 def test_presets_hold_settings_of_the_right_types(values):
-    """A preset with a misspelled name, or a value that the command line would refuse."""
+    """A preset must not have a misspelled name, or a value that the command line would refuse."""
     for name, value in values.items():
         setting = SETTINGS[name]
         assert type(value) is setting.type or value in setting.choices, name
@@ -305,7 +307,7 @@ def test_presets_hold_settings_of_the_right_types(values):
 
 
 def test_defaults_are_allowed_and_fit_their_types():
-    """A default that the command line would refuse."""
+    """The command line must not refuse a default."""
     for config in (Config, r1.Config):
         for name, setting in settings_of(config).items():
             assert type(setting.default) is setting.type or setting.default in setting.choices, name
@@ -314,7 +316,7 @@ def test_defaults_are_allowed_and_fit_their_types():
 
 
 def test_names_of_groups_and_single_names():
-    """A single setting that shapes a stage is left out, or is taken for a group."""
+    """A single setting that shapes a stage must not be left out, or be taken for a group."""
     assert names_of((Evaluation, "rl_max_new_tokens")) == ["eval_problems", "rl_max_new_tokens"]
     assert names_of((Task,))[0] == "seed" and names_of(()) == []
     assert not {"device", "save_every", "micro_batch"} & set(shaped_by(train.STAGES, "student"))

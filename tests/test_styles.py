@@ -1,4 +1,4 @@
-"""The table of what the base reads."""
+"""The table of the response styles that the base reads."""
 import pytest
 
 import styles
@@ -7,7 +7,8 @@ from data import arithmetic, countdown
 
 @pytest.mark.parametrize("name, shares", [("arithmetic", arithmetic.STYLES), ("countdown", countdown.STYLES)])
 def test_the_table_shows_every_style(name, shares):
-    """The table would leave out a style, count another task's threads, or show shares that do not add up."""
+    """The table must not leave out a response style, count another task's threads, or show shares that do not add
+    up."""
     table = styles.style_table(styles.TASKS[name](), n=2000)
     header, line, *rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.split("\n")]
     assert [row[0] for row in rows] == list(shares)
@@ -17,7 +18,7 @@ def test_the_table_shows_every_style(name, shares):
 
 
 def test_bad_input(capsys):
-    """A misspelt task would print another task's table, or end in a traceback."""
+    """A misspelt task must not print another task's table, or end in a traceback."""
     for argv in (["chess"], ["arithmetic", "countdown"], ["--help"]):
         assert styles.main(argv) == 2
         printed = capsys.readouterr()

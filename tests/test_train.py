@@ -1,4 +1,4 @@
-"""The stages of train.py: what they start from, what they are asked, what they learn and log."""
+"""The stages of train.py: their starting models, their problems, what they learn, and what they log."""
 import os
 import random
 import re
@@ -23,7 +23,7 @@ from train import Config, pretrain, reward_function
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny_under_way(request, tmp_path_factory):
-    """Begins the README's smoke run beside the first tests of this file, if others want it."""
+    """Start the README's smoke run beside the first tests of this file, if a test needs it."""
     if not any("tiny" in item.fixturenames for item in request.session.items):
         return (yield)
     out = tmp_path_factory.mktemp("tiny")
@@ -36,7 +36,7 @@ def tiny_under_way(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tiny(tiny_under_way):
-    """The smoke run, finished: where it wrote, and what it printed."""
+    """The finished smoke run -> its folder, and what it printed."""
     out, process = tiny_under_way
     stdout, stderr = process.communicate()
     assert process.returncode == 0, stderr
@@ -47,7 +47,8 @@ def tiny(tiny_under_way):
 
 
 def test_who_is_asked_longer_problems(quick, tmp_path, monkeypatch):
-    """Zero trains on problems as long as the hard ones, whose lengths it must not have met; or the student does not."""
+    """zero must not train on problems as long as the hard ones, which test it on lengths that it has not met. The
+    student must train on them."""
     asked = {"zero": [], "student": []}
 
     def recorded(step, stage):
@@ -66,7 +67,7 @@ def test_who_is_asked_longer_problems(quick, tmp_path, monkeypatch):
 
 
 def test_a_stage_that_is_made_again_is_evaluated_again(quick, tmp_path):
-    """results.json keeps the figures of a model that is gone."""
+    """results.json must not keep the figures of a model that has been replaced."""
     copy(quick, tmp_path, *(f"{name}.pt" for name in NAMES if name != "zero"), "log.jsonl", "results.json")
     text = (tmp_path / "results.json").read_text()
     (tmp_path / "results.json").write_text(re.sub(r'"params": \d+', '"params": 7', text))
@@ -79,8 +80,8 @@ def test_a_stage_that_is_made_again_is_evaluated_again(quick, tmp_path):
 
 
 def test_a_reward_of_ones_own(quick, tmp_path, monkeypatch):
-    """A task whose reward returns no more than docs/own.md asks for ends in a KeyError over "format", or is weighed as
-    if it were the built-in one."""
+    """A task's reward may return no more than docs/own.md asks for. This must not end in a KeyError over "format", and
+    the reward must not be weighted like the built-in one."""
     def even_length(completion, problem):
         right = float(len(completion) % 2 == 0)
         return {"reward": 5 * right - 1, "accuracy": right}
@@ -99,7 +100,7 @@ def test_a_reward_of_ones_own(quick, tmp_path, monkeypatch):
 
 
 def test_reward_is_weighed_as_set():
-    """A weight that is applied to the other reward, or a reward that is logged instead of what is maximised."""
+    """A weight must not be applied to the other reward, and the logged reward must be the one that is maximised."""
     run = SimpleNamespace(cfg=Config(accuracy_weight=10, format_weight=3), task=Arithmetic())
     problem = arithmetic.parse("8*7-19")
     right = "<think>8*7=56, 56-19=37</think><answer>37</answer>"
@@ -111,8 +112,8 @@ def test_reward_is_weighed_as_set():
 
 
 def test_the_gpu_preset_takes_its_steps(tmp_path):
-    """A preset that nobody can try on a laptop: prompts that do not fit its rows, a shape that its heads do not divide.
-    A few steps of each stage, on small batches for its full models."""
+    """Nobody can try the gpu preset on a laptop. Its prompts might not fit its rows, or its heads might not divide its
+    width. Here its full models take a few steps of each stage, on small batches."""
     few = ["--base_batch=1", "--base_tokens=512", "--student_base_batch=1", "--student_base_tokens=256",
            "--rl_steps=2", "--rl_prompts=2", "--rl_samples=2", "--distill_steps=1", "--distill_prompts=2",
            "--distill_minibatches=1", "--on_policy=True", "--eval_problems=2", "--rl_max_new_tokens=7"]
@@ -126,7 +127,7 @@ def test_the_gpu_preset_takes_its_steps(tmp_path):
 
 
 def test_countdown_passes_through_every_stage(tmp_path, capsys):
-    """A task that only the default's stages fit; a model asked with the other task's parser."""
+    """The stages must fit another task than the default one, and --ask must use the parser of the model's own task."""
     few = ["--base_tokens=9000", "--student_base_tokens=9000", "--rl_steps=2", "--distill_steps=2", "--eval_problems=2"]
     assert main([*QUICK, *few, "--task=countdown", f"--out={tmp_path}"]) == 0
     assert list(results(tmp_path)["models"]) == NAMES
@@ -137,7 +138,7 @@ def test_countdown_passes_through_every_stage(tmp_path, capsys):
 
 
 def test_importing_has_no_side_effect(tmp_path):
-    """A module that prints, warns or writes when a fork imports it."""
+    """A module must not print, warn or write when a fork imports it."""
     paths = [path for folder in ("*", "data/*", "engine/**/*") for path in sorted(ROOT.glob(f"{folder}.py"))]
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
     assert {"train", "r1", "data.corpus", "engine.loop", "engine.speed.graphs", "engine.pretrained"} <= set(names)
@@ -150,7 +151,8 @@ def test_importing_has_no_side_effect(tmp_path):
 
 
 def test_each_row_of_the_corpus_is_read_once():
-    """Rows are read twice or never, in the order in which they were written, or measured on and trained on."""
+    """A row must not be read twice or never, the rows must not come in the order in which they were written, and
+    held-out rows must not be trained on."""
     cfg, task = Config(device="cpu", block_size=40), Arithmetic()
     corpus = Corpus(task, cfg, n_steps=7, n_rows=3)
     batches = [corpus.batch(number) for number in range(1, 8)]
@@ -164,8 +166,8 @@ def test_each_row_of_the_corpus_is_read_once():
 
 
 def test_a_base_reads_the_same_however_long_the_other_is(monkeypatch):
-    """The student's base reads other rows if the teacher's base is trained on more tokens, or the corpus of both is
-    written twice."""
+    """The student's base must not read other rows if the teacher's base is trained on more tokens. The corpus of both
+    must not be written twice."""
     cfg, task, made = Config(device="cpu", block_size=40), Arithmetic(), []
     monkeypatch.setattr(Arithmetic, "make_corpus", lambda self, *args, make=Arithmetic.make_corpus:
                         made.append(args) or make(self, *args))
@@ -184,7 +186,8 @@ def test_a_base_reads_the_same_however_long_the_other_is(monkeypatch):
 
 
 def test_pretraining_is_the_mean_over_all_tokens(make_gpt, monkeypatch):
-    """Micro-batches of different sizes weigh the same, or held-out text is trained on or measured before the update."""
+    """Micro-batches of different sizes must not have the same weight. Held-out text must not be trained on, or measured
+    before the update."""
     task, logged, optimizers = Arithmetic(), [], []
     cfg = Config(device="cpu", block_size=40, micro_batch=100)  # 2, 2 and 1 of 5 rows at a time
 
@@ -227,7 +230,7 @@ def test_pretraining_is_the_mean_over_all_tokens(make_gpt, monkeypatch):
 
 
 def test_tiny_learns(tiny):
-    """A recipe in which some stage no longer learns would still run to its end."""
+    """If some stage did not learn, the recipe would still run to its end."""
     out, _ = tiny
     log = rows(out)
     base = [row["loss"] for row in log if row["stage"] == "base"]
@@ -238,21 +241,23 @@ def test_tiny_learns(tiny):
 
 
 def test_log_has_a_row_for_every_step(tiny):
-    """A step without a row, a metric that the terminal shows and the log has not."""
+    """Every step must have a row, and the log must have every metric that the terminal shows."""
     out, stdout = tiny
     steps = {name: [row["step"] for row in rows(out) if row["stage"] == name] for name in NAMES}
     for found in steps.values():
         assert found == list(range(1, len(found) + 1))
     zero = next(row for row in rows(out) if row["stage"] == "zero")
-    assert {"loss", "grad_norm", "reward", "accuracy", "format", "length", "length_wrong", "kl", "ratio", "clip_low",
-            "clip_high", "entropy", "no_signal", "reflection", "truncated", "tokens_per_s"} <= set(zero)
+    assert {"loss", "grad_norm", "reward", "accuracy", "format", "length", "length_wrong", "kl", "ratio",
+            "clip_fraction_low", "clip_fraction_high", "entropy", "no_signal", "reflection",
+            "truncated", "tokens_per_s"} <= set(zero)
     shown = dict(re.findall(r"  ([a-z_]+) ([0-9.e+-]+)", re.search("zero 1/12.*", stdout).group()))
     for key in ("loss", "reward", "accuracy", "format", "length", "entropy", "no_signal"):
         assert float(shown[key]) == pytest.approx(zero[key], rel=5e-3), key  # three digits
 
 
 def test_reference_is_refreshed(tiny, tmp_path):
-    """--ref_every that never refreshes, or at the wrong steps: the KL to a reference as young as the policy is 0."""
+    """--ref_every must refresh the reference, and at the correct steps. The KL to a reference that equals the policy is
+    0."""
     copy(tiny[0], tmp_path, "base.pt")
     args = ["--preset=tiny", "--threads=1", "--stage=zero", "--rl_steps=5", "--rl_minibatches=1", "--kl_coef=0.001",
             "--eval_problems=2", "--ref_every=2"]

@@ -1,0 +1,1 @@
+"""Pretrained models as the base (--init): their tokenizers (bpe.py), prompts (chat.py) and weights (weights.py)."""

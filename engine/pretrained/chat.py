@@ -1,14 +1,14 @@
-"""How a model from elsewhere is asked a problem: by its own chat template, after an instruction and worked examples.
+"""The prompts of a pretrained model: an instruction, solved examples and the question, in the model's chat template.
 
-    --instruction=TEXT   what stands before the questions, by default what R1-Zero was told
-    --shots=N            how many worked examples come first, each a training problem with its answer
+    --instruction=TEXT   the text before the questions; by default R1-Zero's
+    --shots=N            the number of solved examples, each a training problem with its chain of thought and answer
 
 A chat template is a small program in the model's folder that turns messages into text. It is foreign code, so it runs
-in jinja2's sandbox. Without one, the prompt is that of the built-in world, "User: ..." and "Assistant:". The rewards
-see the completion alone.
+in jinja2's sandbox. Without a template, the prompt is that of the built-in tasks, "User: ..." and "Assistant:". The
+rewards see only the completion.
 
-No text can inject a special token. The template is filled with one character for each text, its special tokens are
-found, and only then do the texts take their places, where "<|im_end|>" is ten plain characters.
+No text can inject a special token. First the template is filled with one placeholder character for each text, and its
+special tokens are found. Then the texts replace the placeholders, so "<|im_end|>" in a text is ten plain characters.
 """
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ R1_ZERO = ("A conversation between User and Assistant. The User asks a question 
            "Assistant first thinks about the reasoning process in the mind and then provides the User with the answer. "
            "The reasoning process and answer are enclosed within <think>...</think> and <answer>...</answer> tags, "
            "respectively, that is, <think>reasoning process here </think> <answer> answer here </answer>.")
-SLOT = 0xE000  # the first of the characters that stand for texts; Unicode leaves them to private use
+SLOT = 0xE000  # the first placeholder character; Unicode reserves these characters for private use
 
 
 def read_template(folder: Path, tokenizer_config: dict) -> str | None:
@@ -40,9 +40,9 @@ def read_template(folder: Path, tokenizer_config: dict) -> str | None:
 
 
 def fill_template(template: str, messages: list[dict], names: dict[str, str]) -> str:
-    """The text that a chat template makes of messages, up to where the model goes on. `names` are its special tokens,
-    such as bos_token. Raises ValueError if the template fails."""
-    from jinja2 import TemplateError  # torch needs jinja2, so it is there
+    """The text that a chat template makes of messages, up to the model's answer. `names` maps variables of the
+    template, such as bos_token, to special tokens. Raises ValueError if the template fails."""
+    from jinja2 import TemplateError  # installed with torch, which needs jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def raise_exception(message: str):
@@ -53,17 +53,17 @@ def fill_template(template: str, messages: list[dict], names: dict[str, str]) ->
     try:
         return environment.from_string(template).render(messages=messages, add_generation_prompt=True, tools=None,
                                                         documents=None, raise_exception=raise_exception, **names)
-    except Exception as error:  # whatever foreign code raises
+    except Exception as error:  # foreign code may raise anything
         raise ValueError(f"the chat template fails: {error}") from None
 
 
 class Pretrained:
-    """A task as the model of a folder is asked it. Everything that is not here is the wrapped task's. Raises ValueError
-    for a tokenizer or a template that cannot be used."""
+    """A task with the prompts and the tokenizer of the model in `folder`. Everything else is the wrapped task's. Raises
+    ValueError for a tokenizer or a template that cannot be used."""
 
     def __init__(self, task, folder: str, instruction: str):
         self.task, self.instruction, path, config = task, instruction, Path(folder), {}
-        for name in ("config.json", "generation_config.json", "tokenizer_config.json"):  # what is read later rules
+        for name in ("config.json", "generation_config.json", "tokenizer_config.json"):  # a later file wins
             if (path / name).exists():
                 config |= {key: value for key, value in read_json(path, name).items() if value is not None}
         self.template = read_template(path, config)
@@ -72,7 +72,7 @@ class Pretrained:
                       if key in ("bos_token", "eos_token", "pad_token", "unk_token")}
         stop = config.get("eos_token_id", self.encoding.specials.get(self.names.get("eos_token"), []))
         self.stop_ids = tuple(stop if isinstance(stop, list) else [stop])
-        if self.template:  # also the token that the template puts after an answer
+        if self.template:  # the token that the template puts after an answer ends one, too
             text = fill_template(self.template, [{"role": "user", "content": "?"},
                                                  {"role": "assistant", "content": chr(SLOT)}], self.names)
             end = re.match(rf"\s*({self.encoding.special_pattern})", text.partition(chr(SLOT))[2])
@@ -85,7 +85,7 @@ class Pretrained:
     __getattr__ = OwnProblems.__getattr__
 
     def show(self, examples: list) -> None:
-        """Put these problems before every question from now on, each with its working and its answer."""
+        """Put these problems before every question from now on, each with its chain of thought and its answer."""
         texts = [text for problem in examples for text in (
             problem.question, f"<think>{problem.working}</think><answer>{problem.answer}</answer>")]
         slots = [chr(SLOT + i) for i in range(len(texts) + 2)]
@@ -97,8 +97,8 @@ class Pretrained:
             text = fill_template(self.template, messages, self.names)
             used = slots if self.instruction else slots[1:]
             if any(text.count(slot) != 1 for slot in used):
-                raise ValueError("the chat template leaves a text out, perhaps the --instruction, or repeats one")
-            # Some templates begin the thought. Here the model does, as the rewards ask for both of its tags.
+                raise ValueError("the chat template leaves out or repeats a text: try an empty --instruction=")
+            # Some templates end in <think>. Here the model writes this tag, because the rewards ask for both tags.
             text = re.sub(r"<think>\s*$", "", text)
         else:
             end = self.encoding.decode(self.stop_ids[:1])
@@ -107,31 +107,31 @@ class Pretrained:
             if self.instruction:
                 start += f"{slots[0]}\n"
             text = start + "".join(turns) + f"User: {slots[-1]}\nAssistant:"
-        self.texts = [self.instruction, *texts]  # what takes the places of the slots, before the question
-        self.prompt = re.split(f"({self.encoding.special_pattern})", text)  # at odd indices stand special tokens
+        self.texts = [self.instruction, *texts]  # the texts that replace the slots, without the question
+        self.prompt = re.split(f"({self.encoding.special_pattern})", text)  # special tokens are at odd indices
 
     def encode_prompt(self, problem) -> list[int]:
         """The token ids of a problem's prompt."""
         texts, ids = [*self.texts, problem.question], []
-        for i, part in enumerate(self.prompt):
+        for i, span in enumerate(self.prompt):
             if i % 2:
-                ids.append(self.encoding.specials[part])
+                ids.append(self.encoding.specials[span])
             else:
-                part = re.sub(r"[\ue000-\uf8ff]", lambda slot: texts[ord(slot[0]) - SLOT], part)
-                ids += self.encoding.encode_ordinary(part)
+                span = re.sub(r"[\ue000-\uf8ff]", lambda slot: texts[ord(slot[0]) - SLOT], span)
+                ids += self.encoding.encode_ordinary(span)
         return ids
 
     @property
     def max_prompt_tokens(self) -> int:
-        """A bound on the tokens of a prompt. A token is a byte or more, and the wrapped task counts bytes."""
+        """An upper bound of a prompt's tokens. A token has one byte or more, and the wrapped task counts bytes."""
         return len(self.encode_prompt(Problem("", ""))) + self.task.max_prompt_tokens
 
     def make_corpus(self, n_tokens: int, seed: int, heldout: bool = False) -> np.ndarray:
         """The wrapped task's corpus in this model's tokens, at least n_tokens of them, int32 (n,)."""
-        ids, size = [], n_tokens
+        ids, n_source = [], n_tokens
         while len(ids) < n_tokens:
-            corpus = self.task.encoding.decode(self.task.make_corpus(size, seed, heldout).tolist())
+            corpus = self.task.encoding.decode(self.task.make_corpus(n_source, seed, heldout).tolist())
             ids = [i for document in corpus.split(END_OF_TEXT)[:-1]
                    for i in (*self.encoding.encode_ordinary(document), self.stop_ids[0])]
-            size *= 2  # a word that is one token there may be several here, or the other way round
+            n_source *= 2  # one tokenizer may need several tokens for what is one token of the other
         return np.array(ids, dtype=np.int32)

@@ -1,9 +1,9 @@
-"""The weights of a language model that somebody else trained, from a folder as transformers saves it.
+"""The weights of a pretrained model, from a folder as transformers saves it.
 
-The folder holds config.json and *.safetensors. (bpe.py reads its tokenizer, chat.py its prompts.) The
-families are Llama (SmolLM2 is one), Qwen2 and Qwen3, whose blocks model.py computes. Anything else is refused, in a
-line that names the field. Files of pickles are never opened. Rows of the embedding after the last token are left out,
-so that what is sampled can always be decoded.
+The folder holds config.json and *.safetensors. (bpe.py reads its tokenizer, chat.py its chat template.) The supported
+families are Llama (SmolLM2 is one), Qwen2 and Qwen3, because model.py computes their blocks. Anything else is refused,
+with a message that names the field. Pickle files are never opened. Rows of the embedding after the last token are left
+out, so that every sampled token can be decoded.
 """
 import dataclasses
 import math
@@ -16,7 +16,7 @@ from data.own import path_of
 from engine.pretrained.bpe import MALFORMED, read_json
 from model import GPT, GPTConfig
 
-# What a fixed field must be if config.json has it.
+# The only value that is supported in each of these fields of config.json. A field may be missing.
 FIXED = {"hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False, "quantization_config": None,
          "partial_rotary_factor": 1.0}
 NAMES = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm", "q_norm": "self_attn.q_norm",
@@ -25,21 +25,21 @@ NAMES = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm", "q_nor
 
 
 def read_shape(config: dict, tied: bool, vocab_size: int, block_size: int) -> GPTConfig:
-    """The GPTConfig of a config.json. `tied` rules where the file does not say whether the output matrix is the
-    embedding. Raises ValueError, with the field's name, for what model.py cannot compute."""
+    """The GPTConfig of a config.json. `tied` says whether the output matrix is the embedding, if the file does not.
+    Raises ValueError, with the field's name, for an architecture that model.py cannot compute."""
     rope = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
     for name, wanted in FIXED.items():
-        for found in (config.get(name), rope.get(name)):
-            if found not in (None, wanted):
-                raise ValueError(f"{name} is {str(found)[:60]!r}, and only {wanted!r} can be loaded")
+        for value in (config.get(name), rope.get(name)):
+            if value not in (None, wanted):
+                raise ValueError(f"{name} is {str(value)[:60]!r}, and only {wanted!r} is supported")
     kind, scaling = rope.get("rope_type", rope.get("type", "default")), None
-    for name, found, known in (("model_type", {config.get("model_type")}, {"llama", "qwen2", "qwen3"}),
+    for name, values, known in (("model_type", {config.get("model_type")}, {"llama", "qwen2", "qwen3"}),
                                ("layer_types", set(config.get("layer_types") or ()), {"full_attention"}),
                                ("rope_type", {kind}, {"default", "llama3"})):
-        if found - known:
-            raise ValueError(f"{name} has {min(found - known)!r}, and only {sorted(known)} can be loaded")
+        if values - known:
+            raise ValueError(f"{name} has {min(values - known)!r}, and only {sorted(known)} are supported")
     if block_size > config.get("max_position_embeddings", block_size):
-        raise ValueError(f"max_position_embeddings is {config['max_position_embeddings']}, less than --block_size")
+        raise ValueError(f"max_position_embeddings is {config['max_position_embeddings']}: lower --block_size to it")
     try:
         if kind == "llama3":
             scaling = tuple(rope[key] for key in ("factor", "low_freq_factor", "high_freq_factor",
@@ -55,21 +55,21 @@ def read_shape(config: dict, tied: bool, vocab_size: int, block_size: int) -> GP
 
 
 def tensor_name(name: str) -> str:
-    """The name of one of our parameters in transformers' files.
+    """The name in transformers' files of a parameter of model.py.
 
     >>> tensor_name("blocks.3.q.weight"), tensor_name("embedding.weight")
     ('model.layers.3.self_attn.q_proj.weight', 'model.embed_tokens.weight')
     """
-    found = re.fullmatch(r"blocks\.(\d+)\.(\w+)\.(\w+)", name)
-    if found:
-        return f"model.layers.{found[1]}.{NAMES[found[2]]}.{found[3]}"
+    in_block = re.fullmatch(r"blocks\.(\d+)\.(\w+)\.(\w+)", name)
+    if in_block:
+        return f"model.layers.{in_block[1]}.{NAMES[in_block[2]]}.{in_block[3]}"
     return {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
             "output.weight": "lm_head.weight"}[name]
 
 
 def copy_tensors(model: GPT, tensors: dict, config: dict, n_tokens: int) -> None:
-    """Fill the model's parameters. `tensors` maps the names in the files to what reads them. Raises ValueError for a
-    tensor that is missing, left over, or of another shape or type."""
+    """Copy tensors into the model's parameters. `tensors` maps a tensor's name to the open file that holds it. Raises
+    ValueError for a tensor that is missing, left over, or of another shape or type."""
     for name, parameter in model.named_parameters():
         theirs = tensor_name(name)
         if theirs not in tensors:
@@ -83,18 +83,18 @@ def copy_tensors(model: GPT, tensors: dict, config: dict, n_tokens: int) -> None
                                  f"tokenizer.json has {n_tokens} tokens")
             tensor = tensor[:n_tokens]
         if tensor.shape != parameter.shape:
-            raise ValueError(f"tensor {theirs} is {tuple(tensor.shape)}, and by config.json {tuple(parameter.shape)}")
+            raise ValueError(f"tensor {theirs} is {tuple(tensor.shape)}, but config.json says {tuple(parameter.shape)}")
         parameter.data.copy_(tensor)
     if tensors:
         raise ValueError(f"tensor {min(tensors)} has no place in this architecture")
 
 
 def make_model(config: GPTConfig, dtype: torch.dtype = torch.float32) -> GPT:
-    """A GPT with random weights. model.py knows nothing of rope_scaling; here it is done to its tables.
+    """A GPT with random weights. model.py ignores rope_scaling: it is applied here, to the model's rotary tables.
 
-    With rope_scaling (factor, low, high, context), Llama 3 stretches the slow frequencies for longer texts. Those that
-    turn less than `low` times in the `context` tokens of pretraining are divided by `factor`, those that turn more than
-    `high` times stay, and those in between are interpolated.
+    With rope_scaling (factor, low, high, context), Llama 3 lowers the slow frequencies for longer texts. Frequencies
+    that turn less than `low` times in the `context` tokens of pretraining are divided by `factor`. Those that turn more
+    than `high` times stay as they are, and those in between are interpolated.
     """
     model = GPT(config, dtype)
     if config.rope_scaling:
@@ -107,18 +107,18 @@ def make_model(config: GPTConfig, dtype: torch.dtype = torch.float32) -> GPT:
 
 
 def load_model(folder: str | Path, n_tokens: int, block_size: int, dtype: torch.dtype = torch.float32) -> GPT:
-    """The folder's model, with the first n_tokens rows of its embedding. Raises ValueError for what it cannot load, and
-    where config.json and the tensors disagree."""
+    """The model in a folder, with the first n_tokens rows of its embedding. Raises ValueError if it is not supported,
+    or if config.json and the tensors disagree."""
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
-        raise ValueError("weights are read with safetensors: pip install safetensors first") from None
+        raise ValueError("the package that reads weights is missing: pip install safetensors") from None
     folder, one, index = Path(folder), "model.safetensors", "model.safetensors.index.json"
     try:
         config = read_json(folder, "config.json")
         shards = set(read_json(folder, index)["weight_map"].values()) if (folder / index).exists() else {one}
         if shards == {one} and not (folder / one).exists():
-            raise ValueError(f"{one} is missing, and other kinds of weights are not opened")
+            raise ValueError(f"{one} is missing, and only *.safetensors are opened")
         tensors = {name: file for file in (safe_open(folder / shard, "pt") for shard in shards)
                    for name in file.keys() if not name.endswith("rotary_emb.inv_freq")}
         shape = read_shape(config, "lm_head.weight" not in tensors, n_tokens, block_size)
@@ -132,8 +132,8 @@ def load_model(folder: str | Path, n_tokens: int, block_size: int, dtype: torch.
 
 
 def starting_model(cfg, n_tokens: int, student: bool, dtype: torch.dtype) -> GPT:
-    """The base of a run with --init, or the student's base: the model of --student_init, or the base with every second
-    layer left out."""
+    """The base of a run with --init. For the student it is the model of --student_init, or else the base without every
+    second layer."""
     folder = cfg.student_init if student and cfg.student_init else cfg.init
     model = load_model(path_of(folder), n_tokens, cfg.block_size, dtype)
     if student and not cfg.student_init:

@@ -1,8 +1,8 @@
-"""What makes a model quick, or saves memory. Nothing here changes a result by more than rounding.
+"""Faster methods of a model, and methods that save memory. Nothing here changes a result by more than rounding.
 
-The quick methods stand in place of the model's own `hidden`, `logits`, `logprobs` and `generate`, on the instance.
-subtle: they are objects that hold the model, never functions that remember it. So a deepcopy of the model gets copies
-of them that compute with its own weights.
+The faster methods replace the model's own `hidden`, `logits`, `logprobs` and `generate` on the instance. subtle: they
+are objects with the model as an attribute, and never closures over it. So a deepcopy of the model also copies them, and
+the copies compute with the copy's weights.
 """
 import copy
 
@@ -17,15 +17,15 @@ from engine.speed.graphs import GraphedMuon, GraphedSampling, GraphedTraining, r
 from engine.speed.sampler import Sampler, next_token
 from model import GPT
 
-DEEP = 12  # sampling by a model of more layers is not compiled: one step is all layers, at 3 s each
-LAUNCH_BOUND = 4_000_000  # up to so many parameters, a GPU's kernels take less time to run than to start
-LARGE_VOCABULARY = 4_096  # above this many tokens, log-probabilities are computed in parts
-LOGITS_AT_A_TIME = 2**24  # as many logits as a part has, 64 MB
+DEEP = 12  # sampling is not compiled for a model of more layers: each layer takes 3 s to compile
+LAUNCH_BOUND = 4_000_000  # up to this many parameters, a kernel on a GPU takes longer to launch than to run
+LARGE_VOCABULARY = 4_096  # above this many tokens, log-probabilities are computed in chunks
+LOGITS_AT_A_TIME = 2**24  # the logits of a chunk: 64 MB
 QUICK_METHODS = ("hidden", "logits", "logprobs", "generate")
 
 
 class RoundedHidden:
-    """GPT.hidden with the sizes of its batches rounded up. The CPU's library (oneDNN) writes new machine code for each
+    """GPT.hidden, with batches padded to rounded sizes. The CPU's library (oneDNN) generates new machine code for each
     new size, which takes as long as the computation itself."""
 
     def __init__(self, model: GPT, max_tokens: int):
@@ -34,13 +34,13 @@ class RoundedHidden:
     def __call__(self, idx: Tensor) -> Tensor:
         n, T = idx.shape
         length = max(T, min(round_up(T, 8), self.model.config.block_size))
-        # subtle: no more than max_tokens, for which the code is compiled; grpo.micro_batches cuts at rounded lengths.
+        # subtle: at most max_tokens, for which the code is compiled. grpo.micro_batches rounds lengths in the same way.
         rows = max(n, min(round_up(n, 16), self.max_tokens // length))
         return GPT.hidden(self.model, F.pad(idx, (0, length - T, 0, rows - n)))[:n, :T]
 
 
 class RoundedLogits:
-    """GPT.logits of the sampled tokens alone, their number rounded up."""
+    """GPT.logits, padded to a rounded number of tokens if only the sampled tokens are given."""
 
     def __init__(self, model: GPT):
         self.model = model
@@ -53,21 +53,21 @@ class RoundedLogits:
 
 
 class LogprobsInParts:
-    """GPT.logprobs for a large vocabulary, whose logits would be most of a training step's memory: they are computed a
-    part at a time, and again in the backward pass instead of being kept."""
+    """GPT.logprobs for a large vocabulary. Its logits would take most of the memory of a training step. So they are
+    computed in chunks, and computed again in the backward pass instead of being stored."""
 
     def __init__(self, model: GPT):
         self.model = model
 
     def __call__(self, hidden: Tensor, target: Tensor) -> Tensor:
-        size = max(1, LOGITS_AT_A_TIME // self.model.config.vocab_size)  # tokens of a part
+        n_tokens = max(1, LOGITS_AT_A_TIME // self.model.config.vocab_size)  # of a chunk
         return torch.cat([checkpoint(GPT.logprobs, self.model, h, t, use_reentrant=False)
-                          for h, t in zip(hidden.split(size), target.split(size))])
+                          for h, t in zip(hidden.split(n_tokens), target.split(n_tokens))])
 
 
 def make_fast(model: GPT, cfg, training: bool = False, sampling: bool = False) -> GPT:
-    """The model, which samples with a cache from now on. If the run compiles, it is also made quick at training and at
-    sampling: on a GPU by CUDA graphs, one for each size, else by torch.compile, once for all sizes."""
+    """The model, which samples with a cache from now on. If cfg.compile is "on", training and sampling get faster, too:
+    on a GPU by CUDA graphs, one for each size, otherwise by torch.compile, once for all sizes."""
     compiled = cfg.compile == "on"
     model.generate = Sampler(model)
     if training and model.config.vocab_size > LARGE_VOCABULARY:
@@ -79,11 +79,11 @@ def make_fast(model: GPT, cfg, training: bool = False, sampling: bool = False) -
             model.generate = Sampler(model, GraphedSampling())
         return model
     if compiled:
-        # subtle: code that was compiled for another size rounds differently. So everything is compiled here, at a fixed
-        # size, and nothing later; what does not fit (a batch of one row) runs as it is. No other dimension has these
-        # sizes, or the compiler would take the two for one.
+        # subtle: code that was compiled at another size rounds differently. So everything is compiled here, at a fixed
+        # size, and nothing is compiled later. An input that the code cannot take (a batch of one row) runs uncompiled.
+        # The sizes differ from all other dimensions, or the compiler would assume that the two are always equal.
         torch.compiler.set_stance("default")
-        torch._dynamo.config.specialize_float = True  # no float varies; the compiler would find out by tracing twice
+        torch._dynamo.config.specialize_float = True  # floats are constants; otherwise the compiler traces twice
     if training:
         if compiled:
             compile_training(model, cfg)
@@ -99,7 +99,7 @@ def make_fast(model: GPT, cfg, training: bool = False, sampling: bool = False) -
 
 
 def compile_training(model: GPT, cfg) -> None:
-    """Compile the blocks, forward and backward."""
+    """Compile the forward and backward pass of the blocks, by running both once."""
     for block in model.blocks:
         block.compile(dynamic=True)
     length = min(model.config.block_size, cfg.micro_batch // 2) - 3
@@ -111,8 +111,8 @@ def compile_training(model: GPT, cfg) -> None:
 def frozen(model: GPT, cfg) -> GPT:
     """A copy of the model that is never trained, such as GRPO's reference.
 
-    Of a pretrained model it keeps the matrices in the compute dtype, to which they would be cast at each use: the same
-    values in half the memory. (A model made here keeps its type: its copy runs the code that was compiled for it.)
+    The copy of a pretrained model stores its matrices in the compute dtype, to which each use would cast them: the same
+    results in half the memory. (The copy of a model made here stays float32, to run the code compiled for the model.)
     """
     quick = {name: vars(model).pop(name) for name in QUICK_METHODS if name in vars(model)}
     copied = copy.deepcopy(model)
@@ -124,7 +124,7 @@ def frozen(model: GPT, cfg) -> GPT:
 
 
 def graphed(optimizer: Optimizer, cfg) -> None:
-    """Let Muon's many small products run as graphs, if the run records any."""
+    """Run Muon's many small matrix products as CUDA graphs, if the run uses CUDA graphs."""
     for part in getattr(optimizer, "parts", ()):
         if isinstance(part, Muon) and cfg.compile == "on" and cfg.device == "cuda":
             part.direction = GraphedMuon(part.direction)

@@ -1,4 +1,7 @@
-"""CUDA graphs: the kernels that a pass starts on a GPU, recorded once for each size and then started together."""
+"""CUDA graphs: the kernels of a pass on a GPU, recorded once for each size, and then launched together.
+
+Launching the kernels of a small model one by one takes longer than running them.
+"""
 from collections.abc import Callable
 
 import torch
@@ -10,24 +13,21 @@ from model import GPT
 
 
 def round_up(n: int, multiple: int) -> int:
-    """The smallest multiple of `multiple` that is not below n."""
+    """The smallest multiple of `multiple` that is n or more."""
     return -(-n // multiple) * multiple
 
 
 class Graph:
-    """The kernels that `action` starts on a GPU, recorded without running them: a CUDA graph. replay() starts them
-    together, on the memory that they were recorded with.
-
-    The kernels of a small model run for a shorter time than it takes to start them one by one.
-    """
-    stream = None  # the stream that all graphs are recorded on
+    """A CUDA graph: the kernels that `action` would launch, recorded without running them. replay() launches them
+    together. They read and write the same memory as when they were recorded."""
+    stream = None  # all graphs are recorded on this stream
 
     def __init__(self, action: Callable[[], None], pool):
         Graph.stream = Graph.stream or torch.cuda.Stream()
         self.graph = torch.cuda.CUDAGraph()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            # subtle: `with torch.cuda.graph` would give all free memory back first, which takes longer than this.
+            # subtle: `with torch.cuda.graph` would first return all free memory, which takes longer than recording.
             self.graph.capture_begin(pool=pool)
             action()
             self.graph.capture_end()
@@ -36,9 +36,9 @@ class Graph:
 
 
 class GraphedSampling:
-    """sampler.next_token on a GPU, one graph for each size (rows, tokens in the cache), recorded the second time it
-    comes up. A graph works in fixed memory, so each new cache is moved there. It has room for `rows` rows of
-    `columns` tokens."""
+    """sampler.next_token on a GPU, with one graph for each size (rows, tokens in the cache), recorded at the second use
+    of the size. A graph works in fixed memory, so each new cache is moved there. This memory has room for `rows` rows
+    of `columns` tokens."""
 
     def __init__(self):
         self.rows, self.columns, self.cache, self.pad = 0, 0, None, None
@@ -70,7 +70,7 @@ class GraphedSampling:
         return self.token[:n], self.logp[:n]
 
     def move_in(self, cache: Cache) -> None:
-        """Move a cache to the memory that the graphs work in."""
+        """Move a cache into the memory that the graphs use."""
         self.cache, self.pad, n = cache, None, len(cache.pad)
         if n > self.rows or cache.max_len > self.columns:
             self.rows, self.columns = max(n, self.rows), max(round_up(cache.max_len, 64), self.columns)
@@ -93,8 +93,8 @@ class GraphedSampling:
 
 
 class GraphedTraining:
-    """GPT.hidden on a GPU with its backward pass, two graphs for each size, recorded the second time that it comes up.
-    Sizes are rounded up to a few. The backward graph itself adds the gradients to those of the parameters."""
+    """GPT.hidden on a GPU with its backward pass: two graphs for each size, recorded at the second use of the size.
+    Sizes are rounded up, so that there are few. The backward graph itself adds to the gradients of the parameters."""
 
     def __init__(self, model: GPT):
         self.model, self.seen, self.passes, self.pool = model, set(), {}, torch.cuda.graph_pool_handle()
@@ -118,8 +118,8 @@ class GraphedTraining:
 
 
 class Twin(GPT):
-    """A model in the memory of another. Autograd knows its parameters as others, because a recording may not meet what
-    autograd keeps for those of the first: a loss that is still at hand ties them to another stream."""
+    """A model that shares the memory of another. To autograd its parameters are different ones. The parameters of the
+    first model cannot be recorded, because a loss that still exists ties them to another stream."""
 
     def __init__(self, model: GPT):
         with torch.device("meta"):
@@ -129,8 +129,8 @@ class Twin(GPT):
 
 
 class Passes:
-    """The recorded forward and backward pass of a model on one size: idx -> out, and the gradient of `out` -> `grads`
-    of the parameters, to which it is added."""
+    """The recorded forward and backward pass of a model at one size. Forward: `idx` -> `out`. Backward: `grad`, the
+    gradient of `out` -> the gradients of the parameters, which are added to `grads`."""
 
     def __init__(self, model: GPT, idx: Tensor, grads: list[Tensor], pool):
         self.idx = idx
@@ -140,8 +140,8 @@ class Passes:
                 self.live = model.hidden(idx)
 
         def backward() -> None:
-            found = torch.autograd.grad(self.live, list(model.parameters()), self.grad, allow_unused=True)
-            torch._foreach_add_(*zip(*((grad, new) for grad, new in zip(grads, found) if new is not None)))
+            new_grads = torch.autograd.grad(self.live, list(model.parameters()), self.grad, allow_unused=True)
+            torch._foreach_add_(*zip(*((grad, new) for grad, new in zip(grads, new_grads) if new is not None)))
 
         self.forward = Graph(forward, pool)
         self.out, self.grad = self.live.detach(), torch.empty_like(self.live)
@@ -150,14 +150,14 @@ class Passes:
 
 
 class Replay(torch.autograd.Function):
-    """How autograd meets recorded passes. `weight` is a parameter, without which it would see no need to go back."""
+    """The recorded passes as a function of autograd. `weight` is a parameter; without it there would be no backward."""
 
     @staticmethod
     def forward(ctx, passes: Passes, idx: Tensor, weight: Tensor) -> Tensor:
         ctx.passes = passes
         passes.idx.copy_(idx)
         passes.forward.replay()
-        return passes.out.clone()  # the next replay writes over it
+        return passes.out.clone()  # the next replay overwrites it
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[None, None, None]:
@@ -167,20 +167,20 @@ class Replay(torch.autograd.Function):
 
 
 class GraphedMuon:
-    """Muon.direction on a GPU, one graph for each shape, recorded the second time that it comes up."""
+    """Muon.direction on a GPU, with one graph for each shape, recorded at the second use of the shape."""
 
     def __init__(self, direction: Callable[[Tensor, Tensor], Tensor]):
         self.direction, self.graphs, self.pool = direction, {}, torch.cuda.graph_pool_handle()
 
-    def __call__(self, grad: Tensor, average: Tensor) -> Tensor:
+    def __call__(self, grad: Tensor, average: Tensor) -> Tensor:  # the momentum buffer
         if grad.shape not in self.graphs:
             self.graphs[grad.shape] = None
             return self.direction(grad, average)
         if self.graphs[grad.shape] is None:
-            given, found = grad.clone(), []
-            graph = Graph(lambda: found.append(self.direction(given, average)), self.pool)
-            self.graphs[grad.shape] = graph, given, *found
-        graph, given, update = self.graphs[grad.shape]
-        given.copy_(grad)
+            static_grad, found = grad.clone(), []
+            graph = Graph(lambda: found.append(self.direction(static_grad, average)), self.pool)
+            self.graphs[grad.shape] = graph, static_grad, *found
+        graph, static_grad, update = self.graphs[grad.shape]
+        static_grad.copy_(grad)
         graph.replay()
         return update

@@ -1,7 +1,7 @@
 """Sampling with a cache of keys and values: the same distribution as GPT.generate, in a fraction of the time.
 
 Each prompt is read once, however many samples it gets. Then every row reads one token at a time, and rows that have
-ended soon leave the batch. The blocks are those of model.py; only their matrices are joined beforehand (Reader).
+ended soon leave the batch. The blocks are those of model.py, with their matrices concatenated in advance (Reader).
 """
 import torch
 import torch.nn.functional as F
@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from model import GPT, Block
 
-LOOK_EVERY = 8  # on a GPU, sampled tokens between two looks at which rows have ended: a look waits for the GPU
+LOOK_EVERY = 8  # on a GPU, sampled tokens between two checks for ended rows, because a check waits for the GPU
 
 
 class Reader(Block):
-    """A block whose matrices are concatenated and cast beforehand. Block.project does so at each call, because in
-    training the weights change."""
+    """A block whose matrices are concatenated and cast in advance. (Block.project does so in each call, because the
+    weights change in training.)"""
 
     def __init__(self, block: Block, dtype: torch.dtype):
         nn.Module.__init__(self)
@@ -36,11 +36,11 @@ class Reader(Block):
 
 
 class Cache:
-    """What sampling keeps from token to token: the keys and values of the tokens read so far, for the rows of a batch
-    that are still being sampled, and the model's matrices.
+    """The keys and values of the tokens read so far, for the rows of a batch that are still being sampled, and the
+    model's matrices.
 
-    Rows are aligned on the right. A prompt shorter than the longest starts with `pad[row]` columns that nobody attends
-    to, so that all rows write their next token into the same column.
+    Rows are aligned on the right. A prompt that is shorter than the longest one starts with `pad[row]` columns that no
+    token attends to, so that all rows write their next token into the same column.
     """
 
     def __init__(self, model: GPT, pad: Tensor, max_len: int):
@@ -48,7 +48,7 @@ class Cache:
         output = model.embedding if model.output is None else model.output
         self.output = nn.Parameter(output.weight.detach().to(model.dtype), requires_grad=False)
         self.pad = pad          # (B,) columns on the left that hold no token
-        # subtle: not -inf. A padding column sees no other column; its softmax over nothing would be NaN.
+        # subtle: not -inf. A padding column attends to no token, so its softmax would be NaN.
         self.mask = (torch.arange(max_len, device=pad.device) < pad[:, None]) * -1e9  # (B, max_len), added to scores
         self.max_len = max_len  # columns to make room for
         self.length = 0         # columns written
@@ -72,7 +72,7 @@ class Cache:
                 pair[i][:, :, :self.length] = old[rows, :, :self.length]
 
     def replace(self, rows: Tensor, others: Tensor, size: int) -> None:
-        """Copy the rows `others` over `rows` (indices), then keep the first `size` rows, where they lie."""
+        """Overwrite `rows` (indices) by the rows `others`, then keep the first `size` rows, without a copy."""
         self.pad, self.mask = (x.index_put((rows,), x[others])[:size] for x in (self.pad, self.mask))
         for pair in self.kv.values():
             for i, x in enumerate(pair):
@@ -83,8 +83,8 @@ class Cache:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """model.attend on a cache: q (B, H, T, D), k and v (B, n_kv_head, T', D) -> (B, H, T, D).
 
-    Heads that share their keys and values are computed as further rows of one head, so that nothing is copied. When
-    compiled code samples one token, sums over products become one loop, which is quickest.
+    Heads that share their keys and values are computed as further rows of one head, so that nothing is copied. In
+    compiled code for one token, products and sums are written out, because the compiler fuses them into one fast loop.
     """
     n_shared = q.size(1) // k.size(1)
     if n_shared > 1:
@@ -97,20 +97,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def read(model: GPT, idx: Tensor, cache: Cache) -> Tensor:
-    """The model reads idx (B, T) after what the cache holds -> logits of what follows the last token, (B, V)."""
+    """Read idx (B, T) after the tokens in the cache -> logits of the next token, (B, V)."""
     T, end = idx.size(1), cache.length + idx.size(1)
     x = model.embedding(idx)  # (B, T, C)
     column = torch.arange(end, device=idx.device)
     position = (column[cache.length:] - cache.pad[:, None]).clamp(min=0)  # (B, T)
     cos, sin = model.cos[position][:, None], model.sin[position][:, None]  # (B, 1, T, D/2)
     mask = cache.mask[:, None, None, :end]
-    if T > 1:  # one new token may see all before it
+    if T > 1:  # a single new token attends to all tokens before it
         mask = mask + torch.where(column <= column[cache.length:, None], 0.0, float("-inf"))  # (B, 1, T, end)
     cos, sin, mask = (constant.to(model.dtype) for constant in (cos, sin, mask))
     for layer, block in enumerate(cache.blocks):
         q, k, v = block.qkv(x, cos, sin)
         k, v = cache.append(layer, k, v)
-        x = block.rest(x, attend(q, k, v, mask))
+        x = block.after_attention(x, attend(q, k, v, mask))
     cache.length = end
     return F.linear(model.norm(x[:, -1]).to(model.dtype), cache.output)
 
@@ -119,12 +119,12 @@ def draw(logits: Tensor, temperature: float, u: Tensor) -> tuple[Tensor, Tensor]
     """Draw one token a row from softmax(logits / temperature), or take the likeliest one if the temperature is 0:
     logits (B, V), u (B, 1) uniform in [0, 1) -> (token (B,), its log-probability (B,)).
 
-    It inverts the cumulative distribution, which needs one random number a row. torch.multinomial draws V of them.
+    This inverts the cumulative distribution, with one random number for each row. torch.multinomial draws V of them.
     """
     probs = (logits.float() / (temperature or 1.0)).softmax(dim=-1)  # (B, V)
     if temperature:
         cumulative = probs.cumsum(dim=-1)
-        # subtle: "<=", so that u = 0 skips tokens of probability 0. Rounding may count all V tokens, hence the clamp.
+        # subtle: "<=", so that u = 0 skips tokens of probability 0. The clamp is there because rounding may give V.
         token = (cumulative <= u * cumulative[:, -1:]).sum(dim=-1).clamp(max=probs.size(1) - 1)
     else:
         token = probs.argmax(dim=-1)
@@ -132,12 +132,12 @@ def draw(logits: Tensor, temperature: float, u: Tensor) -> tuple[Tensor, Tensor]
 
 
 def next_token(model: GPT, token: Tensor, cache: Cache, temperature: float, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Read one token a row, token (B,), after what the cache holds, and draw the next one."""
+    """Read one token of each row, token (B,), after the tokens in the cache, and draw the next one."""
     return draw(read(model, token[:, None], cache), temperature, u)
 
 
 class Sampler:
-    """`generate` below for one model, in place of the model's own. next_token may be a compiled one."""
+    """`generate` below as a method of one model, in place of its own. next_token may be compiled or recorded."""
 
     def __init__(self, model: GPT, next_token=next_token):
         self.model, self.next_token = model, next_token
@@ -150,7 +150,7 @@ class Sampler:
 def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, stop_ids: tuple[int, ...], samples: int = 1,
              temperature: float = 1.0, generator: torch.Generator | None = None,
              next_token=next_token) -> tuple[list, list]:
-    """GPT.generate with a cache: same arguments, same distribution. Raises ValueError as it does."""
+    """GPT.generate with a cache: the same arguments, distribution and errors."""
     if not prompts:
         return [], []
     model.check_room(prompts, max_new_tokens)
@@ -164,9 +164,9 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, stop_
     token, token_logp = draw(logits, temperature, torch.rand(N, 1, generator=generator, device=device))
     # 2) one token after the other
     stop = torch.tensor(stop_ids, device=device)
-    out = stop[0].repeat(N, max_new_tokens)                 # what was sampled; what follows a stop token does not count
+    out = stop[0].repeat(N, max_new_tokens)                 # sampled tokens; those after a stop token do not count
     logp = torch.zeros(N, max_new_tokens, device=device)
-    rows = torch.arange(N, device=device)                   # row of `out` that each row of the batch writes
+    rows = torch.arange(N, device=device)                   # the row of `out` for each row of the batch
     done = torch.zeros(N, dtype=torch.bool, device=device)  # which rows of the batch have ended
     look_every = LOOK_EVERY if device.type == "cuda" else 1
     for t in range(max_new_tokens):
@@ -176,7 +176,7 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, stop_
         if not n_live or t == max_new_tokens - 1:
             break
         size = batch_size(n_live, device)
-        if size < len(done):  # rows leave: those that go on (late) take the places of rows that have ended (free)
+        if size < len(done):  # rows that go on (late) take the places of rows that have ended (free)
             late = (~done[size:]).nonzero()[:, 0] + size
             free = done[:size].nonzero()[:len(late), 0]
             for x in (rows, token, done):
@@ -192,7 +192,7 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, stop_
 
 
 def batch_size(n_live: int, device: torch.device) -> int:
-    """How many rows a batch keeps of which n_live go on. Each new size costs a CPU's library a new kernel, and a GPU a
-    new graph. So the sizes are 2^k and (CPU) 3/4 of it."""
+    """How many rows a batch keeps if n_live rows go on. Each new size costs a new kernel on a CPU, and a new graph on a
+    GPU. So there are few sizes: 2^k and, on a CPU, 3/4 of that."""
     size = max(8, 2 ** (n_live - 1).bit_length())
     return size * 3 // 4 if n_live <= size * 3 // 4 and device.type == "cpu" else size
