@@ -1,8 +1,8 @@
 """Distillation: at every position, a small student learns the teacher's whole distribution over the next token.
 
 The teacher is the model that RL made (zero). By default it writes the completions, and only those that are correct and
-well formed are kept (rejection sampling, as in R1). With on_policy the student writes them, as in 2306.13649. Then all
-are kept, because the teacher corrects the student's mistakes token by token.
+well formed are kept (rejection sampling, as in R1). With on_policy the student writes them, as in GKD (generalised
+knowledge distillation, arXiv 2306.13649). Then all are kept, because the teacher corrects each token of a mistake.
 
 At each position of a completion, P is the teacher's distribution over the vocabulary, and Q the student's. Both are
 softmax(logits / tau) with a temperature tau. The loss is the average, over all positions, of one of these:
@@ -11,14 +11,14 @@ softmax(logits / tau) with a temperature tau. The loss is the average, over all 
                                                     tokens that are likely for the teacher (the default)
     "reverse"  KL(Q || P) = sum Q (log Q - log P)   large where P is small and Q is not. So the student avoids tokens
                                                     that are unlikely for the teacher, and may leave out likely ones
-    "jsd"      (KL(P || M) + KL(Q || M)) / 2, M = (P + Q) / 2     the Jensen-Shannon divergence, as in 2306.13649
+    "jsd"      (KL(P || M) + KL(Q || M)) / 2, M = (P + Q) / 2     the Jensen-Shannon divergence, as in GKD
     "sft"      -log Q(the token that was sampled)   supervised fine-tuning on the completions, R1's way
 
 A tau above 1 flattens P and Q, so that unlikely tokens count for more. It also makes the gradient about tau^2 times
 smaller. So the loss is multiplied by tau^2 (Hinton et al., 1503.02531, section 2).
 
-The student learns from each completion in several epochs. RL may not do this. It needs samples of the current policy:
-the ratio in its loss makes up for small differences only, so old samples become useless as the policy changes. Here the
+The student learns from each completion in several epochs. RL must not do this, because it needs samples of the current
+policy. The ratio in its loss corrects small differences only, so samples become useless as the policy changes. Here the
 target is the teacher's distribution. It does not depend on who sampled the tokens, so old samples stay valid.
 """
 import math
@@ -85,7 +85,8 @@ def distill_step(student: GPT, teacher: GPT, optimizer, problems: list, reward_f
     kept = [i for i, scores in enumerate(rollout.scores) if cfg.on_policy or is_good(scores)]
     metrics = rollout_metrics(rollout)
     metrics.add("accepted", len(kept), len(rollout.scores))
-    # 3) the teacher reads them, once for all epochs. We keep its hidden states: logits would be V / C times as large
+    # 3) the teacher reads them, once for all epochs. We keep its hidden states, because its logits are V / C times as
+    #    large, and compute the logits in each epoch
     minibatches = []
     for picks in random_minibatches(len(kept), cfg.distill_minibatches, generator):
         rows = [kept[i] for i in picks.tolist()]
@@ -101,7 +102,7 @@ def distill_step(student: GPT, teacher: GPT, optimizer, problems: list, reward_f
         for batch, hidden in batches:
             if cfg.divergence == "sft":
                 loss = -token_logprobs(student, batch.idx, batch.mask)  # (M,)
-            else:  # two logits, (M, V) each. As variables they would live on into the next pass
+            else:  # the logits, (M, V) each, have no names, which would keep them in memory in the next pass
                 loss = distill_loss(student(batch.idx[:, :-1], batch.mask), teacher.logits(hidden).detach(),
                                     cfg.divergence, cfg.distill_temperature)  # (M,)
             (loss.sum() / n_tokens).backward()

@@ -11,10 +11,10 @@ Terms, for readers who know PyTorch but not RL:
     rollout     the N = P * G completions of P prompts. It is split into minibatches; each of them gives one update
     pi_old      the policy that sampled the rollout. The first update is "on policy": pi_theta still is pi_old
     pi_ref      the reference, a frozen copy of the model that RL began with. The KL penalty, an estimate of the
-                divergence between pi_theta and pi_ref, keeps the policy near it
+                Kullback-Leibler divergence between the two, keeps the policy near it
 
 The loss is that of DeepSeekMath (arXiv 2402.03300), eq. 3, with one ratio per token. DeepSeek-R1 (2501.12948v2, eq. 1
-to 3) writes one ratio per completion, as GSPO (2507.18071) does; R1's code is not public. For token t of completion i:
+to 3) writes one ratio for a whole completion; the variant GSPO (2507.18071) does that. For token t of completion i:
 
     A_i      = (r_i - mean(r)) / (std(r) + 1e-4), over the rewards r of the group        group_advantages
     ratio    = pi_theta(o_{i,t} | q, o_{i,<t}) / pi_old(o_{i,t} | q, o_{i,<t})
@@ -25,10 +25,9 @@ to 3) writes one ratio per completion, as GSPO (2507.18071) does; R1's code is n
 clip_low, clip_high and kl_coef are settings. The weights w_i make the sum an average (token_weights). PPO, from which
 GRPO comes, trains a second network (the critic) to estimate advantages. GRPO uses the mean of the group instead.
 
-Watch the reward, not the loss. On policy the ratio is 1, so the loss is minus a weighted mean of the advantages. The
-advantages of a group add up to 0. So the loss is 0 if all completions have equal weights, and else small, however good
-the policy is. Its gradient is not 0: at a ratio of 1, the derivative of the ratio is that of log pi_theta, and each
-token contributes -w_i A_i grad log pi_theta.
+Watch the reward, not the loss. On policy the ratio is 1, so the loss is minus a weighted mean of the advantages. As
+the advantages of a group add up to 0, this mean is near 0, for a good policy and for a bad one. Its gradient is not 0:
+d ratio = ratio d log pi_theta, so on policy each token contributes -w_i A_i grad log pi_theta.
 
 docs/knobs.md says when to change which setting, and why. README lists the differences from the paper.
 """
@@ -48,7 +47,7 @@ from model import GPT, token_logprobs
 class Budget:
     """The settings that GRPO and distillation share."""
     rl_max_new_tokens: int = 80   # longest completion, in tokens, in all stages
-    micro_batch: int = 0          # most tokens in a forward pass; 0: no limit, or in a run, by device
+    micro_batch: int = 0          # most tokens in a forward pass; 0: no limit (a run sets one)
 
 
 @dataclass
@@ -77,11 +76,11 @@ def no_signal(rewards: Tensor) -> Tensor:
 def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     """How much better each completion is than its group: rewards (P, G) -> advantages (P, G).
 
-    "std" divides by the standard deviation of the group (of a sample: G - 1), as R1 does. The 1e-4 avoids 0 / 0. If a
-    prompt is nearly always or nearly never solved, the standard deviation is small, and the prompt gets more weight
-    than one that is solved half of the time. Dr. GRPO (2503.20783) calls this a bias: the objective of RL is the mean
-    reward, in which all prompts have equal weight. So Dr. GRPO does not divide ("none"). Raises ValueError for another
-    scale, and for groups of one.
+    "std" divides by the standard deviation of the group, as R1 does. The 1e-4 avoids 0 / 0. If a prompt is nearly
+    always or nearly never solved, the standard deviation is small. Dividing by it gives this prompt more weight than a
+    prompt that is solved half of the time. The paper on Dr. GRPO (2503.20783) calls this a bias, because RL is to raise
+    the mean reward, in which all prompts have equal weight. So its variant does not divide ("none"). Raises ValueError
+    for another scale, and for groups of one.
 
     >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]]), scale="none").tolist()
     [[0.5, -0.5, -0.5, 0.5], [0.0, 0.0, 0.0, 0.0]]
@@ -93,7 +92,7 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     adv = rewards - rewards.mean(dim=1, keepdim=True)
     if scale == "std":
         adv = adv / (rewards.std(dim=1, keepdim=True) + 1e-4)
-    # subtle: the mean of equal rewards is rounded and may differ from them. Dividing by 1e-4 would enlarge that.
+    # subtle: the mean of equal rewards may differ from them by rounding, which dividing by 1e-4 would enlarge.
     return adv.masked_fill(no_signal(rewards), 0.0)
 
 
@@ -104,7 +103,7 @@ def token_weights(lengths: Tensor, normalize: str, max_len: int) -> Tensor:
     Each token of a long wrong answer is then punished less than each token of a short one, and the policy learns to
     make wrong answers long (the length bias).
     "token" (DAPO, 2503.14476; the default, to avoid this bias) gives every token of a minibatch the same weight.
-    "constant" (Dr. GRPO) divides by N and by max_len, the longest completion allowed. No length has an influence.
+    "constant" (Dr. GRPO) gives every token the weight 1 / (N max_len), whatever the lengths are.
     Dr. GRPO as a whole is --scale=none --normalize=constant. Raises ValueError for another name.
     """
     N = len(lengths)
@@ -119,19 +118,19 @@ def token_weights(lengths: Tensor, normalize: str, max_len: int) -> Tensor:
 
 def grpo_loss(logp: Tensor, logp_old: Tensor, logp_ref: Tensor | None, adv: Tensor, weight: Tensor, *,
               clip_low: float, clip_high: float, kl_coef: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss above -> (scalar loss, sums over the tokens for the log, without gradient).
+    """The loss at the top of this file -> (scalar loss, dict of sums over the tokens, for the log).
 
     All arguments are vectors over the M sampled tokens, (M,): log-probabilities under pi_theta, pi_old and pi_ref (None
     without a penalty), advantages, and weights.
 
-    The tokens were sampled from pi_old. Weighting each by its ratio (importance weight) estimates the average that
-    samples of pi_theta would give. If the two policies differ much, a few large ratios dominate this estimate. So the
-    clip sets the gradient of a token to 0 once its probability has changed enough in the wanted direction: above a
-    ratio of 1 + clip_high where A > 0, below 1 - clip_low where A < 0. There min() takes the clipped term, a constant.
+    The tokens were sampled from pi_old, not from pi_theta. The ratio corrects for this (importance weighting). If the
+    two policies differ much, a few large ratios dominate the sum. So the clip sets the gradient of a token to 0 once
+    its probability has changed enough in the wanted direction: above a ratio of 1 + clip_high where A > 0, below
+    1 - clip_low where A < 0. There min() takes the clipped term, which is a constant.
 
-    KL_{i,t} (known as k3) is never negative. Its mean over samples of pi_theta is KL(pi_theta || pi_ref). Its gradient
-    is another: autograd treats the samples as fixed, and (1 - pi_ref/pi_theta) grad log pi_theta, averaged over samples
-    of pi_theta, is the gradient of KL(pi_ref || pi_theta) (arXiv 2506.09477).
+    KL_{i,t} is called k3. It is never negative, because x - log(x) - 1 >= 0. Its mean over samples of pi_theta is
+    KL(pi_theta || pi_ref). But its gradient is not the gradient of that, because autograd treats the samples as fixed.
+    It is the gradient of KL(pi_ref || pi_theta) (arXiv 2506.09477), which also pulls the policy back to the reference.
     """
     assert logp_ref is not None or not kl_coef, "a KL penalty needs the reference's logp"
     ratio = (logp - logp_old).exp()
@@ -141,23 +140,23 @@ def grpo_loss(logp: Tensor, logp_old: Tensor, logp_ref: Tensor | None, adv: Tens
             "clip_fraction_low": ((ratio < 1 - clip_low) & (adv < 0)).sum(),
             "clip_fraction_high": ((ratio > 1 + clip_high) & (adv > 0)).sum()}
     if logp_ref is not None:
-        log_ratio = logp_ref - logp
-        kl = log_ratio.exp() - log_ratio - 1
+        log_x = logp_ref - logp
+        kl = log_x.exp() - log_x - 1
         loss = loss + kl_coef * kl
         sums["kl"] = kl.detach().sum()
     return (loss * weight).sum(), sums
 
 
-# What a step works on
+# The data of a step
 
 
 @dataclass
 class Rollout:
-    """Completions and their scores: N = P * G rows, the G rows of a prompt side by side."""
+    """Completions and their scores. Each list has N = P * G entries (rows); the G rows of a prompt are adjacent."""
     prompts: list[list[int]]          # token ids
-    completions: list[list[int]]      # token ids, with the end-of-text token if it was sampled
+    completions: list[list[int]]      # token ids, with the stop token if it was sampled
     sampler_logp: list[list[float]]   # log-probability of each token, by the sampler
-    texts: list[str]                  # the completions as text, without that token
+    texts: list[str]                  # the completions as text, without the stop token
     truncated: list[bool]             # was the completion cut off at rl_max_new_tokens?
     scores: list[dict[str, float]]    # what reward_fn returned
 
@@ -184,7 +183,7 @@ class Batch:
     mask: Tensor          # (n, T-1), on the CPU: was idx[:, t+1] sampled?
     row: Tensor           # (M,) the row of the rollout that each sampled token belongs to
     sampler_logp: Tensor  # (M,) its log-probability, as the sampler computed it
-    # make_minibatch adds two, and grpo_update the other two:
+    # Filled in later, by make_minibatch (adv, weight) and by grpo_update:
     adv: Tensor | None = None       # (M,) its advantage
     weight: Tensor | None = None    # (M,) its weight in the loss
     logp_old: Tensor | None = None  # (M,) its log-probability under pi_old
@@ -222,9 +221,9 @@ def sample_rollout(model: GPT, problems: list, reward_fn, task, samples: int, ma
                    generator: Generator | None = None) -> Rollout:
     """Sample `samples` completions of each problem, and score them.
 
-    Of the task it uses three attributes: encode_prompt(problem), which returns token ids; stop_ids, the tokens that end
-    a completion; and encoding, which turns tokens into text. reward_fn(text, problem) returns a dict with "reward" (the
-    number that RL maximises), "accuracy" (0 or 1) and others, which are logged. Its text has no stop token.
+    The task must have encode_prompt(problem) -> token ids, stop_ids (the tokens that end a completion) and encoding
+    (the tokenizer). reward_fn(text, problem) returns a dict with "reward" (the number that RL maximises), "accuracy" (0
+    or 1) and others, which are logged. Its text has no stop token.
 
     A completion that was cut off at max_new_tokens is scored and trained on like any other. It usually lacks its last
     tag and earns nothing, so the policy learns to finish in time.
@@ -245,23 +244,24 @@ def grpo_update(policy: GPT, reference: GPT | None, optimizer, rollout: Rollout,
     """Update the policy, once for each minibatch of the rollout, given the advantages (N,) -> metrics.
 
     optimizer.step(lr_scale, share, has_gradient) clips the gradient, updates the weights, clears the gradient, and
-    returns the norm that the gradient had. The last two arguments are for several processes: a process with nothing to
-    learn from still takes part in the others' update. docs/own.md has such an optimizer of five lines. The reference
-    may be None if kl_coef is 0. loss_fn has the arguments of token_loss.
+    returns the norm of the gradient before clipping. docs/own.md has such an optimizer of five lines. One process can
+    ignore share and has_gradient: several processes average their gradients with the weights `share`, and a process
+    without a gradient must take part. The reference may be None if kl_coef is 0. loss_fn is a function like token_loss.
     """
     assert reference is not None or not cfg.kl_coef, "a KL penalty (kl_coef above 0) needs a reference"
     metrics = rollout_metrics(rollout)
     for name in ("ratio", "kl", "clip_fraction_low", "clip_fraction_high", "sampler_gap"):
-        metrics.add(name, 0.0, 0)  # so that a step in which all advantages are 0 logs them, too (as null)
+        metrics.add(name, 0.0, 0)  # so that they are in the log (as null) even if all advantages are 0
     rewards = rollout.column("reward").view(-1, cfg.rl_samples)  # (P, G)
     metrics.add("no_signal", no_signal(rewards).sum(), len(rewards))
     # 1) split the rows into minibatches. (A group may be split, because its advantages are known already)
     device = policy.embedding.weight.device
     split = random_minibatches(len(adv), cfg.rl_minibatches, generator)
     minibatches = [make_minibatch(rollout, rows, adv, cfg, device) for rows in split]
-    # 2) log-probabilities under pi_old and pi_ref. Those of the sampler are rounded differently: with them, the ratio
-    #    would not be exactly 1 on policy. subtle: so would those of compiled code be under no_grad(); hence detach()
-    for batches, _ in minibatches[1:]:  # in the first minibatch, pi_theta still is pi_old: see 3)
+    # 2) log-probabilities under pi_old and pi_ref, in the same way as in step 3. The sampler rounds differently. With
+    #    its log-probabilities, the ratio would not be exactly 1 on policy. (no_grad() would change the rounding, too,
+    #    because torch.compile would write other code. Hence detach().)
+    for batches, _ in minibatches[1:]:  # the first minibatch gets its logp_old in step 3
         for batch in batches:
             batch.logp_old = token_logprobs(policy, batch.idx, batch.mask).detach()
     if cfg.kl_coef:
@@ -273,14 +273,14 @@ def grpo_update(policy: GPT, reference: GPT | None, optimizer, rollout: Rollout,
         minibatch_loss = 0.0
         for batch in batches:  # their gradients add up
             logp = token_logprobs(policy, batch.idx, batch.mask)  # (M,)
-            if batch.logp_old is None:
+            if batch.logp_old is None:  # in the first minibatch pi_theta still is pi_old
                 batch.logp_old = logp.detach()
             loss, sums = loss_fn(logp, batch, cfg)
             loss.backward()
             minibatch_loss += loss.detach()
             for name, total in sums.items():
                 metrics.add(name, total, len(logp))
-            gap = (batch.logp_old - batch.sampler_logp).abs()  # should be rounding alone: below 0.01 or so
+            gap = (batch.logp_old - batch.sampler_logp).abs()  # rounding alone, if all is well
             metrics.add("sampler_gap", gap.sum(), len(logp))
         metrics.add("loss", minibatch_loss * share, share)
         grad_norm = optimizer.step(lr_scale, share, has_gradient=len(batches) > 0)
@@ -291,12 +291,12 @@ def grpo_update(policy: GPT, reference: GPT | None, optimizer, rollout: Rollout,
 def make_minibatch(rollout: Rollout, rows: Tensor, adv: Tensor, cfg, device: torch.device) -> tuple[list[Batch], int]:
     """These rows of a rollout as batches with advantages and weights -> (batches, share).
 
-    Completions with advantage 0 are skipped to save time, because only the KL penalty has a gradient there. Late in RL
-    they are most completions. To keep them, as in DeepSeekMath's Algorithm 1, write `live = rows`. The results were the
-    same (experiments/findings.md, 9).
+    Completions with advantage 0 are skipped to save time: their only gradient is that of the KL penalty. Late in RL,
+    most completions have advantage 0. DeepSeekMath's Algorithm 1 skips none; to do the same, set live = rows. The
+    accuracy was the same (experiments/findings.md, 9). The skipped rows still count in the weights of the others.
 
-    `share` is the denominator of the loss: the number of tokens ("token") or rows. With several processes it is the
-    weight of this process's gradient in the mean of all (engine/optimizer.py).
+    share is the number that the loss is divided by: tokens ("token") or rows. Several processes average their gradients
+    with these numbers as weights (engine/optimizer.py).
     """
     lengths = rollout.lengths()
     weight = torch.zeros(len(adv))
@@ -325,19 +325,19 @@ def micro_batches(rollout: Rollout, rows: list[int], max_tokens: int, device: to
     """Split rows of a rollout into batches of similar lengths, of at most max_tokens tokens with padding (0: no limit).
     Their gradients add up to the gradient of all rows, in less memory."""
     limit = max_tokens or float("inf")
-    # The model reads all tokens but the last. In a run, batches are padded to multiples of 8 (engine/speed/fast.py).
+    # The model reads all tokens but the last. A run pads this length to a multiple of 8 (engine/speed/fast.py).
     length = [8 * math.ceil((len(p) + len(c) - 1) / 8) for p, c in zip(rollout.prompts, rollout.completions)]
-    cut: list[list[int]] = []
+    parts: list[list[int]] = []
     for row in sorted(rows, key=lambda row: length[row]):
-        if not cut or (len(cut[-1]) + 1) * length[row] > limit:
-            cut.append([])
-        cut[-1].append(row)
-    return [make_batch(rollout, batch_rows, device) for batch_rows in cut]
+        if not parts or (len(parts[-1]) + 1) * length[row] > limit:
+            parts.append([])  # a batch is full, another begins
+        parts[-1].append(row)
+    return [make_batch(rollout, part, device) for part in parts]
 
 
 def make_batch(rollout: Rollout, rows: list[int], device: torch.device) -> Batch:
-    """These rows as tensors. subtle: the mask is made from lengths, not by comparing tokens with a padding id. Often
-    this id is also the stop token. Then the stop token would be masked, and the policy would never learn to stop."""
+    """These rows as tensors. subtle: the mask is made from lengths, not by comparing tokens with the id of the padding.
+    Where this id is also the stop token, such a mask would hide the stop token, and the policy would never learn it."""
     tokens = [torch.tensor(rollout.prompts[i] + rollout.completions[i]) for i in rows]
     idx = pad_sequence(tokens, batch_first=True)                         # (n, T)
     start = torch.tensor([len(rollout.prompts[i]) for i in rows])        # (n,) of the completions

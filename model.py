@@ -8,7 +8,7 @@ output matrix. Shapes: B batch, T tokens, V vocabulary, H heads, D head size, C 
 
 Reinforcement learning (grpo.py) compares the probability of a sampled token before and after an update. So sampling and
 training must agree: at temperature 1, `token_logprobs` returns the log-probability with which `generate` drew a token.
-There is no top-k or top-p. In bfloat16 the two differ by rounding; grpo.py logs the difference.
+There is no top-k or top-p. In bfloat16, sampling and training differ by rounding; grpo.py logs the difference.
 """
 from dataclasses import dataclass
 
@@ -99,8 +99,8 @@ class Block(nn.Module):
         self.down = nn.Linear(c.n_hidden, c.n_embd, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        """x (B, T, C) -> (B, T, C). cos, sin and mask have the compute dtype. (A block has two halves, because sampling
-        with a KV cache has an attention of its own between them.)"""
+        """x (B, T, C) -> (B, T, C). cos, sin and mask have the compute dtype. (The block is split into two methods, so
+        that engine/speed/sampler.py can put its own attention between them.)"""
         q, k, v = self.qkv(x, cos, sin)
         return self.after_attention(x, attend(q, k, v, mask))
 
@@ -207,17 +207,18 @@ class GPT(nn.Module):
         one that leaves no room in block_size.
 
         This is the plain way, to be read and to test against: for each new token, the model reads the whole text again.
-        A run sets model.generate to engine/speed/sampler.py, which samples from the same distribution with a KV cache.
+        A run replaces model.generate by the faster sampler of engine/speed/sampler.py, which draws from the same
+        distribution.
         """
         if not prompts:
             return [], []
         self.check_room(prompts, max_new_tokens)
         device = self.embedding.weight.device
-        copies = [torch.tensor(prompt, device=device) for prompt in prompts for _ in range(samples)]
-        N, row = len(copies), torch.arange(len(copies), device=device)
-        start = torch.tensor([len(prompt) for prompt in copies], device=device)  # (N,)
+        rows = [torch.tensor(prompt, device=device) for prompt in prompts for _ in range(samples)]
+        N, row = len(rows), torch.arange(len(rows), device=device)
+        start = torch.tensor([len(prompt) for prompt in rows], device=device)  # (N,)
         longest = int(start.max())
-        idx = F.pad(pad_sequence(copies, batch_first=True), (0, max_new_tokens))  # (N, longest + max_new_tokens)
+        idx = F.pad(pad_sequence(rows, batch_first=True), (0, max_new_tokens))  # (N, longest + max_new_tokens)
         logp = torch.zeros(N, max_new_tokens, device=device)
         length = torch.zeros(N, dtype=torch.long, device=device)  # with the stop token
         ended = torch.zeros(N, dtype=torch.bool, device=device)
@@ -262,6 +263,6 @@ def token_logprobs(model: GPT, idx: Tensor, mask: Tensor) -> Tensor:
 def select(x: Tensor, mask: Tensor) -> Tensor:
     """x[mask]: the entries of x (B, T, ...) where the mask (B, T) is True, row after row, (M, ...)."""
     assert mask.shape == x.shape[:2], "the mask needs one entry for each token"
-    # subtle: nonzero() of a mask on the GPU would wait until the GPU is done. So our masks stay on the CPU.
+    # Our masks stay on the CPU, because nonzero() on a GPU would make the program wait for it.
     where = mask.flatten().nonzero()[:, 0].to(x.device, non_blocking=True)
     return x.flatten(0, 1).index_select(0, where)

@@ -12,8 +12,8 @@ a weighted sum of the two rewards (reward_function in train.py).
 Both rewards are rules. R1-Zero has no neural network that scores answers, because RL would learn to exploit its
 mistakes (reward hacking). RL exploits the gaps of a rule as well, so these rules are strict. A repeated tag, an answer
 inside the thought, an empty thought, and text outside the two blocks earn no format reward. White space is allowed
-around the blocks, as in the paper's template. (The paper does not publish its parser.) One gap cannot be closed by a
-rule, which does not see whether a thought makes sense: <think>.</think><answer>37</answer> earns both rewards.
+around the blocks, as in the paper's template. (The paper does not publish its parser.) One gap stays open, because no
+rule can see whether a thought makes sense: <think>.</think><answer>37</answer> earns both rewards.
 
     >>> import data.arithmetic
     >>> problem = data.arithmetic.parse("8*7-19")
@@ -31,7 +31,7 @@ A completion without its last tag earns neither reward, even if its number is co
 import re
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-MAX_CHARS = 100_000  # a longer completion earns nothing: no check of a foreign text may take long
+MAX_CHARS = 100_000  # a longer completion earns nothing, so that no check takes long
 REFLECTIVE = re.compile(r"\b(wait|mistake|however|but|retry|error|verify|wrong|evaluate|check)\b", re.IGNORECASE)
 
 
@@ -66,7 +66,7 @@ def format_reward(completion: str) -> float:
 
 
 def extract_answer(completion: str) -> str | None:
-    """The text of the answer, without white space around it; or None, if tags or the thought are missing."""
+    """The text of the answer, without white space around it; or None, if the tags or the thought are malformed."""
     texts = split_completion(completion)
     if texts is None or not texts[1].strip():
         return None

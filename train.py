@@ -22,11 +22,12 @@ are the algorithm. What a stage uses of engine/:
 
     run.new_model(..)   a GPT with random weights; with --init, the pretrained model
     run.corpus(..)      the corpus: batch(step) -> token ids (B, T+1), and heldout, rows that are never trained on
-    run.fast(model)     the model with faster versions of generate and of its forward pass (`training`: backward, too)
+    run.fast(model)     the same model with a faster generate (sampling=True) and forward pass (training=True)
     run.frozen(model)   a copy that is not trained
     run.steps(..)       an iterator of steps, each with its number, random generators and learning rate. It logs, prints
                         and saves after each step, resumes an interrupted stage, and saves the model after the last step
-    Optimizer(..)       AdamW; with a muon_lr, Muon for the matrices of the blocks and AdamW for all other weights
+    Optimizer(..)       AdamW; with a muon_lr, Muon for the matrices of the blocks and AdamW for all other weights. Muon
+                        replaces the update of a matrix by the nearest orthogonal matrix
 """
 from dataclasses import dataclass
 
@@ -57,6 +58,7 @@ class Base:
     n_embd: int = 96              # width of base and zero
     base_tokens: int = 6_500_000  # tokens that the base is trained on, each once
     base_batch: int = 32          # rows of block_size tokens in an update
+    base: str = ""                # a checkpoint to start from, such as out/zero.pt, instead of random weights
 
 
 @dataclass
@@ -91,11 +93,11 @@ def train_student_base(run: Run) -> None:
 def pretrain(run: Run, model: GPT, n_tokens: int, n_rows: int) -> None:
     """Next-token prediction on n_tokens tokens of the corpus, n_rows rows of block_size tokens in each update."""
     cfg = run.cfg
-    n_steps = n_tokens // (n_rows * cfg.block_size)  # 0 with --init, which sets both numbers of tokens to 0
+    n_steps = n_tokens // (n_rows * cfg.block_size)  # 0 with --init or --base, whose models are pretrained
     corpus = run.corpus(n_steps, n_rows)
     model = run.fast(model, training=n_steps > 0)
     optimizer = Optimizer(model, cfg.base_adam_lr, cfg.base_muon_lr)
-    rows_at_a_time = max(1, cfg.micro_batch // cfg.block_size)  # a run has set micro_batch
+    rows_at_a_time = max(1, cfg.micro_batch // cfg.block_size)  # run.cfg.micro_batch is above 0
     for step in run.steps(n_steps, model=model, optimizer=optimizer):
         metrics = Metrics()
         rows = corpus.batch(step.number)  # (B, T+1)
@@ -133,13 +135,13 @@ def run_grpo(run: Run, cfg: Config, policy: GPT, n_steps: int, make_problem, rew
     """
     reference = run.frozen(policy) if cfg.kl_coef else None
     policy = run.fast(policy, training=True, sampling=True)
-    # No Muon: the gradient of RL is noisy. AdamW makes smaller updates where it is; Muon's updates have one size.
+    # No Muon, because the gradient of RL is noisy. Then AdamW makes small updates, but Muon's always have one size.
     optimizer = Optimizer(policy, cfg.rl_lr, beta2=0.999)
     changing = {"model": policy, "optimizer": optimizer}  # what resume.pt saves
     if cfg.ref_every:
         changing["reference"] = reference
     watch = Watch(make_problem, reward_fn)  # for samples.jsonl: four problems, answered again and again
-    # hold=0: the learning rate falls linearly from the start, and is not held first
+    # hold=0: the learning rate falls from the first step on (by default, it is first constant for 40 % of the steps)
     for step in run.steps(n_steps, hold=0.0, watch=watch, **changing):
         problems = step.problems(cfg.rl_prompts, make_problem)
         metrics, rollout = grpo_step(policy, reference, optimizer, problems, reward_fn, run.task, cfg,
@@ -151,7 +153,7 @@ def run_grpo(run: Run, cfg: Config, policy: GPT, n_steps: int, make_problem, rew
 
 def reward_function(run: Run):
     """The reward_fn of grpo.sample_rollout. It returns the task's scores and the "reward" that RL maximises: the
-    weighted sum of accuracy and format, unless the task's scores have a "reward" already."""
+    weighted sum of accuracy and format. A "reward" among the task's scores takes its place."""
     cfg = run.cfg
 
     def reward_fn(completion: str, problem) -> dict[str, float]:
@@ -188,8 +190,8 @@ def run_distillation(run: Run, cfg: Config, teacher: GPT, student: GPT, n_steps:
         step.log(metrics)
 
 
-# Each stage: its function, the stages whose models it is called with, and its settings, which include those of these
-# stages. If a setting of a finished stage has changed, its checkpoint is refused.
+# Stage(function, stages whose models the function gets, settings). A finished checkpoint is refused if one of its
+# settings has changed since, or one of the stages that it came from.
 STAGES = {
     "base": Stage(train_base, (), (Task, Text, Pretraining, Base)),
     "zero": Stage(train_zero, ("base",), (Questions, GRPOConfig)),

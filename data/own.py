@@ -7,31 +7,30 @@
                      plain text, with blank lines between its documents
     --corpus_share   the share of this text in the corpus, counted in tokens; the rest is the built-in corpus
 
-Two answers are equal if both are numbers (integers, decimals, fractions) of the same value, or if both are the same
-text apart from case and white space. A file with a bad line is refused. Problems that cannot be used are left out, and
-`notes` says how many. A fiftieth of the text is kept for the held-out loss.
+The prompt may also be called "question" or "problem". In an answer as GSM8K has it, "... #### 72", the part after ####
+is the answer, and the part before it the solution. Without "answer", the last \\boxed{...} of "solution" is the answer,
+as in MATH. data/answers.py says when two answers are equal.
+
+A file with a bad line is refused. Problems that cannot be used are left out, and `notes` says how many. A fiftieth of
+the text is kept for the held-out loss.
 """
 import json
 import random
 import re
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from data import arithmetic
+from data.answers import canonical, last_boxed, normalize, spelled_only
 from rewards import TAGS
 
 LONGEST = 2_048  # most tokens of a document; a longer one is cut into several
-NUMBER = re.compile(r"[-+]?([0-9]+(/0*[1-9][0-9]*)?|[0-9]*\.[0-9]+)")  # an integer, a fraction or a decimal
-WRITTEN = re.compile(r"([-+]?)\$?([0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(\.[0-9]+)?\.?")  # such as $1,234.50 or 5.
-
-
-def normalize(text: str) -> str:
-    """The text in lower case, with each stretch of white space replaced by one space."""
-    return " ".join(text.split()).casefold()
+PROMPT = ("prompt", "question", "problem")  # what the key of a prompt may be called
 
 
 @dataclass(frozen=True)
@@ -41,23 +40,23 @@ class Problem(arithmetic.Problem):
     working: str = ""
 
     def canonical(self, answer: str) -> str:
-        """One spelling for all equal answers.
-
-        subtle: Fraction alone would also accept "1_000" and Arabic digits, and would take seconds for "1e3000000".
-
-        >>> [Problem("?", "").canonical(a) for a in ("0.50", "2/4", "$1,234.", "New  Delhi")]
-        ['1/2', '1/2', '1234', 'new delhi']
-        """
-        if len(answer) > 100:
-            return normalize(answer)
-        written = WRITTEN.fullmatch(answer)
-        if written:
-            answer = written[1] + written[2].replace(",", "") + (written[3] or "")
-        return str(Fraction(answer)) if NUMBER.fullmatch(answer) else normalize(answer)
+        """One spelling for all equal answers."""
+        return canonical(answer)
 
     def check(self, answer: str) -> bool:
         """Is this text equal to the answer?"""
-        return self.canonical(answer) == self.canonical(self.answer)
+        return canonical(answer) == canonical(self.answer)
+
+
+class Line(NamedTuple):
+    """A problem of a file, with its side ("train" or "test") and the number of its line."""
+    side: str
+    number: int
+    problem: Problem
+
+
+class Number(str):
+    """A number of a JSON file as text, with all its digits."""
 
 
 def read_text(path: str) -> str:
@@ -69,23 +68,93 @@ def read_text(path: str) -> str:
         raise ValueError(f"{path}, line {content[:error.start].count(10) + 1}: not UTF-8, convert the file") from None
 
 
-def read_rows(path: str, *fields: str):
-    """Yields (line number, row) for each line of JSONL that is not blank. Raises ValueError, with the line number, for
-    a line that is not a JSON object, or in which one of `fields` is neither text nor a number."""
-    for line_no, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line, parse_int=str, parse_float=str)  # a number becomes text, with all its digits
-                "".join(row[field] for field in fields).encode()  # also raises an error for half of a surrogate pair
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise ValueError(f"{path}, line {line_no}: not JSON with {' and '.join(fields)} ({error})") from None
-            yield line_no, row
+def read_rows(path: str, parse: Callable) -> list[tuple]:
+    """(line number, parse(row)) for each line of JSONL that is not blank. Raises ValueError, with the line number, for
+    a line that is not a JSON object, and where parse raises it."""
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append((number, parse(read_object(line))))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+    return rows
 
 
-def read_problems(path: str) -> list[Problem]:
-    """The problems of a file, without repeated prompts. Raises ValueError for a bad line."""
-    return list({normalize(row["prompt"]): Problem(row["prompt"].strip(), row["answer"].strip())
-                 for _, row in read_rows(path, "prompt", "answer")}.values())
+def read_object(line: str) -> dict:
+    """The JSON object of a line, in which numbers are text with all their digits."""
+    try:
+        row = json.loads(line, parse_int=Number, parse_float=Number)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    return row
+
+
+def text_of(row: dict, *names: str) -> str:
+    """The text or number under the first of these keys that is there. Raises ValueError for anything else."""
+    name = next((name for name in names if name in row), None)
+    if name is None:
+        wanted, there = (", ".join(f'"{name}"' for name in found) for found in (names, row))
+        raise ValueError(f"no {wanted.replace(', ', ' or ')}; its keys are {there or 'none'}")
+    value = row[name]
+    if not isinstance(value, str):
+        raise ValueError(f'"{name}" is {json.dumps(value)[:40]}, not text or a number')
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f'"{name}" has half of a character (a surrogate)')
+    return value
+
+
+def parse_problem(row: dict) -> tuple[str, Problem]:
+    """A row of a file of problems -> (its side, "train" or "test", and the problem)."""
+    question = text_of(row, *PROMPT).strip()
+    solution = row.get("solution", "")
+    if isinstance(solution, Number) or not isinstance(solution, str):
+        shown = "a number" if isinstance(solution, Number) else json.dumps(solution)[:40]
+        raise ValueError(f'"solution" is {shown}, not text')
+    if "answer" in row:
+        before, marks, answer = text_of(row, "answer").rpartition("####")
+        if marks:  # GSM8K
+            solution = solution or re.sub("<<.*?>>", "", before)
+    else:  # MATH
+        answer = last_boxed(text_of(row, "answer", "solution"))
+        if answer is None:
+            raise ValueError('no "answer", and no \\boxed{...} in "solution"')
+    side = row.get("split", "test" if zlib.crc32(normalize(question).encode()) % 10 == 0 else "train")
+    if side not in ("train", "test"):
+        raise ValueError('"split" must be "train" or "test"')
+    return side, Problem(question, answer.strip(), solution.strip())
+
+
+def read_problems(path: str, task, max_prompt_tokens: int, max_answer_tokens: int) -> tuple[list[Line], list[str]]:
+    """The problems of a file that can be used, and notes about the others.
+
+    Left out are: an empty prompt; a prompt that was there before (one that is on both sides counts as test); a prompt
+    or an answer that is too long; an answer that is empty or has one of the four tags. Raises ValueError for a bad
+    line.
+    """
+    lines = [Line(side, number, problem) for number, (side, problem) in read_rows(path, parse_problem)]
+    usable, prompts = [], set()
+    for line in sorted(lines, key=lambda line: (line.side != "test", line.number)):
+        problem, prompt = line.problem, normalize(line.problem.question)
+        answer_fits = 1 <= len(task.encoding.encode_ordinary(problem.answer)) <= max_answer_tokens
+        has_tag = any(tag in problem.answer for tag in TAGS)
+        if prompt and prompt not in prompts and answer_fits and not has_tag:
+            if len(task.encode_prompt(problem)) <= max_prompt_tokens:
+                usable.append(line)
+                prompts.add(prompt)
+    notes, used = [], {line.number for line in usable}
+    left_out = [line.number for line in lines if line.number not in used]
+    spelled = [line.number for line in lines if line.number in used and spelled_only(line.problem.answer)]
+    if left_out:
+        notes.append(f"{path}: {len(left_out)} problems left out, the first in line {left_out[0]}: empty, repeated, "
+                     f"over {max_prompt_tokens} tokens, or with an answer that cannot be matched")
+    if spelled:
+        notes.append(f"{path}: {len(spelled)} answers hold a unit, several numbers or LaTeX, and are matched letter by "
+                     f"letter only, the first in line {spelled[0]}")
+    return sorted(usable, key=lambda line: line.number), notes
 
 
 def fingerprint(path: str) -> str:
@@ -114,35 +183,18 @@ class OwnProblems:
 
     def __init__(self, task, path: str, max_prompt_tokens: int, max_answer_tokens: int, shots: int = 0):
         self.task, self.held_out, self.max_prompt_tokens = task, ("test",), max_prompt_tokens
-        self.problems, self.by_prompt, rows, left_out = {"train": [], "test": []}, {}, [], []
-        for line_no, row in read_rows(path, "prompt", "answer"):
-            problem = Problem(row["prompt"].strip(), row["answer"].strip(), str(row.get("solution", "")).strip())
-            prompt = normalize(problem.question)
-            side = row.get("split", "test" if zlib.crc32(prompt.encode()) % 10 == 0 else "train")
-            if side not in ("train", "test"):
-                raise ValueError(f'{path}, line {line_no}: "split" must be "train" or "test"')
-            rows.append((side, line_no, prompt, problem))
-        tested = {prompt for side, _, prompt, _ in rows if side == "test"}
-        examples = [problem for _, _, prompt, problem in rows if problem.working and prompt not in tested][:shots]
+        lines, notes = read_problems(path, task, max_prompt_tokens, max_answer_tokens)
+        examples = [line for line in lines if line.side == "train" and line.problem.working][:shots]
         if len(examples) < shots:
             raise ValueError(f'{path}: {len(examples)} training problems have a "solution", fewer than --shots={shots}')
-        if examples:
-            task.show(examples)
-        shown = {normalize(problem.question) for problem in examples}
-        rows = [row for row in rows if row[2] not in shown]
-        for side, line_no, prompt, problem in sorted(rows):  # "test" first: a prompt on both sides is only tested
-            answer_tokens = len(task.encoding.encode_ordinary(problem.answer))
-            if (prompt and prompt not in self.by_prompt and len(task.encode_prompt(problem)) <= max_prompt_tokens
-                    and 1 <= answer_tokens <= max_answer_tokens and not any(tag in problem.answer for tag in TAGS)):
-                self.problems[side].append(problem)
-                self.by_prompt[prompt] = problem
-            else:
-                left_out.append(line_no)
+        if examples:  # they make every prompt longer, so some prompts may no longer fit
+            task.show([line.problem for line in examples])
+            lines, notes = read_problems(path, task, max_prompt_tokens, max_answer_tokens)
+        lines = [line for line in lines if line not in examples]
+        self.by_prompt = {normalize(line.problem.question): line.problem for line in lines}
+        self.problems = {side: [line.problem for line in lines if line.side == side] for side in ("train", "test")}
         n_train, n_test = len(self.problems["train"]), len(self.problems["test"])
-        self.notes = [*task.notes, f"{path}: {n_train} problems to train on, {n_test} to test on"]
-        if left_out:
-            self.notes.append(f"{path}: {len(left_out)} problems left out, the first in line {min(left_out)}: empty, "
-                              f"repeated, over {max_prompt_tokens} tokens, or with an answer that cannot be matched")
+        self.notes = [*task.notes, f"{path}: {n_train} problems to train on, {n_test} to test on", *notes]
         if n_train < 1 or n_test < 2:
             raise ValueError("; ".join(self.notes) + "; at least 1 to train on and 2 to test on are needed")
 
@@ -169,8 +221,10 @@ class OwnCorpus:
     def __init__(self, task, path: str, share: float):
         dtype = np.uint16 if task.encoding.n_vocab <= 2**16 else np.int32
         self.task, self.share, documents = task, share, [np.zeros(0, dtype)]
-        texts = ([row["text"] for _, row in read_rows(path, "text")] if path.lower().endswith(".jsonl")
-                 else re.split(r"\n[ \t\r]*\n\s*", read_text(path)))
+        if path.lower().endswith(".jsonl"):
+            texts = [text for _, text in read_rows(path, lambda row: text_of(row, "text"))]
+        else:
+            texts = re.split(r"\n[ \t\r]*\n\s*", read_text(path))
         texts = [text for text in texts if text.strip()]
         random.Random("own text").shuffle(texts)
         for text in texts:

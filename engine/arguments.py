@@ -82,4 +82,9 @@ def parse_args(program: Program, argv: list[str]) -> tuple:
     for name in given:
         if settings[name].type is bool:
             given[name] = given[name] == "True"
-    return program.config(**(OF_INIT if options.init else {}) | PRESETS.get(options.preset, {}) | given), options
+    defaults = PRESETS.get(options.preset, {})
+    if options.base:  # its pretraining is done
+        defaults = defaults | {"base_tokens": 0}
+    if options.init:
+        defaults = OF_INIT
+    return program.config(**defaults | given), options

@@ -10,6 +10,7 @@ from engine.machine import has
 from engine.report import table
 from engine.settings import settings_of
 from engine.speed.sampler import Sampler, generate
+from engine.tasks import NOT_ANSWER, Checked
 from engine.terminal import UsageError
 
 
@@ -32,7 +33,7 @@ def ask(program, out: Path, text: str, samples: int = 1, temperature: float | No
     if temperature is None:
         temperature = 1.0 if samples > 1 else 0.0
     try:
-        task = program.make_task(cfg)
+        task = Checked(program.make_task(cfg))
         problem = task.parse(text)
     except ValueError as error:
         raise UsageError(f"--ask: {error}") from None
@@ -59,15 +60,15 @@ def evaluate_file(program, out: Path, path: str) -> str:
     """The evaluation of each finished model in `out` on a file of problems (see data/own.py), as Markdown."""
     cfg, names = finished_run(program, out)
     try:
-        task = program.make_task(cfg)
-        problems = read_problems(path)
+        task = Checked(program.make_task(cfg))
+        lines, notes = read_problems(path, task, cfg.block_size - cfg.rl_max_new_tokens,
+                                     cfg.rl_max_new_tokens - NOT_ANSWER)
     except ValueError as error:
         raise UsageError(f"--evaluate: {error}") from None
-    max_prompt_tokens = cfg.block_size - cfg.rl_max_new_tokens
-    asked = [problem for problem in problems if len(task.encode_prompt(problem)) <= max_prompt_tokens]
+    asked = [line.problem for line in lines]
+    notes = [f"{path}: {len(asked)} problems", *notes]
     if len(asked) < 2:
-        raise UsageError(f"--evaluate: at least 2 problems are needed, and {path} has {len(asked)} with at "
-                         f"most {max_prompt_tokens} prompt tokens")
+        raise UsageError(f"--evaluate: at least 2 problems are needed; {'; '.join(notes)}")
     rows, device = [], cfg.device if has(cfg.device) else "cpu"
     for name in names:
         model = build_model(load_checkpoint(out / f"{name}.pt", name)).to(device)
@@ -76,5 +77,4 @@ def evaluate_file(program, out: Path, path: str) -> str:
         figures = evaluate(model, asked, task, max_new_tokens=cfg.rl_max_new_tokens, generator=generator,
                            size=8 if cfg.init else 32)
         rows.append((name, Path(path).stem, figures))
-    first = f"{path}: {len(asked)} of {len(problems)} problems, those with at most {max_prompt_tokens} prompt tokens"
-    return "\n".join([first, "", *table(rows)])
+    return "\n".join([*notes, "", *table(rows)])

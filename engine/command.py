@@ -15,14 +15,14 @@ from data.own import fingerprint, path_of
 from engine.arguments import Program, parse_args
 from engine.ask import ask, evaluate_file
 from engine.evaluation import evaluate_stage
-from engine.files import lock, write_file
+from engine.files import check_base, lock, write_file
 from engine.loop import Run, Stage
 from engine.machine import machine, settle, tune_libraries
 from engine.parallel import broadcast, end, init, rank
 from engine.pretrained.weights import load_model
 from engine.report import report
 from engine.settings import EVALUATION, change, check, names_of, shaped_by
-from engine.tasks import make_task
+from engine.tasks import Checked, make_task
 from engine.terminal import UsageError
 
 
@@ -75,7 +75,10 @@ def prepare(program: Program, cfg, out: Path) -> tuple:
     """Check the settings and the files that they name -> (the settings, the task). Raises UsageError for bad ones."""
     try:
         check(cfg)
-        task = program.make_task(cfg)
+        task = Checked(program.make_task(cfg))
+        task.try_reward()
+        if cfg.base:
+            check_base(Path(path_of(cfg.base)), cfg, task.encoding.n_tokens if cfg.init else task.encoding.n_vocab)
         for key in ("init", "student_init"):  # a model that cannot be loaded is refused before any training
             shaped = [name for name in program.stages if key in shaped_by(program.stages, name)]
             if getattr(cfg, key) and not any((out / f"{name}.pt").exists() for name in shaped):
@@ -83,7 +86,8 @@ def prepare(program: Program, cfg, out: Path) -> tuple:
     except ValueError as error:
         raise UsageError(str(error)) from None
     # The settings store fingerprints (path and checksum) of the files, so that a changed file is noticed.
-    files = {key: fingerprint(path_of(getattr(cfg, key))) for key in ("problems", "corpus", "init", "student_init")}
+    files = {key: fingerprint(path_of(getattr(cfg, key)))
+             for key in ("problems", "corpus", "init", "student_init", "base")}
     return dataclasses.replace(cfg, **files), task
 
 

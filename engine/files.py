@@ -104,6 +104,14 @@ def build_model(content: dict) -> GPT:
     return model
 
 
+def check_base(path: Path, cfg, vocab_size: int) -> None:
+    """Raises UsageError if --base is no checkpoint, or one of another tokenizer or block_size."""
+    shape = load_checkpoint(path)["shape"]
+    for name, value in {"vocab_size": vocab_size, "block_size": cfg.block_size}.items():
+        if shape[name] != value:
+            raise UsageError(f"--base={path} has {name} {shape[name]}, and this run {value}: they must be equal")
+
+
 @contextmanager
 def lock(out: Path) -> Iterator[None]:
     """Create a folder, and lock it until the `with` block or this process ends, even if the process is killed. Rank 0

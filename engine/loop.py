@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 
+from data.own import path_of
 from engine.corpus import Corpus
 from engine.evaluation import heldout_accuracy
 from engine.files import build_model, load_checkpoint, write_file
@@ -100,6 +101,8 @@ class Run:
         """A model with random weights. With --init it is the pretrained model, or the student's (starting_model)."""
         cfg, dtype = self.cfg, getattr(torch, self.cfg.dtype)
         torch.manual_seed(cfg.seed)
+        if cfg.base and not student:
+            return self.build(load_checkpoint(Path(path_of(cfg.base))))
         if cfg.init:
             return starting_model(cfg, self.task.encoding.n_tokens, student, dtype).to(cfg.device)
         shape = GPTConfig(self.task.encoding.n_vocab, cfg.block_size, n_layer, n_head, n_embd)
@@ -178,7 +181,10 @@ class Run:
 
     def load_model(self, name: str) -> GPT:
         """A stage's model, on the run's device and in its compute dtype."""
-        model = build_model(self.checkpoint(name)).to(self.cfg.device)
+        return self.build(self.checkpoint(name))
+
+    def build(self, content: dict) -> GPT:
+        model = build_model(content).to(self.cfg.device)
         model.dtype = getattr(torch, self.cfg.dtype)
         return model
 

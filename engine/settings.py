@@ -163,7 +163,7 @@ def refuse_changes(cfg, stored: dict, path: Path, names: list[str]) -> None:
     """Raises UsageError if a setting that shaped a checkpoint has changed."""
     changed = change(cfg, stored, names)
     if changed:
-        raise UsageError(f"{path} was made with {changed}: restore that value, or use another --out")
+        raise UsageError(f"{path} was made with {changed}: restore it, or start from it: --base={path} --out=NEW")
 
 
 def check(cfg) -> None:
@@ -174,8 +174,8 @@ def check(cfg) -> None:
     def changed(*names: str) -> bool:
         return any(getattr(cfg, name) != getattr(type(cfg), name) for name in names)
 
-    def too_few(n_tokens: int, batch: int) -> bool:
-        return n_tokens < batch * cfg.block_size and not (cfg.init and n_tokens == 0)
+    def too_few(n_tokens: int, batch: int, pretrained: str) -> bool:
+        return n_tokens < batch * cfg.block_size and not (pretrained and n_tokens == 0)
 
     for wrong, line in (
         (cfg.task == "countdown" and changed("max_ops", "max_factor", "parentheses"),
@@ -186,7 +186,8 @@ def check(cfg) -> None:
         (cfg.block_size % 8, "--block_size must be a multiple of 8, as batches are padded to such lengths"),
         (cfg.ref_every and not cfg.kl_coef, "--ref_every needs a --kl_coef above 0, or there is no reference"),
         (cfg.on_policy and cfg.divergence == "sft", "--divergence=sft needs the teacher's samples: omit --on_policy"),
-        (too_few(cfg.base_tokens, cfg.base_batch) or too_few(cfg.student_base_tokens, cfg.student_base_batch),
+        (too_few(cfg.base_tokens, cfg.base_batch, cfg.init or cfg.base)
+         or too_few(cfg.student_base_tokens, cfg.student_base_batch, cfg.init),
          "--base_tokens and --student_base_tokens must be at least one batch (its rows times --block_size)"),
         (not cfg.init and changed("student_init", "instruction", "shots"),
          "--student_init, --instruction and --shots need an --init=DIR"),

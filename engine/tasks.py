@@ -1,4 +1,5 @@
 """The task of a run: the problems, the corpus and the reward that the settings name."""
+import math
 import random
 from pathlib import Path
 
@@ -8,6 +9,9 @@ from data.countdown import Countdown
 from data.own import OwnCorpus, OwnProblems, path_of
 from engine.pretrained.bpe import Encoding
 from engine.pretrained.chat import Pretrained
+from engine.terminal import UsageError
+
+NOT_ANSWER = 6  # the least tokens of a well-formed completion besides its answer: four tags, a thought, the stop token
 
 
 def make_task(cfg):
@@ -25,9 +29,8 @@ def make_task(cfg):
             raise ValueError(f"{path_of(cfg.student_init)} has another tokenizer than {path_of(cfg.init)}: "
                              "distillation needs the same one")
     if cfg.problems:  # "PATH", or "PATH (checksum)" in a resumed run; path_of returns the path
-        max_answer_tokens = cfg.rl_max_new_tokens - 6  # 6: four tags, a thought of one token, the stop token
-        task = OwnProblems(task, path_of(cfg.problems), cfg.block_size - cfg.rl_max_new_tokens, max_answer_tokens,
-                           cfg.shots)
+        task = OwnProblems(task, path_of(cfg.problems), cfg.block_size - cfg.rl_max_new_tokens,
+                           cfg.rl_max_new_tokens - NOT_ANSWER, cfg.shots)
     if cfg.corpus:
         task = OwnCorpus(task, path_of(cfg.corpus), cfg.corpus_share)
     if cfg.rl_max_new_tokens + task.max_prompt_tokens > cfg.block_size:
@@ -36,3 +39,55 @@ def make_task(cfg):
     for kind in task.held_out:
         task.heldout_problems(cfg.eval_problems, kind, cfg.seed)  # raises ValueError if there are too few
     return task
+
+
+class Checked:
+    """A task whose rewards are checked, because people write their own. Everything else is the wrapped task's."""
+
+    def __init__(self, task):
+        self.task, self.names = task, None  # the names of the scores
+
+    __getattr__ = OwnProblems.__getattr__
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, Checked) and self.task == other.task
+
+    def __hash__(self) -> int:
+        return hash(self.task)
+
+    def reward(self, completion: str, problem) -> dict[str, float]:
+        """The task's scores as floats. Raises UsageError unless they are a dict of finite numbers with the same keys
+        each time, and "accuracy" is 0 or 1."""
+        scores = self.task.reward(completion, problem)
+        shown = f"for the completion {completion[:60]!r}"
+        if not isinstance(scores, dict) or "accuracy" not in scores:
+            raise UsageError(f'the reward is {scores!r:.60}, not a dict with "accuracy", {shown}')
+        names = set(scores) - {"reward"}  # which a task may leave to the weights of accuracy and format
+        self.names = self.names or names
+        if names != self.names:
+            missing, added = self.names - names, names - self.names
+            change = f"has no {min(missing)!r}" if missing else f"also has {min(added)!r}"
+            raise UsageError(f"the reward {change} {shown}: it must have the same keys each time")
+        numbers = {name: as_number(value) for name, value in scores.items()}
+        for name, number in numbers.items():
+            if number is None:
+                raise UsageError(f"the reward's {name!r} is {scores[name]!r:.60}, not a finite number, {shown}")
+        if numbers["accuracy"] not in (0, 1):
+            raise UsageError(f"the reward's 'accuracy' is {numbers['accuracy']}, not 0 or 1, {shown}")
+        return numbers
+
+    def try_reward(self) -> None:
+        """Call the reward on a few made-up completions of a training problem, before anything is trained."""
+        problem = self.task.make_problem(random.Random(0))
+        thought, answer = "<think>1+1=2</think>", f"<answer>{problem.answer}</answer>"
+        for completion in ("", "1", problem.answer, thought + answer, thought, answer, thought + "<answer>x</answer>",
+                           f"{thought} {answer} and more"):
+            self.reward(completion, problem)
+
+
+def as_number(value) -> float | None:
+    """A bool, an int, a float, a numpy scalar or a tensor without dimensions as a float; None for anything else and for
+    a number that is not finite."""
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None

@@ -260,6 +260,7 @@ def test_folders_are_tried_before_any_work(tmp_path, monkeypatch, there, expecte
     monkeypatch.setattr("engine.command.load_model", lambda path, *args: tried.append(path))
     monkeypatch.setattr("engine.command.fingerprint", str)
     cfg = train.Config(init=str(tmp_path / "teacher"), student_init=str(tmp_path / "small"))
-    task = SimpleNamespace(encoding=SimpleNamespace(n_tokens=100))
+    task = SimpleNamespace(encoding=SimpleNamespace(n_tokens=100), reward=lambda *args: {"accuracy": 0},
+                           make_problem=lambda rng: SimpleNamespace(answer="1"))
     prepare(PROGRAM._replace(make_task=lambda cfg: task), cfg, tmp_path)
     assert tried == [str(tmp_path / name) for name in expected]

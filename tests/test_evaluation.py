@@ -291,8 +291,9 @@ def test_evaluate_takes_other_problems_and_trains_nothing(quick, tmp_path, capfd
     long = json.dumps({"prompt": "1" * 90, "answer": "1"})
     path.write_text("".join(json.dumps({"prompt": f"{n}+1", "answer": n + 1}) + "\n" for n in range(5)) + long)
     assert main([f"--evaluate={path}", f"--out={quick}"]) == 0
-    first, _, *lines = capfd.readouterr().out.splitlines()
-    assert first == f"{path}: 5 of 6 problems, those with at most {128 - 40} prompt tokens"
+    first, left_out, _, *lines = capfd.readouterr().out.splitlines()
+    assert first == f"{path}: 5 problems"
+    assert left_out.startswith(f"{path}: 1 problems left out, the first in line 6: empty, repeated, over {128 - 40} ")
     assert [line.split("|")[0].strip() for line in lines] == ["model", "-" * 12, *NAMES]
     assert all(line.split("|")[1].strip() == "sums" for line in lines[2:])
     path.write_text(f'{{"prompt": "1+1", "answer": 2}}\n{long}')

@@ -37,7 +37,7 @@ def numbered(n, **more):
 
 @pytest.mark.parametrize("answer, right, wrong", [
     ("37", ("37", "+37", "037", "37.0", "74/2"), ("-37", "37.01", "3 7", "37e0", "\u0663\u0667", "", "37/0", "thirty")),
-    ("1/3", ("1/3", "2/6", "0001/3"), ("0.3333333333333333", "1/3.0", "1 / 3", "3/1", "1/0", "/3")),
+    ("1/3", ("1/3", "2/6", "0001/3", "1 / 3"), ("0.3333333333333333", "1/3.0", "3/1", "1/0", "/3")),
     ("0.1", ("0.1", ".1", "1/10", "0.1000"), ("0.10000000000000001", "0,1", "1e-1", ".", "0.1.0")),
     ("-0", ("0", "-0", "0.0", "0/5"), ("", "-", "O")),
     ("New  Delhi", ("new delhi", "NEW DELHI", " New\nDelhi"), ("newdelhi", "Delhi", "")),
@@ -137,11 +137,16 @@ def test_unusable_problems_are_left_out_and_counted(tmp_path):
 
 @pytest.mark.parametrize("line, words", [
     ('{"prompt": "a", "answer": "1"', "not JSON"), ("hello", "not JSON"), ("[" * 100_000, "not JSON"),
-    ('["a", "1"]', "with prompt and answer"), ('"a"', "with prompt and answer"),
-    ('{"answer": "1"}', "'prompt'"), ('{"prompt": "a"}', "'answer'"),
-    ('{"prompt": "a", "answer": NaN}', "float found"), ('{"prompt": "a", "answer": -Infinity}', "float found"),
-    ('{"prompt": "a\\ud800", "answer": "1"}', "surrogates"), ('{"prompt": "a", "answer": "\\ud800"}', "surrogates"),
-    ('{"prompt": "a", "answer": true}', "bool found"), ('{"prompt": "a", "answer": ["1"]}', "list found"),
+    ('["a", "1"]', "not a JSON object"), ('"a"', "not a JSON object"),
+    ('{"answer": "1"}', 'no "prompt" or "question" or "problem"; its keys are "answer"'),
+    ('{"prompt": "a"}', 'no "answer" or "solution"; its keys are "prompt"'), ("{}", "its keys are none"),
+    ('{"prompt": "a", "answer": NaN}', '"answer" is NaN'), ('{"prompt": "a", "answer": -Infinity}', "is -Infinity"),
+    ('{"prompt": "a\\ud800", "answer": "1"}', "surrogate"), ('{"prompt": "a", "answer": "\\ud800"}', "surrogate"),
+    ('{"prompt": "a", "answer": true}', '"answer" is true'), ('{"prompt": "a", "answer": ["1"]}', 'is ["1"]'),
+    ('{"prompt": null, "answer": "1"}', '"prompt" is null'), ('{"prompt": "a", "answer": null}', '"answer" is null'),
+    *(('{"prompt": "a", "answer": "1", "solution": %s}' % solution, f'"solution" is {shown}')
+      for solution, shown in (("null", "null"), ("[]", "[]"), ("5", "a number"), ("0.5", "a number"))),
+    ('{"prompt": "a", "solution": "so 5"}', 'no "answer", and no \\boxed{...} in "solution"'),
     *(('{"prompt": "a", "answer": "1", "split": %s}' % split, '"train" or "test"')
       for split in ("false", '"dev"', "1", "null", '["test"]')),
 ])
@@ -308,7 +313,7 @@ def test_most_of_the_text_is_read(tmp_path, length):
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("t.jsonl", '{"text": "a"}\n{"texts": "b"}\n', "line 2: not JSON with text"),
+    ("t.jsonl", '{"text": "a"}\n{"texts": "b"}\n', "line 2: no \"text\"; its keys are \"texts\""),
     ("t.jsonl", "a", "line 1: not JSON"),
     ("t.txt", "", "too little text"), ("t.txt", "\n\n \n", "too little text"), ("t.txt", "hello", "too little text"),
 ])

@@ -29,7 +29,7 @@ SHAPES = {
     "device dtype compile threads micro_batch save_every eval_every": "",
     "seed task max_ops max_number max_factor parentheses init": f"{FOUR} evaluation",
     "corpus corpus_share block_size base_muon_lr base_adam_lr": FOUR,
-    "n_layer n_head n_embd base_tokens base_batch": "base zero student",
+    "n_layer n_head n_embd base_tokens base_batch base": "base zero student",
     "student_n_layer student_n_head student_n_embd student_base_tokens student_base_batch student_init":
         "student_base student",
     "problems rl_max_new_tokens instruction shots": "zero student evaluation",
@@ -47,7 +47,7 @@ SHAPES_OF_R1 = {
     "device dtype compile threads micro_batch save_every eval_every": "",
     "seed task max_ops max_number max_factor parentheses init": f"{ALL_OF_R1} evaluation",
     "corpus corpus_share block_size base_muon_lr base_adam_lr": ALL_OF_R1,
-    "n_layer n_head n_embd base_tokens base_batch": f"base zero dev1 {LATE}",
+    "n_layer n_head n_embd base_tokens base_batch base": f"base zero dev1 {LATE}",
     "student_n_layer student_n_head student_n_embd student_base_tokens student_base_batch student_init":
         f"student_base {STUDENTS}",
     "problems rl_max_new_tokens instruction shots": f"zero dev1 {LATE} evaluation",
@@ -101,7 +101,7 @@ def test_other_settings_are_refused(quick, refused):
     """If the stages of one run were made with different settings, results.json would describe neither."""
     before = {path: path.read_bytes() for path in quick.iterdir()}
     line = refused(*QUICK, "--kl_coef=0.5", f"--out={quick}")
-    assert "zero.pt was made with kl_coef=0.001, not 0.5" in line and "another --out" in line
+    assert "zero.pt was made with kl_coef=0.001, not 0.5" in line and "restore it, or start from it: --base=" in line
     assert "base.pt was made with seed=0, not 7" in refused(*QUICK, "--seed=7", f"--out={quick}")
     assert before == {path: path.read_bytes() for path in quick.iterdir()}
 
