@@ -24,7 +24,7 @@ def canonical(answer: str) -> str:
     """
     if len(answer) > 100:
         return normalize(answer)
-    answer = unwrap(answer.strip())
+    answer = unwrap(answer.strip().replace("\u2212", "-"))  # a minus sign
     fraction = FRACTION.fullmatch(answer)
     if fraction:
         sign, over, under, plain_over, plain_under = fraction.groups()

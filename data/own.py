@@ -89,7 +89,7 @@ def read_object(line: str) -> dict:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON ({error})") from None
     if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
+        raise ValueError("not a JSON object (each line must be one)")
     return row
 
 

@@ -11,6 +11,10 @@ from engine.pretrained.bpe import Encoding
 from engine.pretrained.chat import Pretrained
 from engine.terminal import UsageError
 
+# The names of other metrics and columns, which a score would overwrite.
+RESERVED = {"stage", "step", "seconds", "tokens", "tokens_per_s", "loss", "grad_norm", "length", "length_wrong",
+            "truncated", "entropy", "ratio", "kl", "clip_fraction_low", "clip_fraction_high", "sampler_gap",
+            "no_signal", "accepted", "heldout_accuracy", "heldout_loss", "pass@1", "pass@1_se", "maj@16", "pass@16", "n_problems"}
 NOT_ANSWER = 6  # the least tokens of a well-formed completion besides its answer: four tags, a thought, the stop token
 
 
@@ -62,6 +66,9 @@ class Checked:
         shown = f"for the completion {completion[:60]!r}"
         if not isinstance(scores, dict) or "accuracy" not in scores:
             raise UsageError(f'the reward is {scores!r:.60}, not a dict with "accuracy", {shown}')
+        for name in scores:
+            if not isinstance(name, str) or name in RESERVED:
+                raise UsageError(f"the reward has the key {name!r}: use a text that is not the name of another metric")
         names = set(scores) - {"reward"}  # which a task may leave to the weights of accuracy and format
         self.names = self.names or names
         if names != self.names:
@@ -90,4 +97,7 @@ def as_number(value) -> float | None:
     a number that is not finite."""
     if getattr(value, "ndim", None) == 0:
         value = value.item()
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+    try:
+        return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+    except OverflowError:  # an int of hundreds of digits
+        return None

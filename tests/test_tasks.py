@@ -8,7 +8,7 @@ import torch
 
 from data.arithmetic import Arithmetic, parse
 from data.own import OwnProblems
-from engine.tasks import Checked
+from engine.tasks import RESERVED, Checked
 from engine.terminal import UsageError, step_line
 from tests.conftest import NAMES, QUICK, copy, main, results, weights_equal
 
@@ -48,6 +48,7 @@ def test_what_counts_as_a_number(value, number):
     ({"accuracy": 1, "reward": float("nan")}, "'reward' is nan"), ({"accuracy": 1, "x": float("inf")}, "'x' is inf"),
     ({"accuracy": 1, "x": [1.0]}, "'x' is [1.0]"), ({"accuracy": 1, "x": torch.ones(1)}, "'x' is tensor([1.])"),
     ({"accuracy": 1, "x": np.ones(2)}, "'x' is array([1., 1.])"), ({"accuracy": 1, "x": 1j}, "'x' is 1j"),
+    ({"accuracy": 1, "x": 10**400}, "'x' is 1000000000"),
     ({"accuracy": 0.5}, "'accuracy' is 0.5, not 0 or 1"), ({"accuracy": 2}, "'accuracy' is 2.0, not 0 or 1"),
 ])
 def test_a_bad_score_is_named(given, words):
@@ -102,6 +103,21 @@ def test_many_truncated_answers_are_shown():
     assert "truncated 0.75" in step_line("zero 1/2", {"reward": 0.0, "truncated": 0.75}, 1.0)
     assert "truncated" not in step_line("zero 1/2", {"reward": 0.0, "truncated": 0.1}, 1.0)
     assert "truncated" not in step_line("base 1/2", {"loss": 1.0}, 1.0)
+
+
+@pytest.mark.parametrize("name", ["length", "loss", "kl", "step", "pass@1", 1, None])
+def test_a_score_is_not_called_like_another_metric(name):
+    """A score "length" would be averaged with the length in tokens, and the log would show neither."""
+    with pytest.raises(UsageError, match="the reward has the key "):
+        checked({"accuracy": 1, name: 2}).reward("", PROBLEM)
+
+
+def test_the_names_of_all_metrics_are_reserved(quick):
+    """A metric is added to the log, and a score of the same name is not refused."""
+    scores = {"reward", "accuracy", "format", "reflection"}
+    logged = {name for line in (quick / "log.jsonl").read_text().splitlines() for name in json.loads(line)}
+    columns = {name for kinds in results(quick)["models"].values() for name in kinds["test"]}
+    assert (logged | columns) - scores <= RESERVED
 
 
 # Files of problems
