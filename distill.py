@@ -14,12 +14,12 @@ softmax(logits / tau) with a temperature tau. The loss is the average, over all 
     "jsd"      (KL(P || M) + KL(Q || M)) / 2, M = (P + Q) / 2     the Jensen-Shannon divergence, as in GKD
     "sft"      -log Q(the token that was sampled)   supervised fine-tuning on the completions, R1's way
 
-A tau above 1 flattens P and Q, so that unlikely tokens count for more. It also makes the gradient about tau^2 times
-smaller. So the loss is multiplied by tau^2 (Hinton et al., 1503.02531, section 2).
+A tau above 1 flattens P and Q, so that unlikely tokens count for more. Dividing the logits by tau makes the gradient
+about tau^2 times smaller. So the loss is multiplied by tau^2 (Hinton et al., 1503.02531, section 2).
 
-The student learns from each completion in several epochs. RL must not do this, because it needs samples of the current
-policy. The ratio in its loss corrects small differences only, so samples become useless as the policy changes. Here the
-target is the teacher's distribution. It does not depend on who sampled the tokens, so old samples stay valid.
+The student learns from each completion in several epochs. RL cannot reuse samples like this, because its loss needs
+samples of the current policy, and the ratio corrects only for a few small updates. Here the target is the teacher's
+distribution. It does not depend on who sampled the tokens, so old samples stay valid.
 """
 import math
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from grpo import Budget, Metrics, micro_batches, random_minibatches, rollout_metrics, sample_rollout
+from grpo import Batch, Budget, Metrics, micro_batches, random_minibatches, rollout_metrics, sample_rollout
 from model import GPT, select, token_logprobs
 
 
@@ -68,7 +68,7 @@ def distill_loss(student_logits: Tensor, teacher_logits: Tensor, divergence: str
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """KL(a || b): log-probabilities (M, V) each -> (M,). subtle: F.kl_div has its arguments in the order b, a."""
+    """KL(a || b): log-probabilities (M, V) each -> (M,). F.kl_div wants b first."""
     return F.kl_div(log_b, log_a, reduction="none", log_target=True).sum(dim=-1)
 
 
@@ -81,12 +81,11 @@ def distill_step(student: GPT, teacher: GPT, optimizer, problems: list, reward_f
     # 1) sample one completion of each problem
     model = student if cfg.on_policy else teacher
     rollout = sample_rollout(model, problems, reward_fn, task, 1, cfg.rl_max_new_tokens, generator)
-    # 2) keep all of the student's, and of the teacher's those that are correct and well formed
+    # 2) filter the teacher's completions (correct and well formed); the student's are all kept
     kept = [i for i, scores in enumerate(rollout.scores) if cfg.on_policy or is_good(scores)]
     metrics = rollout_metrics(rollout)
     metrics.add("accepted", len(kept), len(rollout.scores))
-    # 3) the teacher reads them, once for all epochs. We keep its hidden states, because its logits are V / C times as
-    #    large, and compute the logits in each epoch
+    # 3) the teacher reads them, once for all epochs. We keep its hidden states (M, C), as its logits (M, V) are larger
     minibatches = []
     for picks in random_minibatches(len(kept), cfg.distill_minibatches, generator):
         rows = [kept[i] for i in picks.tolist()]
@@ -98,19 +97,25 @@ def distill_step(student: GPT, teacher: GPT, optimizer, problems: list, reward_f
             batches.append((batch, hidden))
         minibatches.append((batches, int(rollout.lengths()[rows].sum())))
     # 4) update the student once for each minibatch, in every epoch
-    for batches, n_tokens in minibatches * cfg.distill_epochs:
-        for batch, hidden in batches:
-            if cfg.divergence == "sft":
-                loss = -token_logprobs(student, batch.idx, batch.mask)  # (M,)
-            else:  # the logits, (M, V) each, have no names, which would keep them in memory in the next pass
-                loss = distill_loss(student(batch.idx[:, :-1], batch.mask), teacher.logits(hidden).detach(),
-                                    cfg.divergence, cfg.distill_temperature)  # (M,)
-            (loss.sum() / n_tokens).backward()
-            metrics.add("loss", loss.detach().sum(), len(loss))
-        grad_norm = optimizer.step(lr_scale, share=n_tokens, has_gradient=n_tokens > 0)
-        if n_tokens:
-            metrics.add("grad_norm", grad_norm, 1)
+    for _ in range(cfg.distill_epochs):
+        for batches, n_tokens in minibatches:
+            for batch, hidden in batches:  # their gradients add up
+                loss = batch_loss(student, teacher, batch, hidden, cfg)  # (M,)
+                (loss.sum() / n_tokens).backward()
+                metrics.add("loss", loss.detach().sum(), len(loss))
+            grad_norm = optimizer.step(lr_scale, share=n_tokens, has_gradient=n_tokens > 0)
+            if n_tokens:
+                metrics.add("grad_norm", grad_norm, 1)
     return metrics
+
+
+def batch_loss(student: GPT, teacher: GPT, batch: Batch, teacher_hidden: Tensor | None, cfg) -> Tensor:
+    """The loss of each token of a batch, (M,), given the teacher's hidden states (M, C)."""
+    if cfg.divergence == "sft":
+        return -token_logprobs(student, batch.idx, batch.mask)
+    student_logits = student(batch.idx[:, :-1], batch.mask)   # (M, V)
+    teacher_logits = teacher.logits(teacher_hidden).detach()  # (M, V)
+    return distill_loss(student_logits, teacher_logits, cfg.divergence, cfg.distill_temperature)
 
 
 def is_good(scores: dict[str, float]) -> bool:

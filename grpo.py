@@ -10,11 +10,11 @@ Terms, for readers who know PyTorch but not RL:
                 advantage more likely and one with a negative advantage less likely
     rollout     the N = P * G completions of P prompts. It is split into minibatches; each of them gives one update
     pi_old      the policy that sampled the rollout. The first update is "on policy": pi_theta still is pi_old
-    pi_ref      the reference, a frozen copy of the model that RL began with. The KL penalty, an estimate of the
-                Kullback-Leibler divergence between the two, keeps the policy near it
+    pi_ref      the reference, a frozen copy of the model that RL began with. A penalty on the Kullback-Leibler (KL)
+                divergence between policy and reference keeps the policy near the reference
 
-The loss is that of DeepSeekMath (arXiv 2402.03300), eq. 3, with one ratio per token. DeepSeek-R1 (2501.12948v2, eq. 1
-to 3) writes one ratio for a whole completion; the variant GSPO (2507.18071) does that. For token t of completion i:
+The loss is that of DeepSeekMath (arXiv 2402.03300), eq. 3, with one ratio per token. (The formula of DeepSeek-R1,
+2501.12948v2, eq. 1 to 3, has one ratio per completion. The method GSPO, 2507.18071, uses that.) For token t of o_i:
 
     A_i      = (r_i - mean(r)) / (std(r) + 1e-4), over the rewards r of the group        group_advantages
     ratio    = pi_theta(o_{i,t} | q, o_{i,<t}) / pi_old(o_{i,t} | q, o_{i,<t})
@@ -25,9 +25,10 @@ to 3) writes one ratio for a whole completion; the variant GSPO (2507.18071) doe
 clip_low, clip_high and kl_coef are settings. The weights w_i make the sum an average (token_weights). PPO, from which
 GRPO comes, trains a second network (the critic) to estimate advantages. GRPO uses the mean of the group instead.
 
-Watch the reward, not the loss. On policy the ratio is 1, so the loss is minus a weighted mean of the advantages. As
-the advantages of a group add up to 0, this mean is near 0, for a good policy and for a bad one. Its gradient is not 0:
-d ratio = ratio d log pi_theta, so on policy each token contributes -w_i A_i grad log pi_theta.
+Watch the reward, not the loss. On policy the ratio is 1 and, without the small KL term, the loss is minus a weighted
+mean of the advantages. The advantages of a group add up to 0, so this mean is near 0, for a good policy and for a bad
+one. (It is exactly 0 if all completions are in one minibatch and have equal weight.) Its gradient is not 0: on policy,
+each token contributes -w_i A_i grad log pi_theta, because grad ratio = ratio grad log pi_theta.
 
 docs/knobs.md says when to change which setting, and why. README lists the differences from the paper.
 """
@@ -47,7 +48,7 @@ from model import GPT, token_logprobs
 class Budget:
     """The settings that GRPO and distillation share."""
     rl_max_new_tokens: int = 80   # longest completion, in tokens, in all stages
-    micro_batch: int = 0          # most tokens in a forward pass; 0: no limit (a run sets one)
+    micro_batch: int = 0          # most tokens in a forward pass; 0: no limit, or train.py's choice
 
 
 @dataclass
@@ -65,7 +66,7 @@ class GRPOConfig(Budget):
     clip_low: float = 0.2         # the ratio is clipped at 1 - clip_low
     clip_high: float = 0.2        # the ratio is clipped at 1 + clip_high
     kl_coef: float = 0.001        # weight of the KL penalty; with 0 there is no reference
-    ref_every: int = 0            # copy the policy to the reference every so many steps; 0: never
+    ref_every: int = 0            # steps between two renewals of the reference; 0: none
 
 
 def no_signal(rewards: Tensor) -> Tensor:
@@ -78,9 +79,9 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
 
     "std" divides by the standard deviation of the group, as R1 does. The 1e-4 avoids 0 / 0. If a prompt is nearly
     always or nearly never solved, the standard deviation is small. Dividing by it gives this prompt more weight than a
-    prompt that is solved half of the time. The paper on Dr. GRPO (2503.20783) calls this a bias, because RL is to raise
-    the mean reward, in which all prompts have equal weight. So its variant does not divide ("none"). Raises ValueError
-    for another scale, and for groups of one.
+    prompt that is solved half of the time. The paper on Dr. GRPO (2503.20783) calls this a bias: RL should maximise the
+    mean reward, where every prompt counts equally. So Dr. GRPO does not divide ("none"). Raises ValueError for another
+    scale, and for groups of one.
 
     >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]]), scale="none").tolist()
     [[0.5, -0.5, -0.5, 0.5], [0.0, 0.0, 0.0, 0.0]]
@@ -123,14 +124,15 @@ def grpo_loss(logp: Tensor, logp_old: Tensor, logp_ref: Tensor | None, adv: Tens
     All arguments are vectors over the M sampled tokens, (M,): log-probabilities under pi_theta, pi_old and pi_ref (None
     without a penalty), advantages, and weights.
 
-    The tokens were sampled from pi_old, not from pi_theta. The ratio corrects for this (importance weighting). If the
-    two policies differ much, a few large ratios dominate the sum. So the clip sets the gradient of a token to 0 once
-    its probability has changed enough in the wanted direction: above a ratio of 1 + clip_high where A > 0, below
-    1 - clip_low where A < 0. There min() takes the clipped term, which is a constant.
+    The tokens were sampled from pi_old, not from pi_theta. Multiplying each by its ratio corrects for this (importance
+    weighting). When the policies differ a lot, a few tokens with huge ratios dominate the gradient, and it becomes
+    noise. So the clip sets the gradient of a token to 0 once its probability has changed enough in the wanted
+    direction: above a ratio of 1 + clip_high where A > 0, below 1 - clip_low where A < 0. There min() takes the clipped
+    term, which is a constant.
 
-    KL_{i,t} is called k3. It is never negative, because x - log(x) - 1 >= 0. Its mean over samples of pi_theta is
-    KL(pi_theta || pi_ref). But its gradient is not the gradient of that, because autograd treats the samples as fixed.
-    It is the gradient of KL(pi_ref || pi_theta) (arXiv 2506.09477), which also pulls the policy back to the reference.
+    The mean of KL_{i,t} over samples of pi_theta is KL(pi_theta || pi_ref), and it is never negative, because
+    x - log(x) - 1 >= 0. (In the literature it is the estimator k3.) But autograd treats the samples as fixed. So the
+    gradient of this term is that of KL(pi_ref || pi_theta) (arXiv 2506.09477). It pulls the policy back as well.
     """
     assert logp_ref is not None or not kl_coef, "a KL penalty needs the reference's logp"
     ratio = (logp - logp_old).exp()
@@ -202,7 +204,7 @@ def token_loss(logp: Tensor, batch: Batch, cfg) -> tuple[Tensor, dict[str, Tenso
 
 def grpo_step(policy: GPT, reference: GPT | None, optimizer, problems: list, reward_fn, task, cfg,
               generator: Generator | None = None, lr_scale: float = 1.0) -> tuple["Metrics", Rollout]:
-    """One step of GRPO on P problems -> (metrics, the rollout): the inner loop of DeepSeekMath's Algorithm 1.
+    """One step of GRPO on P problems -> (metrics, the rollout).
 
     cfg is a GRPOConfig, or has its fields. lr_scale is the factor of the learning rate in this step. reward_fn and task
     are explained in sample_rollout, the optimizer in grpo_update.
@@ -243,10 +245,11 @@ def grpo_update(policy: GPT, reference: GPT | None, optimizer, rollout: Rollout,
                 generator: Generator | None = None, lr_scale: float = 1.0, loss_fn=token_loss) -> "Metrics":
     """Update the policy, once for each minibatch of the rollout, given the advantages (N,) -> metrics.
 
-    optimizer.step(lr_scale, share, has_gradient) clips the gradient, updates the weights, clears the gradient, and
-    returns the norm of the gradient before clipping. docs/own.md has such an optimizer of five lines. One process can
-    ignore share and has_gradient: several processes average their gradients with the weights `share`, and a process
-    without a gradient must take part. The reference may be None if kl_coef is 0. loss_fn is a function like token_loss.
+    The optimizer is a small wrapper (docs/own.md has one of five lines). Its step(lr_scale, share, has_gradient) clips
+    the gradient, updates the weights, clears the gradient, and returns the norm of the gradient before clipping. share
+    and has_gradient are for several processes: share is the weight of this process's gradient in their average, and a
+    process without a gradient still has to call step(). The reference may be None if kl_coef is 0. loss_fn is a
+    function like token_loss.
     """
     assert reference is not None or not cfg.kl_coef, "a KL penalty (kl_coef above 0) needs a reference"
     metrics = rollout_metrics(rollout)
@@ -258,9 +261,9 @@ def grpo_update(policy: GPT, reference: GPT | None, optimizer, rollout: Rollout,
     device = policy.embedding.weight.device
     split = random_minibatches(len(adv), cfg.rl_minibatches, generator)
     minibatches = [make_minibatch(rollout, rows, adv, cfg, device) for rows in split]
-    # 2) log-probabilities under pi_old and pi_ref, in the same way as in step 3. The sampler rounds differently. With
-    #    its log-probabilities, the ratio would not be exactly 1 on policy. (no_grad() would change the rounding, too,
-    #    because torch.compile would write other code. Hence detach().)
+    # 2) log-probabilities under pi_old and pi_ref, computed by the training pass. The sampler's are rounded
+    #    differently, so the first ratio would not be exactly 1. subtle: detach() instead of no_grad(), under which
+    #    torch.compile makes other code with other rounding
     for batches, _ in minibatches[1:]:  # the first minibatch gets its logp_old in step 3
         for batch in batches:
             batch.logp_old = token_logprobs(policy, batch.idx, batch.mask).detach()
@@ -282,7 +285,7 @@ def grpo_update(policy: GPT, reference: GPT | None, optimizer, rollout: Rollout,
                 metrics.add(name, total, len(logp))
             gap = (batch.logp_old - batch.sampler_logp).abs()  # rounding alone, if all is well
             metrics.add("sampler_gap", gap.sum(), len(logp))
-        metrics.add("loss", minibatch_loss * share, share)
+        metrics.add("loss", minibatch_loss * share, share)  # a mean over minibatches, weighted by share
         grad_norm = optimizer.step(lr_scale, share, has_gradient=len(batches) > 0)
         metrics.add("grad_norm", grad_norm, 1)
     return metrics
@@ -291,12 +294,12 @@ def grpo_update(policy: GPT, reference: GPT | None, optimizer, rollout: Rollout,
 def make_minibatch(rollout: Rollout, rows: Tensor, adv: Tensor, cfg, device: torch.device) -> tuple[list[Batch], int]:
     """These rows of a rollout as batches with advantages and weights -> (batches, share).
 
-    Completions with advantage 0 are skipped to save time: their only gradient is that of the KL penalty. Late in RL,
-    most completions have advantage 0. DeepSeekMath's Algorithm 1 skips none; to do the same, set live = rows. The
-    accuracy was the same (experiments/findings.md, 9). The skipped rows still count in the weights of the others.
+    Completions with advantage 0 are skipped to save time: their only gradient is that of the KL penalty, and late in RL
+    they are the majority. DeepSeekMath trains on all completions. To do so here, replace the line `live = ...` below by
+    `live = rows`; the accuracy was the same (experiments/findings.md, 9).
 
-    share is the number that the loss is divided by: tokens ("token") or rows. Several processes average their gradients
-    with these numbers as weights (engine/optimizer.py).
+    share is the number that the loss is divided by: tokens if normalize is "token", else rows. It counts the skipped
+    ones, too.
     """
     lengths = rollout.lengths()
     weight = torch.zeros(len(adv))
@@ -356,7 +359,7 @@ class Metrics:
         self.sums, self.counts = defaultdict(float), defaultdict(float)
 
     def add(self, name: str, total: float | Tensor, count: float) -> None:
-        """Add `count` values whose sum is `total`. A tensor stays on its device: reading it would wait for the GPU."""
+        """Add `count` values whose sum is `total`. (Nobody reads a tensor here: the CPU would wait for the GPU.)"""
         self.sums[name] += total
         self.counts[name] += count
 
@@ -371,7 +374,7 @@ def rollout_metrics(rollout: Rollout) -> Metrics:
 
     length, length_wrong   mean tokens of all and of wrong completions, with the stop token
     truncated              share of completions that were cut off
-    entropy                in nats per token: the mean of -log p over the sampled tokens is an estimate of it
+    entropy                in nats per token, estimated by the mean of -log p over the sampled tokens
     tokens                 number of sampled tokens, for the speed in the log
     """
     metrics, N, lengths = Metrics(), len(rollout.texts), rollout.lengths()

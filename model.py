@@ -6,9 +6,9 @@
 As in Llama, positions are rotary and there are no biases. The second line is called SwiGLU. The embedding is also the
 output matrix. Shapes: B batch, T tokens, V vocabulary, H heads, D head size, C width (n_embd).
 
-Reinforcement learning (grpo.py) compares the probability of a sampled token before and after an update. So sampling and
-training must agree: at temperature 1, `token_logprobs` returns the log-probability with which `generate` drew a token.
-There is no top-k or top-p. In bfloat16, sampling and training differ by rounding; grpo.py logs the difference.
+Reinforcement learning (grpo.py) divides the probability of a token by the probability with which it was sampled. So
+`generate` must sample from the distribution that `token_logprobs` computes, without top-k or top-p. (In bfloat16 the
+sampler's log-probabilities are rounded differently. grpo.py logs the difference.)
 """
 from dataclasses import dataclass
 
@@ -62,8 +62,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D) + mask) v. q (B, H, T, D); k, v (B, n_kv_head, T, D); mask (T, T) -> (B, H, T, D).
 
-    In grouped-query attention several query heads share one head of keys and values. Their queries are concatenated
-    along T, so keys and values need not be repeated for each of them.
+    In grouped-query attention several query heads share one head of keys and values. Instead of repeating the keys and
+    values for each of them, we stack their queries along T.
     """
     n_kv_head = k.size(1)
     stacked = q.unflatten(1, (n_kv_head, -1)).flatten(2, 3)  # (B, n_kv_head, H / n_kv_head * T, D)
@@ -73,7 +73,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         y = scores.softmax(dim=-1) @ v
     else:
         y = F.scaled_dot_product_attention(stacked, k, v, attn_mask=mask)
-    return y.reshape(q.shape)
+    return y.reshape(q.shape)  # unstacked
 
 
 class Block(nn.Module):
@@ -236,7 +236,7 @@ class GPT(nn.Module):
             # 3) append it. (Rows that have ended go on, and are cut below)
             idx[row, start + t] = token
             logp[:, t] = probs[row, token].log()
-            length += ~ended  # before the next line, so that the stop token counts
+            length += torch.where(ended, 0, 1)  # before the next line, so that the stop token counts
             ended |= torch.isin(token, torch.tensor(stop_ids, device=device))
             if ended.all():
                 break
@@ -263,6 +263,6 @@ def token_logprobs(model: GPT, idx: Tensor, mask: Tensor) -> Tensor:
 def select(x: Tensor, mask: Tensor) -> Tensor:
     """x[mask]: the entries of x (B, T, ...) where the mask (B, T) is True, row after row, (M, ...)."""
     assert mask.shape == x.shape[:2], "the mask needs one entry for each token"
-    # Our masks stay on the CPU, because nonzero() on a GPU would make the program wait for it.
+    # Our masks are on the CPU: for nonzero() of a mask on the GPU, the CPU would wait until the GPU is idle.
     where = mask.flatten().nonzero()[:, 0].to(x.device, non_blocking=True)
     return x.flatten(0, 1).index_select(0, where)

@@ -27,7 +27,7 @@ are the algorithm. What a stage uses of engine/:
     run.steps(..)       an iterator of steps, each with its number, random generators and learning rate. It logs, prints
                         and saves after each step, resumes an interrupted stage, and saves the model after the last step
     Optimizer(..)       AdamW; with a muon_lr, Muon for the matrices of the blocks and AdamW for all other weights. Muon
-                        replaces the update of a matrix by the nearest orthogonal matrix
+                        needs fewer tokens in pretraining: its update is the orthogonal matrix nearest to the momentum
 """
 from dataclasses import dataclass
 
@@ -93,7 +93,7 @@ def train_student_base(run: Run) -> None:
 def pretrain(run: Run, model: GPT, n_tokens: int, n_rows: int) -> None:
     """Next-token prediction on n_tokens tokens of the corpus, n_rows rows of block_size tokens in each update."""
     cfg = run.cfg
-    n_steps = n_tokens // (n_rows * cfg.block_size)  # 0 with --init or --base, whose models are pretrained
+    n_steps = n_tokens // (n_rows * cfg.block_size)  # 0 if the model is pretrained (--init, --base)
     corpus = run.corpus(n_steps, n_rows)
     model = run.fast(model, training=n_steps > 0)
     optimizer = Optimizer(model, cfg.base_adam_lr, cfg.base_muon_lr)
@@ -135,14 +135,14 @@ def run_grpo(run: Run, cfg: Config, policy: GPT, n_steps: int, make_problem, rew
     """
     reference = run.frozen(policy) if cfg.kl_coef else None
     policy = run.fast(policy, training=True, sampling=True)
-    # No Muon, because the gradient of RL is noisy. Then AdamW makes small updates, but Muon's always have one size.
+    # AdamW alone: RL gradients are noisy. AdamW takes smaller steps when they are; the size of Muon's steps is fixed.
     optimizer = Optimizer(policy, cfg.rl_lr, beta2=0.999)
-    changing = {"model": policy, "optimizer": optimizer}  # what resume.pt saves
+    state = {"model": policy, "optimizer": optimizer}  # what resume.pt saves
     if cfg.ref_every:
-        changing["reference"] = reference
-    watch = Watch(make_problem, reward_fn)  # for samples.jsonl: four problems, answered again and again
+        state["reference"] = reference
+    watch = Watch(make_problem, reward_fn)  # samples.jsonl: the answers to the same four problems over the steps
     # hold=0: the learning rate falls from the first step on (by default, it is first constant for 40 % of the steps)
-    for step in run.steps(n_steps, hold=0.0, watch=watch, **changing):
+    for step in run.steps(n_steps, hold=0.0, watch=watch, **state):
         problems = step.problems(cfg.rl_prompts, make_problem)
         metrics, rollout = grpo_step(policy, reference, optimizer, problems, reward_fn, run.task, cfg,
                                      step.generator, step.lr_scale)
@@ -153,7 +153,7 @@ def run_grpo(run: Run, cfg: Config, policy: GPT, n_steps: int, make_problem, rew
 
 def reward_function(run: Run):
     """The reward_fn of grpo.sample_rollout. It returns the task's scores and the "reward" that RL maximises: the
-    weighted sum of accuracy and format. A "reward" among the task's scores takes its place."""
+    weighted sum of accuracy and format. If the task returns a "reward" of its own, that one is used instead."""
     cfg = run.cfg
 
     def reward_fn(completion: str, problem) -> dict[str, float]:
@@ -164,8 +164,8 @@ def reward_function(run: Run):
 
 
 def train_student(run: Run, zero: GPT, student_base: GPT) -> None:
-    """Distillation of zero into the student's base. Its problems have up to 6 operations, those of RL up to 4. If the
-    student is trained on short problems alone, it forgets the long ones (experiments/findings.md, 6)."""
+    """Distillation of zero into the student's base, on problems of up to 6 operations (RL: up to 4). A student that is
+    trained on short problems alone forgets the long ones (experiments/findings.md, 6)."""
     def make_problem(rng):
         return run.task.make_problem(rng, longer=True)
 
@@ -190,8 +190,8 @@ def run_distillation(run: Run, cfg: Config, teacher: GPT, student: GPT, n_steps:
         step.log(metrics)
 
 
-# Stage(function, stages whose models the function gets, settings). A finished checkpoint is refused if one of its
-# settings has changed since, or one of the stages that it came from.
+# Stage(function, stages whose models the function gets, settings). A run refuses a checkpoint if its settings, or those
+# of a stage that it started from, have changed since it was made.
 STAGES = {
     "base": Stage(train_base, (), (Task, Text, Pretraining, Base)),
     "zero": Stage(train_zero, ("base",), (Questions, GRPOConfig)),

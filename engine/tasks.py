@@ -14,7 +14,8 @@ from engine.terminal import UsageError
 # The names of other metrics and columns, which a score would overwrite.
 RESERVED = {"stage", "step", "seconds", "tokens", "tokens_per_s", "loss", "grad_norm", "length", "length_wrong",
             "truncated", "entropy", "ratio", "kl", "clip_fraction_low", "clip_fraction_high", "sampler_gap",
-            "no_signal", "accepted", "heldout_accuracy", "heldout_loss", "pass@1", "pass@1_se", "maj@16", "pass@16", "n_problems"}
+            "no_signal", "accepted", "heldout_accuracy", "heldout_loss", "pass@1", "pass@1_se", "maj@16", "pass@16",
+            "n_problems"}
 NOT_ANSWER = 6  # the least tokens of a well-formed completion besides its answer: four tags, a thought, the stop token
 
 
