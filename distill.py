@@ -2,7 +2,8 @@
 
 The teacher is the model that RL made (zero). By default it writes the completions, and only those that are correct and
 well formed are kept (rejection sampling, as in R1). With on_policy the student writes them, as in GKD (generalised
-knowledge distillation, arXiv 2306.13649). Then all are kept, because the teacher corrects each token of a mistake.
+knowledge distillation, arXiv 2306.13649). Then all are kept, so that the student learns what the teacher would have
+written after each of its mistakes.
 
 At each position of a completion, P is the teacher's distribution over the vocabulary, and Q the student's. Both are
 softmax(logits / tau) with a temperature tau. The loss is the average, over all positions, of one of these:
@@ -68,7 +69,7 @@ def distill_loss(student_logits: Tensor, teacher_logits: Tensor, divergence: str
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """KL(a || b): log-probabilities (M, V) each -> (M,). F.kl_div wants b first."""
+    """KL(a || b): log-probabilities (M, V) each -> (M,). subtle: F.kl_div takes b before a."""
     return F.kl_div(log_b, log_a, reduction="none", log_target=True).sum(dim=-1)
 
 

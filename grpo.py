@@ -13,22 +13,23 @@ Terms, for readers who know PyTorch but not RL:
     pi_ref      the reference, a frozen copy of the model that RL began with. A penalty on the Kullback-Leibler (KL)
                 divergence between policy and reference keeps the policy near the reference
 
-The loss is that of DeepSeekMath (arXiv 2402.03300), eq. 3, with one ratio per token. (The formula of DeepSeek-R1,
-2501.12948v2, eq. 1 to 3, has one ratio per completion. The method GSPO, 2507.18071, uses that.) For token t of o_i:
+The loss is that of DeepSeekMath (arXiv 2402.03300), eq. 3, for token t of completion i:
 
     A_i      = (r_i - mean(r)) / (std(r) + 1e-4), over the rewards r of the group        group_advantages
     ratio    = pi_theta(o_{i,t} | q, o_{i,<t}) / pi_old(o_{i,t} | q, o_{i,<t})
     L_{i,t}  = - min(ratio A_i, clip(ratio, 1 - clip_low, 1 + clip_high) A_i)
-    KL_{i,t} = pi_ref/pi_theta - log(pi_ref/pi_theta) - 1
+    KL_{i,t} = pi_ref/pi_theta - log(pi_ref/pi_theta) - 1, both of token o_{i,t} as in the ratio
     loss     = sum over all tokens of w_i (L_{i,t} + kl_coef KL_{i,t})                   grpo_loss
 
-clip_low, clip_high and kl_coef are settings. The weights w_i make the sum an average (token_weights). PPO, from which
-GRPO comes, trains a second network (the critic) to estimate advantages. GRPO uses the mean of the group instead.
+clip_low, clip_high and kl_coef are settings. The weights w_i, such as 1 / (number of tokens), make the sum an average.
+DeepSeek-R1 (2501.12948v2, eq. 1 to 3) writes one ratio for a whole completion instead, as the method GSPO (2507.18071)
+has it. PPO, from which GRPO comes, trains a second network (the critic) to estimate advantages. GRPO uses the mean of
+the group.
 
 Watch the reward, not the loss. On policy the ratio is 1 and, without the small KL term, the loss is minus a weighted
 mean of the advantages. The advantages of a group add up to 0, so this mean is near 0, for a good policy and for a bad
-one. (It is exactly 0 if all completions are in one minibatch and have equal weight.) Its gradient is not 0: on policy,
-each token contributes -w_i A_i grad log pi_theta, because grad ratio = ratio grad log pi_theta.
+one. Its gradient is not 0: on policy, each token contributes -w_i A_i grad log pi_theta, because grad ratio = ratio
+grad log pi_theta.
 
 docs/knobs.md says when to change which setting, and why. README lists the differences from the paper.
 """
@@ -48,7 +49,7 @@ from model import GPT, token_logprobs
 class Budget:
     """The settings that GRPO and distillation share."""
     rl_max_new_tokens: int = 80   # longest completion, in tokens, in all stages
-    micro_batch: int = 0          # most tokens in a forward pass; 0: no limit, or train.py's choice
+    micro_batch: int = 0          # most tokens in a forward pass; 0: no limit here; train.py sets one
 
 
 @dataclass
@@ -93,7 +94,7 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     adv = rewards - rewards.mean(dim=1, keepdim=True)
     if scale == "std":
         adv = adv / (rewards.std(dim=1, keepdim=True) + 1e-4)
-    # subtle: the mean of equal rewards may differ from them by rounding, which dividing by 1e-4 would enlarge.
+    # subtle: by rounding, the mean of equal rewards may differ from them. Dividing by 1e-4 would enlarge this error.
     return adv.masked_fill(no_signal(rewards), 0.0)
 
 
@@ -101,10 +102,10 @@ def token_weights(lengths: Tensor, normalize: str, max_len: int) -> Tensor:
     """w_i, the weight in the loss of each token of N completions: lengths in tokens (N,) -> (N,).
 
     "sequence" (DeepSeekMath) gives every completion the same weight, so each token of a long completion weighs less.
-    Each token of a long wrong answer is then punished less than each token of a short one, and the policy learns to
-    make wrong answers long (the length bias).
-    "token" (DAPO, 2503.14476; the default, to avoid this bias) gives every token of a minibatch the same weight.
-    "constant" (Dr. GRPO) gives every token the weight 1 / (N max_len), whatever the lengths are.
+    The tokens of a long wrong answer are then punished less than those of a short one. So long wrong answers become
+    more frequent (the length bias). The other two avoid this bias:
+    "token" (DAPO, 2503.14476; the default) gives every token of a minibatch the same weight.
+    "constant" (Dr. GRPO) gives every token the same weight in all minibatches. max_len is rl_max_new_tokens.
     Dr. GRPO as a whole is --scale=none --normalize=constant. Raises ValueError for another name.
     """
     N = len(lengths)
@@ -124,15 +125,18 @@ def grpo_loss(logp: Tensor, logp_old: Tensor, logp_ref: Tensor | None, adv: Tens
     All arguments are vectors over the M sampled tokens, (M,): log-probabilities under pi_theta, pi_old and pi_ref (None
     without a penalty), advantages, and weights.
 
-    The tokens were sampled from pi_old, not from pi_theta. Multiplying each by its ratio corrects for this (importance
-    weighting). When the policies differ a lot, a few tokens with huge ratios dominate the gradient, and it becomes
-    noise. So the clip sets the gradient of a token to 0 once its probability has changed enough in the wanted
-    direction: above a ratio of 1 + clip_high where A > 0, below 1 - clip_low where A < 0. There min() takes the clipped
-    term, which is a constant.
+    The tokens were sampled from pi_old, not from pi_theta. The factor `ratio` corrects for this (importance weighting).
+    When the policies differ a lot, a few tokens with huge ratios dominate the gradient, and it becomes noise. So min()
+    and clip stop a token once its probability has changed enough in the wanted direction:
+
+        A > 0   the token is to become more likely. Above 1 + clip_high, min() takes the constant (1 + clip_high) A
+        A < 0   the token is to become less likely. Below 1 - clip_low, min() takes the constant (1 - clip_low) A
+
+    A constant has no gradient. In all other cases min() takes ratio A.
 
     The mean of KL_{i,t} over samples of pi_theta is KL(pi_theta || pi_ref), and it is never negative, because
-    x - log(x) - 1 >= 0. (In the literature it is the estimator k3.) But autograd treats the samples as fixed. So the
-    gradient of this term is that of KL(pi_ref || pi_theta) (arXiv 2506.09477). It pulls the policy back as well.
+    x - log(x) - 1 >= 0. (In the literature it is the estimator k3.) But autograd treats the samples as fixed. So its
+    gradient is another, that of KL(pi_ref || pi_theta) (proof: arXiv 2506.09477). It pulls the policy back as well.
     """
     assert logp_ref is not None or not kl_coef, "a KL penalty needs the reference's logp"
     ratio = (logp - logp_old).exp()
@@ -182,7 +186,7 @@ class Batch:
     the last token of the prompt on. All vectors (M,) have the order of these positions, row after row.
     """
     idx: Tensor           # (n, T) token ids
-    mask: Tensor          # (n, T-1), on the CPU: was idx[:, t+1] sampled?
+    mask: Tensor          # (n, T-1), on the CPU (see model.select): was idx[:, t+1] sampled?
     row: Tensor           # (M,) the row of the rollout that each sampled token belongs to
     sampler_logp: Tensor  # (M,) its log-probability, as the sampler computed it
     # Filled in later, by make_minibatch (adv, weight) and by grpo_update:
@@ -209,12 +213,12 @@ def grpo_step(policy: GPT, reference: GPT | None, optimizer, problems: list, rew
     cfg is a GRPOConfig, or has its fields. lr_scale is the factor of the learning rate in this step. reward_fn and task
     are explained in sample_rollout, the optimizer in grpo_update.
     """
-    # 1) sample G completions of each prompt, and score them
+    # a) sample G completions of each prompt, and score them
     rollout = sample_rollout(policy, problems, reward_fn, task, cfg.rl_samples, cfg.rl_max_new_tokens, generator)
-    # 2) compare each completion with its group
+    # b) compare each completion with its group
     rewards = rollout.column("reward").view(-1, cfg.rl_samples)  # (P, G)
     adv = group_advantages(rewards, cfg.scale).flatten()         # (N,)
-    # 3) update the policy
+    # c) update the policy
     metrics = grpo_update(policy, reference, optimizer, rollout, adv, cfg, generator, lr_scale)
     return metrics, rollout
 
@@ -245,25 +249,24 @@ def grpo_update(policy: GPT, reference: GPT | None, optimizer, rollout: Rollout,
                 generator: Generator | None = None, lr_scale: float = 1.0, loss_fn=token_loss) -> "Metrics":
     """Update the policy, once for each minibatch of the rollout, given the advantages (N,) -> metrics.
 
-    The optimizer is a small wrapper (docs/own.md has one of five lines). Its step(lr_scale, share, has_gradient) clips
-    the gradient, updates the weights, clears the gradient, and returns the norm of the gradient before clipping. share
-    and has_gradient are for several processes: share is the weight of this process's gradient in their average, and a
-    process without a gradient still has to call step(). The reference may be None if kl_coef is 0. loss_fn is a
-    function like token_loss.
+    The optimizer is not torch's, but a small wrapper around it (docs/own.md has one of five lines). Its step(lr_scale,
+    share, has_gradient) clips the gradient, updates the weights, clears the gradient, and returns the norm of the
+    gradient before clipping. One process ignores share and has_gradient. Several processes average their gradients,
+    with the weights `share`. The reference may be None if kl_coef is 0. loss_fn is a function like token_loss.
     """
     assert reference is not None or not cfg.kl_coef, "a KL penalty (kl_coef above 0) needs a reference"
     metrics = rollout_metrics(rollout)
     for name in ("ratio", "kl", "clip_fraction_low", "clip_fraction_high", "sampler_gap"):
-        metrics.add(name, 0.0, 0)  # so that they are in the log (as null) even if all advantages are 0
+        metrics.add(name, 0.0, 0)  # if all advantages are 0, they have no value and are null in the log
     rewards = rollout.column("reward").view(-1, cfg.rl_samples)  # (P, G)
     metrics.add("no_signal", no_signal(rewards).sum(), len(rewards))
     # 1) split the rows into minibatches. (A group may be split, because its advantages are known already)
     device = policy.embedding.weight.device
     split = random_minibatches(len(adv), cfg.rl_minibatches, generator)
     minibatches = [make_minibatch(rollout, rows, adv, cfg, device) for rows in split]
-    # 2) log-probabilities under pi_old and pi_ref, computed by the training pass. The sampler's are rounded
-    #    differently, so the first ratio would not be exactly 1. subtle: detach() instead of no_grad(), under which
-    #    torch.compile makes other code with other rounding
+    # 2) log-probabilities under pi_old and pi_ref. We do not use those of the sampler for pi_old: they are rounded
+    #    differently, and the first ratio would not be exactly 1. For the same reason detach() and not no_grad(), under
+    #    which torch.compile makes code that rounds differently
     for batches, _ in minibatches[1:]:  # the first minibatch gets its logp_old in step 3
         for batch in batches:
             batch.logp_old = token_logprobs(policy, batch.idx, batch.mask).detach()
@@ -298,8 +301,8 @@ def make_minibatch(rollout: Rollout, rows: Tensor, adv: Tensor, cfg, device: tor
     they are the majority. DeepSeekMath trains on all completions. To do so here, replace the line `live = ...` below by
     `live = rows`; the accuracy was the same (experiments/findings.md, 9).
 
-    share is the number that the loss is divided by: tokens if normalize is "token", else rows. It counts the skipped
-    ones, too.
+    share is the number of tokens (if normalize is "token") or rows that the loss is an average over. It counts the
+    skipped ones, too.
     """
     lengths = rollout.lengths()
     weight = torch.zeros(len(adv))
@@ -332,8 +335,9 @@ def micro_batches(rollout: Rollout, rows: list[int], max_tokens: int, device: to
     length = [8 * math.ceil((len(p) + len(c) - 1) / 8) for p, c in zip(rollout.prompts, rollout.completions)]
     parts: list[list[int]] = []
     for row in sorted(rows, key=lambda row: length[row]):
-        if not parts or (len(parts[-1]) + 1) * length[row] > limit:
-            parts.append([])  # a batch is full, another begins
+        full = not parts or (len(parts[-1]) + 1) * length[row] > limit
+        if full:
+            parts.append([])
         parts[-1].append(row)
     return [make_batch(rollout, part, device) for part in parts]
 
@@ -359,7 +363,7 @@ class Metrics:
         self.sums, self.counts = defaultdict(float), defaultdict(float)
 
     def add(self, name: str, total: float | Tensor, count: float) -> None:
-        """Add `count` values whose sum is `total`. (Nobody reads a tensor here: the CPU would wait for the GPU.)"""
+        """Add `count` values whose sum is `total`. (Without .item(), for which the CPU would wait for the GPU.)"""
         self.sums[name] += total
         self.counts[name] += count
 

@@ -6,9 +6,9 @@
 As in Llama, positions are rotary and there are no biases. The second line is called SwiGLU. The embedding is also the
 output matrix. Shapes: B batch, T tokens, V vocabulary, H heads, D head size, C width (n_embd).
 
-Reinforcement learning (grpo.py) divides the probability of a token by the probability with which it was sampled. So
-`generate` must sample from the distribution that `token_logprobs` computes, without top-k or top-p. (In bfloat16 the
-sampler's log-probabilities are rounded differently. grpo.py logs the difference.)
+Reinforcement learning (grpo.py) divides the probability that a token has now by the probability with which it was
+sampled. So `generate` must sample from the distribution that `token_logprobs` computes, without top-k or top-p. (In
+bfloat16 the sampler's log-probabilities are rounded differently. grpo.py logs the difference.)
 """
 from dataclasses import dataclass
 
@@ -68,7 +68,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     n_kv_head = k.size(1)
     stacked = q.unflatten(1, (n_kv_head, -1)).flatten(2, 3)  # (B, n_kv_head, H / n_kv_head * T, D)
     mask = mask.repeat(q.size(1) // n_kv_head, 1)            # (H / n_kv_head * T, T)
-    if q.device.type == "cpu":  # where the fused kernel's backward pass is slower
+    if q.device.type == "cpu":  # on a CPU, the fused kernel's backward pass is slower
         scores = (stacked * q.size(-1) ** -0.5) @ k.mT + mask
         y = scores.softmax(dim=-1) @ v
     else:
@@ -168,8 +168,8 @@ class GPT(nn.Module):
     def forward(self, idx: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits of the next token at every position: idx (B, T) -> (B, T, V).
 
-        With a mask (B, T) of bool: only at the M positions where it is True, row after row, (M, V). No loss needs the
-        logits of prompts and padding.
+        With a mask (B, T) of bool, it returns only the logits at the M positions where the mask is True, row after row,
+        (M, V). No loss needs the logits of prompts and padding.
         """
         hidden = self.hidden(idx)
         return self.logits(hidden if mask is None else select(hidden, mask))
@@ -206,9 +206,8 @@ class GPT(nn.Module):
         (greedy decoding) the log-probabilities are those at temperature 1. Raises ValueError for an empty prompt, or
         one that leaves no room in block_size.
 
-        This is the plain way, to be read and to test against: for each new token, the model reads the whole text again.
-        A run replaces model.generate by the faster sampler of engine/speed/sampler.py, which draws from the same
-        distribution.
+        This plain version is for readers and for tests. For each new token, the model reads the whole text again. A run
+        (run.fast in train.py) replaces it by engine/speed/sampler.py, which draws from the same distribution.
         """
         if not prompts:
             return [], []
@@ -263,6 +262,6 @@ def token_logprobs(model: GPT, idx: Tensor, mask: Tensor) -> Tensor:
 def select(x: Tensor, mask: Tensor) -> Tensor:
     """x[mask]: the entries of x (B, T, ...) where the mask (B, T) is True, row after row, (M, ...)."""
     assert mask.shape == x.shape[:2], "the mask needs one entry for each token"
-    # Our masks are on the CPU: for nonzero() of a mask on the GPU, the CPU would wait until the GPU is idle.
+    # Our masks are on the CPU. For nonzero() of a mask on the GPU, the CPU would have to wait for the GPU.
     where = mask.flatten().nonzero()[:, 0].to(x.device, non_blocking=True)
     return x.flatten(0, 1).index_select(0, where)

@@ -7,10 +7,10 @@ A completion is the text that the language model writes after a prompt. It earns
 
 The thought is the text between <think> and </think>, the answer the text between <answer> and </answer>. The answer
 counts only after a closed, non-empty thought. problem.check(answer) -> bool decides whether it is correct. RL maximises
-a weighted sum of the two rewards (reward_function in train.py).
+the sum of the two rewards.
 
-Both rewards are rules. R1-Zero has no neural network that scores answers, because RL would learn to exploit its
-mistakes (reward hacking). RL exploits the gaps of a rule as well, so these rules are strict. A repeated tag, an answer
+Both rewards are rules. R1-Zero has no neural network that scores answers, because RL would learn to exploit mistakes of
+this network (reward hacking). RL exploits the gaps of a rule, too, so these rules are strict. A repeated tag, an answer
 inside the thought, an empty thought, and text outside the two blocks earn no format reward. White space is allowed
 around the blocks, as in the paper's template. (The paper does not publish its parser.) One gap stays open, because no
 rule can see whether a thought makes sense: <think>.</think><answer>37</answer> earns both rewards.

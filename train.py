@@ -24,10 +24,10 @@ are the algorithm. What a stage uses of engine/:
     run.corpus(..)      the corpus: batch(step) -> token ids (B, T+1), and heldout, rows that are never trained on
     run.fast(model)     the same model with a faster generate (sampling=True) and forward pass (training=True)
     run.frozen(model)   a copy that is not trained
-    run.steps(..)       an iterator of steps, each with its number, random generators and learning rate. It logs, prints
-                        and saves after each step, resumes an interrupted stage, and saves the model after the last step
-    Optimizer(..)       AdamW; with a muon_lr, Muon for the matrices of the blocks and AdamW for all other weights. Muon
-                        needs fewer tokens in pretraining: its update is the orthogonal matrix nearest to the momentum
+    run.steps(..)       an iterator of steps, each with its number, random generators and learning rate. It logs each
+                        step, saves resume.pt every 20 seconds and NAME.pt at the end, and resumes an interrupted stage
+    Optimizer(..)       AdamW; with a muon_lr, Muon for the matrices of the blocks and AdamW for all other weights.
+                        (Muon makes each update of a matrix orthogonal. With it, pretraining needs fewer tokens.)
 """
 from dataclasses import dataclass
 
@@ -93,11 +93,11 @@ def train_student_base(run: Run) -> None:
 def pretrain(run: Run, model: GPT, n_tokens: int, n_rows: int) -> None:
     """Next-token prediction on n_tokens tokens of the corpus, n_rows rows of block_size tokens in each update."""
     cfg = run.cfg
-    n_steps = n_tokens // (n_rows * cfg.block_size)  # 0 if the model is pretrained (--init, --base)
+    n_steps = n_tokens // (n_rows * cfg.block_size)  # n_tokens is 0 with --init or --base
     corpus = run.corpus(n_steps, n_rows)
     model = run.fast(model, training=n_steps > 0)
     optimizer = Optimizer(model, cfg.base_adam_lr, cfg.base_muon_lr)
-    rows_at_a_time = max(1, cfg.micro_batch // cfg.block_size)  # run.cfg.micro_batch is above 0
+    rows_at_a_time = max(1, cfg.micro_batch // cfg.block_size)  # in a run, micro_batch is set
     for step in run.steps(n_steps, model=model, optimizer=optimizer):
         metrics = Metrics()
         rows = corpus.batch(step.number)  # (B, T+1)
@@ -135,7 +135,7 @@ def run_grpo(run: Run, cfg: Config, policy: GPT, n_steps: int, make_problem, rew
     """
     reference = run.frozen(policy) if cfg.kl_coef else None
     policy = run.fast(policy, training=True, sampling=True)
-    # AdamW alone: RL gradients are noisy. AdamW takes smaller steps when they are; the size of Muon's steps is fixed.
+    # AdamW alone, because RL gradients are noisy: noise makes AdamW's steps smaller, but not Muon's.
     optimizer = Optimizer(policy, cfg.rl_lr, beta2=0.999)
     state = {"model": policy, "optimizer": optimizer}  # what resume.pt saves
     if cfg.ref_every:
@@ -190,8 +190,8 @@ def run_distillation(run: Run, cfg: Config, teacher: GPT, student: GPT, n_steps:
         step.log(metrics)
 
 
-# Stage(function, stages whose models the function gets, settings). A run refuses a checkpoint if its settings, or those
-# of a stage that it started from, have changed since it was made.
+# Stage(function, stages whose models the function gets, settings). If one of these settings changes, a run refuses the
+# checkpoint of the stage, and of all stages that start from it.
 STAGES = {
     "base": Stage(train_base, (), (Task, Text, Pretraining, Base)),
     "zero": Stage(train_zero, ("base",), (Questions, GRPOConfig)),

@@ -18,7 +18,7 @@ from engine.evaluation import evaluate_stage
 from engine.files import check_base, lock, write_file
 from engine.loop import Run, Stage
 from engine.machine import machine, settle, tune_libraries
-from engine.parallel import broadcast, end, init, rank
+from engine.parallel import broadcast, check_shares, end, init, rank
 from engine.pretrained.weights import load_model
 from engine.report import report
 from engine.settings import EVALUATION, change, check, names_of, shaped_by
@@ -33,7 +33,8 @@ def main(stages: dict[str, Stage], config: type, description: str, make_task: Ca
     task, see docs/own.md.
     """
     for stream in (sys.stdout, sys.stderr):  # the encoding of a terminal may lack ± and ▁
-        stream.reconfigure(errors="replace")
+        if stream:  # there is none where nobody could read it, as behind >&-
+            stream.reconfigure(errors="replace")
     program = Program(stages, config, description, make_task, Path(sys.argv[0]).name)
     end(run_command(program, sys.argv[1:]))
 
@@ -50,6 +51,7 @@ def run_command(program: Program, argv: list[str]) -> int:
             print(evaluate_file(program, out, options.evaluate))
         else:
             init(cfg.device)
+            check_shares(cfg)
             if rank():  # rank 0 alone prints
                 sys.stdout = open(os.devnull, "w", encoding="utf-8")
             prepared = None if rank() else prepare(program, cfg, out)  # rank 0 reads the files for all
@@ -128,7 +130,12 @@ def train(program: Program, run: Run, chosen: str) -> None:
             spent = sum(run.results["seconds"].values()) / 60
             print(f"\n{name}: stage {wanted.index(name) + 1} of {len(wanted)}, {spent:.1f} minutes so far; "
                   f"{machine(run.cfg)}", flush=True)
-            stage.train(run, *map(run.load_model, stage.starts))
+            try:
+                stage.train(run, *map(run.load_model, stage.starts))
+            except torch.OutOfMemoryError:
+                raise UsageError(f"{name}: the GPU's memory is full. Repeat the command with --micro_batch below "
+                                 f"{run.cfg.micro_batch}, or begin anew with fewer --rl_prompts or a smaller "
+                                 "--block_size") from None
             if not run.path(name).exists() and not rank():
                 raise UsageError(f"{name} ended before the last step, so {run.path(name)} was not written: "
                                  "its loop must take every step of run.steps")

@@ -6,6 +6,7 @@ are loaded with weights_only=True, which executes no code in them.
 import json
 import os
 import sqlite3
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -126,6 +127,10 @@ def lock(out: Path) -> Iterator[None]:
     with closing(sqlite3.connect(out / "lock", timeout=0)) as holder:
         try:
             holder.execute("BEGIN EXCLUSIVE")
-        except sqlite3.Error:
+        except sqlite3.Error as error:
+            if "is locked" not in str(error):  # such as "disk I/O error": this file system has no locks
+                print(f"cannot lock {out} ({error}): make sure that no other run writes into it", file=sys.stderr)
+                yield
+                return
             raise UsageError(f"cannot lock {out}: another run is writing into it; wait, or use another --out") from None
         yield

@@ -1,12 +1,15 @@
 """The machine of a run: its device, compute dtype and compiler, and options that make torch's libraries faster."""
 import ctypes
 import dataclasses
+import math
 import os
 import platform
+from pathlib import Path
 
 import torch
 
 from engine.parallel import world_size
+from engine.terminal import UsageError
 
 
 def has(device: str) -> bool:
@@ -21,15 +24,39 @@ def has_bfloat16(device: str) -> bool:
     return device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def check_kernels() -> None:
+    """Raises UsageError if this build of torch has no kernels for the GPU, as today's builds for old ones."""
+    try:
+        torch.zeros(1, device="cuda").add(1).item()
+    except RuntimeError as error:
+        raise UsageError(f"this torch cannot compute on the GPU ({str(error).splitlines()[0]}): take --device=cpu, or "
+                         "a torch that was built for this GPU") from None
+
+
+def usable_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """The CPUs that this process may use: by its affinity, and by the quota of its container (cgroup v2 or v1)."""
+    n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            quota, period = " ".join((cgroup / name).read_text() for name in names).split()
+            if quota != "max" and int(quota) > 0:
+                n = min(n, math.ceil(int(quota) / int(period)))
+        except (OSError, ValueError):
+            pass  # no such file, or no such quota
+    return max(n, 1)
+
+
 def settle(cfg, stored: dict):
     """Replace "auto" and 0 in the settings by what suits this machine. A run that began with the settings `stored`
     keeps their device and dtype, if this machine has that device."""
     if not has(stored.get("device", "cpu")):
         stored = {}  # the run began on a machine with another device
     settled = {key: stored[key] for key in ("device", "dtype") if getattr(cfg, key) == "auto" and key in stored}
-    cfg = dataclasses.replace(cfg, **settled, threads=cfg.threads or torch.get_num_threads())
+    cfg = dataclasses.replace(cfg, **settled, threads=cfg.threads or min(torch.get_num_threads(), usable_cpus()))
     if cfg.device == "auto":
         cfg.device = next(device for device in ("cuda", "mps", "cpu") if has(device))
+    if cfg.device == "cuda":
+        check_kernels()
     if cfg.dtype == "auto":
         cfg.dtype = "bfloat16" if has_bfloat16(cfg.device) else "float32"
     if cfg.compile == "auto":
@@ -59,7 +86,7 @@ def can_compile() -> bool:
     print("testing whether torch.compile works", flush=True)
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8))
-    except RuntimeError as error:
+    except Exception as error:  # no compiler, no headers, a cache that cannot be written, a folder without exec
         print(f"torch.compile does not work here, so the run does not use it: {str(error).splitlines()[0]}")
         return False
     return True

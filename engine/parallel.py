@@ -43,6 +43,15 @@ def init(device: str) -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
 
+def check_shares(cfg) -> None:
+    """Raises UsageError if the problems of a step cannot be divided evenly among the ranks."""
+    for name, value in vars(cfg).items():
+        n = world_size()
+        if name.endswith("_prompts") and value % n:
+            nearest = max(n, round(value / n) * n)
+            raise UsageError(f"--{name}={value} cannot be divided evenly among {n} processes: take --{name}={nearest}")
+
+
 def check_launcher() -> None:
     """Raises RuntimeError if torchrun has ended. After SIGKILL it cannot end its ranks, and they would train on."""
     if world_size() > 1 and os.getppid() != PARENT:
@@ -86,8 +95,9 @@ def end(code: int) -> NoReturn:
     subtle: a rank skips Python's shutdown. The threads of gloo free the last message a little later, and need Python's
     lock to do so. If the interpreter shuts down meanwhile, C++ aborts the process.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream:
+            stream.flush()
     if dist.is_initialized():
         os._exit(code)
     sys.exit(code)

@@ -4,9 +4,8 @@ A group is a dataclass, and a setting is one of its fields. A group stands in th
 grpo.py, DistillConfig in distill.py, the sizes of the models in train.py, the rest here. The comment behind a field is
 its help text. A program's Config inherits the groups. Its table of stages names the groups that shape each stage.
 
-A checkpoint stores the settings that it was made with. It is refused if a setting has changed that shaped it or a stage
-that it starts from. Machine, Files and micro_batch shape no weights and may change: a run that began on a GPU can be
-resumed on a laptop. If a setting of EVALUATION changes, the models are evaluated again.
+A checkpoint is refused if a setting that shaped it, or a stage that it starts from, has changed. Machine, Files and
+micro_batch shape no weights: a run from a GPU can go on on a laptop. EVALUATION shapes the figures in results.json.
 """
 import functools
 import inspect
@@ -57,6 +56,7 @@ class Questions:
     problems: str = ""          # JSONL file of problems in place of the built-in ones
     instruction: str = R1_ZERO  # with --init: text before the questions
     shots: int = 0              # with --init: solved examples before each question
+    template: Literal["auto", "plain"] = "auto"  # with --init: the model's chat template if it has one, or none
 
 
 @dataclass
@@ -189,8 +189,8 @@ def check(cfg) -> None:
         (too_few(cfg.base_tokens, cfg.base_batch, cfg.init or cfg.base)
          or too_few(cfg.student_base_tokens, cfg.student_base_batch, cfg.init),
          "--base_tokens and --student_base_tokens must be at least one batch (its rows times --block_size)"),
-        (not cfg.init and changed("student_init", "instruction", "shots"),
-         "--student_init, --instruction and --shots need an --init=DIR"),
+        (not cfg.init and changed("student_init", "instruction", "shots", "template"),
+         "--student_init, --instruction, --shots and --template need an --init=DIR"),
         (cfg.init and changed("n_layer", "n_head", "n_embd", "student_n_layer", "student_n_head", "student_n_embd"),
          "--n_layer, --n_head and --n_embd have no effect with --init: a pretrained model has its own sizes"),
         (cfg.device != "auto" and not has(cfg.device),

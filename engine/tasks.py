@@ -28,7 +28,8 @@ def make_task(cfg):
         task = {"arithmetic": Arithmetic, "bilingual": Bilingual}[cfg.task](
             cfg.max_ops, cfg.max_number, cfg.max_factor, cfg.parentheses)
     if cfg.init:
-        task, rng = Pretrained(task, path_of(cfg.init), cfg.instruction), random.Random(f"{cfg.seed}/shots")
+        task = Pretrained(task, path_of(cfg.init), cfg.instruction, cfg.template)
+        rng = random.Random(f"{cfg.seed}/shots")
         task.show([task.make_problem(rng) for _ in range(0 if cfg.problems else cfg.shots)])
         if cfg.student_init and Encoding(Path(path_of(cfg.student_init)), task.template or "") != task.encoding:
             raise ValueError(f"{path_of(cfg.student_init)} has another tokenizer than {path_of(cfg.init)}: "

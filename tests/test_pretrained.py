@@ -37,7 +37,8 @@ CHATML = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ me
           "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 TEXTS = ["a", "the", "!\x04!", "\u0338", "\U000e0041", " ", "  ", "\n", "\r\n", "\t", "1", "23", " 4567", "don't",
          "'S", "é", "e\u0301", "日本", "😀",
-         "<|im_end|>", "<|im_start|>", "<think>", "</answer>", "٣", "²", "!", "?!", "...", "\x00", "ß", "ſ", "_", "-3",
+         "<|im_end|>", "<|im_start|>", "<think>", "</answer>", "٣", "²", "!", "?!", "...", "\x00", "ß", "ſ", "_",
+         "-3",
          "\u00a0", " world", "\ue000", "\ufeff"]
 SIZES = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
              max_position_embeddings=64)
@@ -381,13 +382,13 @@ def test_without_a_template(folder, tmp_path):
 
 def test_stop_ids(folder, tmp_path):
     """A chat model ends a turn and a text with different tokens. Its stop tokens must be the eos_token_id of the config
-    file and the token that the template puts after an answer, not the tokenizer's eos_token."""
+    file and the token that the template puts after an answer; without a template, the tokenizer's eos_token."""
     specials = Encoding(folder).specials
     assert Pretrained(Arithmetic(), str(folder), "").stop_ids == (specials["<|endoftext|>"], specials["<|im_end|>"])
     to = copy_of(folder, tmp_path)
     (to / "chat_template.jinja").unlink()
     (to / "generation_config.json").write_text(json.dumps({"eos_token_id": specials["<|im_start|>"]}))
-    assert Pretrained(Arithmetic(), str(to), "").stop_ids == (specials["<|im_start|>"],)
+    assert Pretrained(Arithmetic(), str(to), "").stop_ids == (specials["<|im_start|>"], specials["<|im_end|>"])
     (to / "generation_config.json").write_text(json.dumps({"eos_token_id": 10_000}))
     with pytest.raises(ValueError, match="eos_token_id"):
         Pretrained(Arithmetic(), str(to), "")
@@ -477,7 +478,9 @@ UP = "model.layers.1.mlp.up_proj.weight"
     (change_config(num_hidden_layers=2), "layers.2"), (change_config(num_key_value_heads=4), "k_proj"),
     (change_config(tie_word_embeddings=False), "lm_head.weight is missing"),
     (change_config(model_type="qwen2"), "q_proj.bias is missing"), (change_config(rope_parameters="x"), "cannot load"),
-    (change_config(num_attention_heads="4"), "cannot load"), (change_config(model_type="qwen3"), "q_norm"),
+    (change_config(num_attention_heads="4"), "num_attention_heads is '4'"),
+    (change_config(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "rope_type"),
+    (change_config(model_type="qwen3"), "q_norm"),
     (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
     (lambda folder: (folder / "config.json").write_text("[1]"), "config.json is not"),
     (change_tensors(lambda tensors: tensors.pop(UP)), UP),

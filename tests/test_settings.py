@@ -32,7 +32,7 @@ SHAPES = {
     "n_layer n_head n_embd base_tokens base_batch base": "base zero student",
     "student_n_layer student_n_head student_n_embd student_base_tokens student_base_batch student_init":
         "student_base student",
-    "problems rl_max_new_tokens instruction shots": "zero student evaluation",
+    "problems rl_max_new_tokens instruction shots template": "zero student evaluation",
     "rl_steps rl_prompts rl_samples rl_minibatches rl_lr accuracy_weight format_weight clip_low clip_high kl_coef "
     "ref_every normalize scale": "zero student",
     "distill_steps distill_prompts distill_minibatches distill_epochs distill_muon_lr distill_adam_lr divergence "
@@ -50,7 +50,7 @@ SHAPES_OF_R1 = {
     "n_layer n_head n_embd base_tokens base_batch base": f"base zero dev1 {LATE}",
     "student_n_layer student_n_head student_n_embd student_base_tokens student_base_batch student_init":
         f"student_base {STUDENTS}",
-    "problems rl_max_new_tokens instruction shots": f"zero dev1 {LATE} evaluation",
+    "problems rl_max_new_tokens instruction shots template": f"zero dev1 {LATE} evaluation",
     "rl_steps rl_prompts rl_samples rl_minibatches rl_lr accuracy_weight format_weight clip_low clip_high kl_coef "
     "ref_every normalize scale": f"zero dev1 {LATE}",
     "cold_steps cold_prompts cold_epochs sft_muon_lr sft_adam_lr": f"dev1 {LATE}",

@@ -19,6 +19,7 @@ from data.arithmetic import Problem
 from data.own import OwnProblems
 from data.tokenizer import END_OF_TEXT
 from engine.pretrained.bpe import Encoding, read_json
+from engine.pretrained.template import PLAIN, fill_template, read_template
 
 # DeepSeek-R1 (arXiv 2501.12948v2), table 1, without the question.
 R1_ZERO = ("A conversation between User and Assistant. The User asks a question and the Assistant solves it. The "
@@ -28,50 +29,24 @@ R1_ZERO = ("A conversation between User and Assistant. The User asks a question 
 SLOT = 0xE000  # the first placeholder character; Unicode reserves these characters for private use
 
 
-def read_template(folder: Path, tokenizer_config: dict) -> str | None:
-    """The chat template, from its own file or from tokenizer_config.json; None if there is none."""
-    path = folder / "chat_template.jinja"
-    if path.exists():
-        return path.read_text(encoding="utf-8")
-    template = tokenizer_config.get("chat_template")
-    if isinstance(template, list):  # several, each with a name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template
-
-
-def fill_template(template: str, messages: list[dict], names: dict[str, str]) -> str:
-    """The text that a chat template makes of messages, up to the model's answer. `names` maps variables of the
-    template, such as bos_token, to special tokens. Raises ValueError if the template fails."""
-    from jinja2 import TemplateError  # installed with torch, which needs jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str):
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                extensions=["jinja2.ext.loopcontrols"])
-    try:
-        return environment.from_string(template).render(messages=messages, add_generation_prompt=True, tools=None,
-                                                        documents=None, raise_exception=raise_exception, **names)
-    except Exception as error:  # foreign code may raise anything
-        raise ValueError(f"the chat template fails: {error}") from None
-
-
 class Pretrained:
     """A task with the prompts and the tokenizer of the model in `folder`. Everything else is the wrapped task's. Raises
     ValueError for a tokenizer or a template that cannot be used."""
 
-    def __init__(self, task, folder: str, instruction: str):
+    def __init__(self, task, folder: str, instruction: str, template: str = "auto"):
         self.task, self.instruction, path, config = task, instruction, Path(folder), {}
         for name in ("config.json", "generation_config.json", "tokenizer_config.json"):  # a later file wins
             if (path / name).exists():
                 config |= {key: value for key, value in read_json(path, name).items() if value is not None}
-        self.template = read_template(path, config)
+        self.template = read_template(path, config) if template == "auto" else None
         self.encoding = Encoding(path, self.template or "")
         self.names = {key: token if isinstance(token, str) else token["content"] for key, token in config.items()
                       if key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        stop = config.get("eos_token_id", self.encoding.specials.get(self.names.get("eos_token"), []))
+        end_of_text = self.encoding.specials.get(self.names.get("eos_token"), [])  # by the tokenizer's own files
+        stop = config.get("eos_token_id", end_of_text)
         self.stop_ids = tuple(stop if isinstance(stop, list) else [stop])
+        if not self.template and end_of_text != []:  # the two may differ, and a model may end with either
+            self.stop_ids = tuple(dict.fromkeys([*self.stop_ids, end_of_text]))
         if self.template:  # the token that the template puts after an answer ends one, too
             text = fill_template(self.template, [{"role": "user", "content": "?"},
                                                  {"role": "assistant", "content": chr(SLOT)}], self.names)
@@ -98,6 +73,7 @@ class Pretrained:
             used = slots if self.instruction else slots[1:]
             if any(text.count(slot) != 1 for slot in used):
                 raise ValueError("the chat template leaves out or repeats a text: try an empty --instruction=")
+            self.check_header(text.partition(slots[-1])[2])
             # Some templates end in <think>. Here the model writes this tag, because the rewards ask for both tags.
             text = re.sub(r"<think>\s*$", "", text)
         else:
@@ -109,6 +85,16 @@ class Pretrained:
             text = start + "".join(turns) + f"User: {slots[-1]}\nAssistant:"
         self.texts = [self.instruction, *texts]  # the texts that replace the slots, without the question
         self.prompt = re.split(f"({self.encoding.special_pattern})", text)  # special tokens are at odd indices
+
+    def check_header(self, header: str) -> None:
+        """Raises ValueError unless the model can begin its answer with <think> after `header`, which is what the
+        template writes after the question."""
+        if re.search(r"<think>\s*</think>\s*$", header):
+            raise ValueError("the chat template closes the thought itself (<think></think>), so no answer can earn the "
+                             f"format reward; {PLAIN}")
+        ends = [self.encoding.decode([i]) for i in self.stop_ids]
+        if not re.sub("|".join(map(re.escape, ends)), "", header).strip():
+            raise ValueError(f"the chat template begins no answer (it ignores add_generation_prompt); {PLAIN}")
 
     def encode_prompt(self, problem) -> list[int]:
         """The token ids of a problem's prompt."""

@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 
 from data.own import path_of
-from engine.pretrained.bpe import MALFORMED, read_json
+from engine.pretrained.bpe import MALFORMED, read_json, refuse_pointer
 from model import GPT, GPTConfig
 
 # The only value that is supported in each of these fields of config.json. A field may be missing.
 FIXED = {"hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False, "quantization_config": None,
          "partial_rotary_factor": 1.0}
+EMBEDDING = "model.embed_tokens.weight"
 NAMES = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm", "q_norm": "self_attn.q_norm",
          "k_norm": "self_attn.k_norm", "gate": "mlp.gate_proj", "up": "mlp.up_proj",
          "down": "mlp.down_proj"} | {name: f"self_attn.{name}_proj" for name in "qkvo"}
@@ -27,19 +28,24 @@ NAMES = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm", "q_nor
 def read_shape(config: dict, tied: bool, vocab_size: int, block_size: int) -> GPTConfig:
     """The GPTConfig of a config.json. `tied` says whether the output matrix is the embedding, if the file does not.
     Raises ValueError, with the field's name, for an architecture that model.py cannot compute."""
-    rope = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
+    tables = [config.get(name) or {} for name in ("rope_scaling", "rope_parameters")]  # older and newer files
+    rope = tables[0] | tables[1]
     for name, wanted in FIXED.items():
         for value in (config.get(name), rope.get(name)):
             if value not in (None, wanted):
                 raise ValueError(f"{name} is {str(value)[:60]!r}, and only {wanted!r} is supported")
     kind, scaling = rope.get("rope_type", rope.get("type", "default")), None
+    kinds = {table.get("rope_type", table.get("type", "default")) for table in tables if table}
     for name, values, known in (("model_type", {config.get("model_type")}, {"llama", "qwen2", "qwen3"}),
                                ("layer_types", set(config.get("layer_types") or ()), {"full_attention"}),
-                               ("rope_type", {kind}, {"default", "llama3"})):
+                               ("rope_type", kinds, {"default", "llama3"} if len(kinds) < 2 else {kind})):
         if values - known:
             raise ValueError(f"{name} has {min(values - known)!r}, and only {sorted(known)} are supported")
     if block_size > config.get("max_position_embeddings", block_size):
         raise ValueError(f"max_position_embeddings is {config['max_position_embeddings']}: lower --block_size to it")
+    for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size"):
+        if not isinstance(config.get(name, 0) or 0, int):
+            raise ValueError(f"{name} is {config[name]!r}, which is no whole number")
     try:
         if kind == "llama3":
             scaling = tuple(rope[key] for key in ("factor", "low_freq_factor", "high_freq_factor",
@@ -77,7 +83,7 @@ def copy_tensors(model: GPT, tensors: dict, config: dict, n_tokens: int) -> None
         tensor = tensors.pop(theirs).get_tensor(theirs)
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"tensor {theirs} has type {tensor.dtype}, not float32, float16 or bfloat16")
-        if theirs in ("model.embed_tokens.weight", "lm_head.weight"):
+        if theirs in (EMBEDDING, "lm_head.weight"):
             if not n_tokens <= config["vocab_size"] == len(tensor):
                 raise ValueError(f"vocab_size is {config['vocab_size']}, {theirs} has {len(tensor)} rows, and "
                                  f"tokenizer.json has {n_tokens} tokens")
@@ -119,11 +125,17 @@ def load_model(folder: str | Path, n_tokens: int, block_size: int, dtype: torch.
         shards = set(read_json(folder, index)["weight_map"].values()) if (folder / index).exists() else {one}
         if shards == {one} and not (folder / one).exists():
             raise ValueError(f"{one} is missing, and only *.safetensors are opened")
+        for shard in shards:
+            refuse_pointer(folder / shard)
         tensors = {name: file for file in (safe_open(folder / shard, "pt") for shard in shards)
                    for name in file.keys() if not name.endswith("rotary_emb.inv_freq")}
         shape = read_shape(config, "lm_head.weight" not in tensors, n_tokens, block_size)
-        if shape.tied:
-            tensors.pop("lm_head.weight", None)  # a copy of the embedding
+        if shape.tied and "lm_head.weight" in tensors:
+            embedding, head = (tensors[name].get_tensor(name) for name in (EMBEDDING, "lm_head.weight"))
+            if torch.equal(embedding, head):
+                tensors.pop("lm_head.weight")
+            else:  # transformers uses the head, too
+                shape.tied = False
         model = make_model(shape, dtype)
         copy_tensors(model, tensors, config, n_tokens)
         return model
@@ -136,6 +148,9 @@ def starting_model(cfg, n_tokens: int, student: bool, dtype: torch.dtype) -> GPT
     second layer."""
     folder = cfg.student_init if student and cfg.student_init else cfg.init
     model = load_model(path_of(folder), n_tokens, cfg.block_size, dtype)
+    if read_json(Path(path_of(folder)), "config.json").get("tie_word_embeddings") and not model.config.tied:
+        print(f"{path_of(folder)}: lm_head.weight differs from the embedding and is used, although config.json says "
+              "that the two are tied")
     if student and not cfg.student_init:
         model.blocks = model.blocks[::2]
         model.config = dataclasses.replace(model.config, n_layer=len(model.blocks))
