@@ -110,12 +110,12 @@ def distill_step(student: GPT, teacher: GPT, optimizer, problems: list, reward_f
     return metrics
 
 
-def batch_loss(student: GPT, teacher: GPT, batch: Batch, teacher_hidden: Tensor | None, cfg) -> Tensor:
-    """The loss of each token of a batch, (M,), given the teacher's hidden states (M, C)."""
+def batch_loss(student: GPT, teacher: GPT, batch: Batch, hidden: Tensor | None, cfg) -> Tensor:
+    """The loss of each token of a batch, (M,), given the hidden states of the teacher (M, C)."""
     if cfg.divergence == "sft":
         return -token_logprobs(student, batch.idx, batch.mask)
     student_logits = student(batch.idx[:, :-1], batch.mask)   # (M, V)
-    teacher_logits = teacher.logits(teacher_hidden).detach()  # (M, V)
+    teacher_logits = teacher.logits(hidden).detach()          # (M, V)
     return distill_loss(student_logits, teacher_logits, cfg.divergence, cfg.distill_temperature)
 
 

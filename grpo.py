@@ -22,9 +22,9 @@ The loss is that of DeepSeekMath (arXiv 2402.03300), eq. 3, for token t of compl
     loss     = sum over all tokens of w_i (L_{i,t} + kl_coef KL_{i,t})                   grpo_loss
 
 clip_low, clip_high and kl_coef are settings. The weights w_i, such as 1 / (number of tokens), make the sum an average.
-DeepSeek-R1 (2501.12948v2, eq. 1 to 3) writes one ratio for a whole completion instead, as the method GSPO (2507.18071)
-has it. PPO, from which GRPO comes, trains a second network (the critic) to estimate advantages. GRPO uses the mean of
-the group.
+DeepSeek-R1 (2501.12948v2, eq. 1 to 3) writes one ratio for a whole completion instead. (The method GSPO, 2507.18071,
+uses the |o_i|-th root of that.) PPO, from which GRPO comes, trains a second network (the critic) to estimate advantages.
+GRPO uses the mean of the group instead.
 
 Watch the reward, not the loss. On policy the ratio is 1 and, without the small KL term, the loss is minus a weighted
 mean of the advantages. The advantages of a group add up to 0, so this mean is near 0, for a good policy and for a bad
@@ -49,7 +49,7 @@ from model import GPT, token_logprobs
 class Budget:
     """The settings that GRPO and distillation share."""
     rl_max_new_tokens: int = 80   # longest completion, in tokens, in all stages
-    micro_batch: int = 0          # most tokens in a forward pass; 0: no limit here; train.py sets one
+    micro_batch: int = 0          # most tokens in a forward pass; 0: no limit; train.py sets one
 
 
 @dataclass
@@ -257,7 +257,7 @@ def grpo_update(policy: GPT, reference: GPT | None, optimizer, rollout: Rollout,
     assert reference is not None or not cfg.kl_coef, "a KL penalty (kl_coef above 0) needs a reference"
     metrics = rollout_metrics(rollout)
     for name in ("ratio", "kl", "clip_fraction_low", "clip_fraction_high", "sampler_gap"):
-        metrics.add(name, 0.0, 0)  # if all advantages are 0, they have no value and are null in the log
+        metrics.add(name, 0.0, 0)  # null in the log if all advantages are 0
     rewards = rollout.column("reward").view(-1, cfg.rl_samples)  # (P, G)
     metrics.add("no_signal", no_signal(rewards).sum(), len(rewards))
     # 1) split the rows into minibatches. (A group may be split, because its advantages are known already)

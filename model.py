@@ -235,7 +235,7 @@ class GPT(nn.Module):
             # 3) append it. (Rows that have ended go on, and are cut below)
             idx[row, start + t] = token
             logp[:, t] = probs[row, token].log()
-            length += torch.where(ended, 0, 1)  # before the next line, so that the stop token counts
+            length += torch.where(ended, 0, 1)  # before the next line: the stop token counts
             ended |= torch.isin(token, torch.tensor(stop_ids, device=device))
             if ended.all():
                 break
