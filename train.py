@@ -16,18 +16,6 @@
 
 It writes into --out (out/, or out/PRESET): NAME.pt for each finished stage, resume.pt for the unfinished one,
 log.jsonl (one row a step), samples.jsonl (how the answers to four problems change), results.json, report.md.
-
-This file holds the stages. A stage is a function with a loop, `for step in run.steps(...)`. The lines inside the loop
-are the algorithm. What a stage uses of engine/:
-
-    run.new_model(..)   a GPT with random weights; with --init, the pretrained model
-    run.corpus(..)      the corpus: batch(step) -> token ids (B, T+1), and heldout, rows that are never trained on
-    run.fast(model)     the same model with a faster generate (sampling=True) and forward pass (training=True)
-    run.frozen(model)   a copy that is not trained
-    run.steps(..)       an iterator of steps, each with its number, random generators and learning rate. It logs each
-                        step, saves resume.pt every 20 seconds and NAME.pt at the end, and resumes an interrupted stage
-    Optimizer(..)       AdamW; with a muon_lr, Muon for the matrices of the blocks and AdamW for all other weights.
-                        (Muon makes each update of a matrix orthogonal. With it, pretraining needs fewer tokens.)
 """
 from dataclasses import dataclass
 
@@ -76,6 +64,19 @@ class Config(Machine, Files, Task, Text, Questions, Pretraining, Base, GRPOConfi
              DistillConfig, Evaluation):
     """All settings. Those of GRPO are declared in grpo.py, those of distillation in distill.py, the other imported ones
     in engine/settings.py."""
+
+
+# This file holds the stages. A stage is a function with a loop, `for step in run.steps(...)`. The lines inside the loop
+# are the algorithm. What a stage uses of engine/:
+#
+#     run.new_model(..)   a GPT with random weights; with --init, the pretrained model
+#     run.corpus(..)      the corpus: batch(step) -> token ids (B, T+1), and heldout, rows that are never trained on
+#     run.fast(model)     the same model with a faster generate (sampling=True) and forward pass (training=True)
+#     run.frozen(model)   a copy that is not trained
+#     run.steps(..)       an iterator of steps, each with its number, random generators and learning rate. It logs each
+#                         step, saves resume.pt every 20 seconds and NAME.pt at the end, and resumes an interrupted stage
+#     Optimizer(..)       AdamW; with a muon_lr, Muon for the matrices of the blocks and AdamW for all other weights.
+#                         (Muon makes each update of a matrix orthogonal. With it, pretraining needs fewer tokens.)
 
 
 def train_base(run: Run) -> None:
