@@ -149,6 +149,7 @@ def train(program: Program, run: Run, chosen: str) -> None:
 
 {run.out}/ holds the models, report.md, log.jsonl and samples.jsonl. Try next:
     python {program.name} --out={run.out} --ask="{problem.question}"
+    python experiments/page.py --out={run.out}      # the run as a page: every answer, every token
     python experiments/samples.py --out={run.out}   # how zero's answers changed
     docs/walkthrough.ipynb                   # the recipe, step by step
     docs/own.md                              # problems and rewards of your own""")
