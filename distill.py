@@ -96,7 +96,8 @@ def distill_step(student: GPT, teacher: GPT, optimizer, problems: list, reward_f
             if cfg.divergence != "sft":
                 hidden = select(teacher.hidden(batch.idx[:, :-1]), batch.mask).detach()
             batches.append((batch, hidden))
-        minibatches.append((batches, int(rollout.lengths()[rows].sum())))
+        n_tokens = sum(len(rollout.completions[row]) for row in rows)
+        minibatches.append((batches, n_tokens))
     # 4) update the student once for each minibatch, in every epoch
     for _ in range(cfg.distill_epochs):
         for batches, n_tokens in minibatches:

@@ -304,16 +304,16 @@ def make_minibatch(rollout: Rollout, rows: Tensor, adv: Tensor, cfg, device: tor
     share is the number of tokens (if normalize is "token") or rows that the loss is an average over. It counts the
     skipped ones, too.
     """
-    lengths = rollout.lengths()
+    lengths = rollout.lengths()[rows]
     weight = torch.zeros(len(adv))
-    weight[rows] = token_weights(lengths[rows], cfg.normalize, cfg.rl_max_new_tokens)
+    weight[rows] = token_weights(lengths, cfg.normalize, cfg.rl_max_new_tokens)
     live = rows[adv[rows] != 0]
     batches = micro_batches(rollout, live.tolist(), cfg.micro_batch, device)
     adv, weight = adv.to(device), weight.to(device)
     for batch in batches:
         batch.adv = adv[batch.row]        # (M,)
         batch.weight = weight[batch.row]  # (M,)
-    share = int(lengths[rows].sum()) if cfg.normalize == "token" else len(rows)
+    share = int(lengths.sum()) if cfg.normalize == "token" else len(rows)
     return batches, share
 
 

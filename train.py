@@ -74,7 +74,7 @@ class Config(Machine, Files, Task, Text, Questions, Pretraining, Base, GRPOConfi
 #     run.fast(model)     the same model with a faster generate (sampling=True) and forward pass (training=True)
 #     run.frozen(model)   a copy that is not trained
 #     run.steps(..)       an iterator of steps, each with its number, random generators and learning rate. It logs each
-#                         step, saves resume.pt every 20 seconds and NAME.pt at the end, and resumes what was interrupted
+#                         step, saves resume.pt every 20 seconds and NAME.pt at the end, and resumes a stage
 #     Optimizer(..)       AdamW; with a muon_lr, Muon for the matrices of the blocks and AdamW for all other weights.
 #                         (Muon makes each update of a matrix orthogonal. With it, pretraining needs fewer tokens.)
 

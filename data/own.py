@@ -93,15 +93,17 @@ def read_object(line: str) -> dict:
     return row
 
 
-def text_of(row: dict, *names: str) -> str:
-    """The text or number under the first of these keys that is there. Raises ValueError for anything else."""
+def text_of(row: dict, *names: str, numbers: bool = True) -> str:
+    """The text (or number) under the first of these keys that is there. Raises ValueError for anything else."""
     name = next((name for name in names if name in row), None)
     if name is None:
         wanted, there = (", ".join(f'"{name}"' for name in found) for found in (names, row))
         raise ValueError(f"no {wanted.replace(', ', ' or ')}; its keys are {there or 'none'}")
     value = row[name]
+    if not numbers and isinstance(value, Number):
+        raise ValueError(f'"{name}" is a number, not text')
     if not isinstance(value, str):
-        raise ValueError(f'"{name}" is {json.dumps(value)[:40]}, not text or a number')
+        raise ValueError(f'"{name}" is {json.dumps(value)[:40]}, not text{" or a number" if numbers else ""}')
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise ValueError(f'"{name}" has half of a character (a surrogate)')
     return value
@@ -110,10 +112,7 @@ def text_of(row: dict, *names: str) -> str:
 def parse_problem(row: dict) -> tuple[str, Problem]:
     """A row of a file of problems -> (its side, "train" or "test", and the problem)."""
     question = text_of(row, *PROMPT).strip()
-    solution = row.get("solution", "")
-    if isinstance(solution, Number) or not isinstance(solution, str):
-        shown = "a number" if isinstance(solution, Number) else json.dumps(solution)[:40]
-        raise ValueError(f'"solution" is {shown}, not text')
+    solution = text_of(row, "solution", numbers=False) if "solution" in row else ""
     if "answer" in row:
         before, marks, answer = text_of(row, "answer").rpartition("####")
         if marks:  # GSM8K

@@ -22,8 +22,14 @@ def finished_run(program, out: Path) -> tuple:
         raise UsageError(f"there is no model in {out}/: train one with python {program.name}, or use another --out")
     last = [name for name in names if name in program.stages][-1:] or names[-1:]
     stored = load_checkpoint(out / f"{last[0]}.pt", last[0])["config"]  # all models of a run have the same task
-    known = {name: stored[name] for name in settings_of(program.config) if name in stored}  # another program has more
-    return program.config(**known | {"corpus": ""}), names  # the file of --corpus is not read here
+    return stored_config(program.config, stored), names
+
+
+def stored_config(config: type, stored: dict):
+    """The Config of a finished run, from the settings that it has stored. Those of another program are left out, and so
+    is --corpus, whose file is not needed any more."""
+    known = {name: stored[name] for name in settings_of(config) if name in stored}
+    return config(**known | {"corpus": ""})
 
 
 def ask(program, out: Path, text: str, samples: int = 1, temperature: float | None = None) -> str:

@@ -79,12 +79,15 @@ def prepare(program: Program, cfg, out: Path) -> tuple:
         check(cfg)
         task = Checked(program.make_task(cfg))
         task.try_reward()
-        if cfg.base:
-            check_base(Path(path_of(cfg.base)), cfg, task.encoding.n_tokens if cfg.init else task.encoding.n_vocab)
-        for key in ("init", "student_init"):  # a model that cannot be loaded is refused before any training
+        for key in ("base", "init", "student_init"):  # a model that cannot be loaded is refused before any training
+            path = path_of(getattr(cfg, key))
             shaped = [name for name in program.stages if key in shaped_by(program.stages, name)]
-            if getattr(cfg, key) and not any((out / f"{name}.pt").exists() for name in shaped):
-                load_model(path_of(getattr(cfg, key)), task.encoding.n_tokens, cfg.block_size)
+            if not path or any((out / f"{name}.pt").exists() for name in shaped):
+                continue
+            if key == "base":
+                check_base(Path(path), cfg, task.encoding.n_tokens if cfg.init else task.encoding.n_vocab)
+            else:
+                load_model(path, task.encoding.n_tokens, cfg.block_size)
     except ValueError as error:
         raise UsageError(str(error)) from None
     # The settings store fingerprints (path and checksum) of the files, so that a changed file is noticed.

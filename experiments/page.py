@@ -29,10 +29,10 @@ from controls import CONTROLS
 from data.arithmetic import OPERATIONS
 from data.bilingual import Everyday
 from engine.arguments import Parser
+from engine.ask import stored_config
 from engine.evaluation import majority
 from engine.files import build_model, load_checkpoint, log_rows
 from engine.samples import N_LIKELIEST, predictions, token_text
-from engine.settings import settings_of
 from engine.tasks import make_task
 from engine.terminal import UsageError
 from grpo import Rollout
@@ -104,8 +104,7 @@ def read_run(out: Path) -> Source:
         raise UsageError(f"{path} has no answers with tokens: it is from an older version, or no stage has started")
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     program = r1 if "cold_steps" in results["config"] else train
-    known = {name: results["config"][name] for name in settings_of(program.Config) if name in results["config"]}
-    task = make_task(program.Config(**known | {"corpus": ""}))  # the file of --corpus is not needed
+    task = make_task(stored_config(program.Config, results["config"]))
     return Source(out, rows, log_rows(out), results, CONTROLS | program.STAGES, task)
 
 

@@ -374,15 +374,14 @@ def pipeline_values(k: Known, model: str, cell: str = "R1") -> dict[str, list[fl
             "length": value("test", "length")}
 
 
-def row_11(k: Known) -> tuple[str, bool, list[str]]:
-    of = {model: pipeline_values(k, model) for model in PIPELINE}
-    ablations = {"language 0": "language reward of weight 0", "language 1/4": "language reward of weight 0.25",
-                 "no cold start": "language reward of weight 1, from the base instead of dev1"}
-    without = {cell: pipeline_values(k, "dev2", cell) for cell in ablations}
+def gain(before: dict, after: dict, what: str) -> Figure:
+    """The difference of two models in a column, seed by seed."""
+    return figure([b - a for a, b in zip(before[what], after[what])])
 
-    def gain(before: dict, after: dict, what: str) -> Figure:
-        return figure([b - a for a, b in zip(before[what], after[what])])
 
+def parts_of_r1(of: dict, without: dict) -> list[tuple[str, str, bool]]:
+    """The parts of the claim of row 11: its bar, what was measured, whether it holds. `of` has the columns of each
+    model, `without` those of the variants of dev2."""
     mixing, learnt = gain(of["base"], of["zero"], "consistent"), gain(of["base"], of["zero"], "pass@1 on test")
     consistent, cost = figure(of["dev2"]["consistent"]), gain(of["dev2"], without["language 0"], "pass@1 on test")
     behind, lost = gain(of["dev2"], of["zero"], "pass@1 on test"), gain(of["dev3"], of["base"], "everyday")
@@ -393,7 +392,7 @@ def row_11(k: Known) -> tuple[str, bool, list[str]]:
         if (short := gain(of["r1"], of[best], what)).mean > max(short.spread, 0.001):
             below.append(f"{what}: {short} points below {best}")
     cold = [gain(of["base"], of["dev1"], what).mean for what in ("format", "consistent")]
-    parts = [  # each with its bar, what was measured, and whether it holds
+    return [
         ("""(a) RL does not reduce the mixing of languages: zero is at most 10 points more consistent than the base,
          while its pass@1 rises by more than 50 points""",
          f"""consistent: base {figure(of['base']['consistent'])} %, zero {figure(of['zero']['consistent'])} %; pass@1
@@ -410,6 +409,15 @@ def row_11(k: Known) -> tuple[str, bool, list[str]]:
          min(loss.mean - loss.spread for loss in forgotten) > 0 and lost.mean <= lost.spread),
         ("""(f) in each column of the next table but "length", r1 is the best of the first six models, or within the
          spread of the best""", "; ".join(below) or "r1 is within the spread of the best in each of them", not below)]
+
+
+def row_11(k: Known) -> tuple[str, bool, list[str]]:
+    of = {model: pipeline_values(k, model) for model in PIPELINE}
+    ablations = {"language 0": "language reward of weight 0", "language 1/4": "language reward of weight 0.25",
+                 "no cold start": "language reward of weight 1, from the base instead of dev1"}
+    without = {cell: pipeline_values(k, "dev2", cell) for cell in ablations}
+
+    parts = parts_of_r1(of, without)
     n_hold = sum(holds for *_, holds in parts)
     judged = [[*(" ".join(text.split()) for text in texts), "holds" if holds else "does not hold"]
               for *texts, holds in parts]

@@ -356,7 +356,7 @@ def test_a_run_on_files(tmp_path, capsys):
     assert main(moved) == 2
     error = capsys.readouterr().err
     assert "zero.pt was made with problems=" in error and error.count("\n") == 1
-    assert main([f"--out={tmp_path / 'out'}", "--ask=Twice 7?"]) == 2, "the file that the models were trained on is gone"
+    assert main([f"--out={tmp_path / 'out'}", "--ask=Twice 7?"]) == 2, "the file of the models is gone"
     error = capsys.readouterr().err
     assert "p.jsonl" in error and error.count("\n") == 1
     write(tmp_path / "p.jsonl", numbered(300))

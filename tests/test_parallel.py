@@ -339,15 +339,6 @@ def test_a_mean_over_nothing_is_none():
     assert row == {"a": 2.0, "none": None, "tokens": 0.0}
 
 
-def test_problems_are_divided_evenly(monkeypatch):
-    """Ranks must not silently get fewer problems than asked for."""
-    monkeypatch.setattr("engine.loop.world_size", lambda: 2)
-    step = Step(1, True, random.Random(0), None, 1.0)
-    assert len(step.problems(6, TASK.make_problem)) == 3
-    with pytest.raises(AssertionError, match="7 problems cannot be divided evenly among 2 ranks"):
-        step.problems(7, TASK.make_problem)
-
-
 def test_each_rank_needs_a_row(monkeypatch):
     """A rank without a row of a batch has no loss, so its mean would be NaN."""
     monkeypatch.setattr("engine.corpus.world_size", lambda: 2)

@@ -42,19 +42,21 @@ class Pretrained:
         self.encoding = Encoding(path, self.template or "")
         self.names = {key: token if isinstance(token, str) else token["content"] for key, token in config.items()
                       if key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        end_of_text = self.encoding.specials.get(self.names.get("eos_token"), [])  # by the tokenizer's own files
+        eos = self.names.get("eos_token")
+        end_of_text = [self.encoding.specials[eos]] if eos in self.encoding.specials else []  # by the tokenizer's files
         stop = config.get("eos_token_id", end_of_text)
-        self.stop_ids = tuple(stop if isinstance(stop, list) else [stop])
-        if not self.template and end_of_text != []:  # the two may differ, and a model may end with either
-            self.stop_ids = tuple(dict.fromkeys([*self.stop_ids, end_of_text]))
+        ends = stop if isinstance(stop, list) else [stop]
+        if not self.template:  # the two may differ, and a model may end with either
+            ends = [*ends, *end_of_text]
         if self.template:  # the token that the template puts after an answer ends one, too
             text = fill_template(self.template, [{"role": "user", "content": "?"},
                                                  {"role": "assistant", "content": chr(SLOT)}], self.names)
             end = re.match(rf"\s*({self.encoding.special_pattern})", text.partition(chr(SLOT))[2])
             if end:
-                self.stop_ids = tuple(dict.fromkeys([*self.stop_ids, self.encoding.specials[end[1]]]))
-        if not self.stop_ids or not all(isinstance(i, int) and 0 <= i < self.encoding.n_tokens for i in self.stop_ids):
+                ends = [*ends, self.encoding.specials[end[1]]]
+        if not ends or not all(isinstance(i, int) and 0 <= i < self.encoding.n_tokens for i in ends):
             raise ValueError(f"{folder}: eos_token_id {stop!r} names no token that ends an answer")
+        self.stop_ids = tuple(dict.fromkeys(ends))
         self.show([])
 
     __getattr__ = OwnProblems.__getattr__

@@ -38,9 +38,11 @@ def read_shape(config: dict, tied: bool, vocab_size: int, block_size: int) -> GP
     kinds = {table.get("rope_type", table.get("type", "default")) for table in tables if table}
     for name, values, known in (("model_type", {config.get("model_type")}, {"llama", "qwen2", "qwen3"}),
                                ("layer_types", set(config.get("layer_types") or ()), {"full_attention"}),
-                               ("rope_type", kinds, {"default", "llama3"} if len(kinds) < 2 else {kind})):
+                               ("rope_type", kinds, {"default", "llama3"})):
         if values - known:
             raise ValueError(f"{name} has {min(values - known)!r}, and only {sorted(known)} are supported")
+    if len(kinds) > 1:
+        raise ValueError(f"rope_scaling and rope_parameters have different types, {' and '.join(sorted(kinds))}")
     if block_size > config.get("max_position_embeddings", block_size):
         raise ValueError(f"max_position_embeddings is {config['max_position_embeddings']}: lower --block_size to it")
     for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size"):
@@ -69,7 +71,7 @@ def tensor_name(name: str) -> str:
     in_block = re.fullmatch(r"blocks\.(\d+)\.(\w+)\.(\w+)", name)
     if in_block:
         return f"model.layers.{in_block[1]}.{NAMES[in_block[2]]}.{in_block[3]}"
-    return {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
+    return {"embedding.weight": EMBEDDING, "norm.weight": "model.norm.weight",
             "output.weight": "lm_head.weight"}[name]
 
 
