@@ -57,9 +57,9 @@ BESIDE = (" Each answer of the student is shown with an answer of the teacher to
           "step to step.")
 KINDS = {  # the kind of a stage: (its name on the page, what one sees there and what to look for)
     "rl": ("RL", "Reinforcement learning (RL) with GRPO. The model answers each problem eight times, and each answer "
-           "is compared with the other seven. GRPO would push blue tokens up and orange tokens down. Look for answers "
-           "that have the correct number and are pushed down, and for the few tokens (a digit, a tag) that get most of "
-           "the push."),
+           "is compared with the mean of the eight. GRPO would push blue tokens up and orange tokens down. Look for "
+           "answers that have the correct number and are pushed down, for wrong ones that are pushed up, and for the "
+           "few tokens (a digit, a tag) that get most of the push."),
     "kl": ("distillation", "Distillation: the student learns its teacher's probabilities." + BESIDE),
     "sft": ("fine-tuning", "Fine-tuning: the student learns its teacher's good answers." + BESIDE),
 }
@@ -137,17 +137,23 @@ def facts(results: dict) -> str:
 
 def terms(config: dict) -> list[str]:
     """The terms of the page, as paragraphs."""
-    scale = ", divided by their standard deviation" if config["scale"] == "std" else ""
+    scale = ", divided by their standard deviation (with n − 1)" if config["scale"] == "std" else ""
     return [
-        "Reward: the number that an answer earns by rules. accuracy is 1 if the text inside <answer>…</answer> is "
-        "correct and follows a closed <think>…</think>. format is 1 if the answer is these two blocks and nothing "
-        "else. So a correct number outside <answer>…</answer> earns nothing.",
+        "Models: base has learned next-token prediction. zero is the base after reinforcement learning with GRPO "
+        "(Group Relative Policy Optimization). student_base is a smaller base, and student is student_base after it "
+        "has learned zero's probabilities.",
+        "Reward: the number that an answer earns by rules, accuracy + format by default. accuracy is 1 if the text "
+        "inside <answer>…</answer> is correct and follows a closed <think>…</think>. format is 1 if the answer is "
+        "these two blocks and nothing else, and neither is empty. So a correct number outside <answer>…</answer> earns "
+        "nothing: its accuracy is 0, and it has no vote. reflection (the thought has a word such as “wait”) is shown "
+        "and not rewarded.",
         "Advantage: the reward minus the mean reward of the group, which is the eight answers to the problem"
         f"{scale}. So an answer is good or bad only beside the others. If all eight earn the same, all advantages are "
         "0, and the group has no signal.",
         "Push: GRPO makes each token of an answer more likely if the advantage is positive, and less likely if it is "
-        "negative. The gradient with respect to the token's logit is advantage × (1 − probability). So tokens that "
-        "the model was sure of are pale.",
+        "negative. All tokens of an answer have its advantage. So the correct steps of a bad answer are pushed down, "
+        "and the wrong steps of a better one are pushed up. The gradient of the objective with respect to the token's "
+        "logit is advantage × (1 − probability). So tokens that the model was sure of are pale.",
         "The answers are drawn for show, to the same four training problems and with the same random numbers at each "
         "step. No update learns from them, so the page says “would”. It leaves out clipping and the KL penalty.",
         "Shades of a student: the teacher's probability minus the student's. With the forward KL divergence at "
@@ -236,10 +242,10 @@ def thin(points: list) -> list:
 
 
 def opening(view: dict) -> dict:
-    """The step and the problem that a view shows first: the first group of RL that has both signs."""
+    """The step and the problem that a view shows first: those of the first correct number that is punished."""
     for step, groups in zip(view["steps"], view["groups"]):
         for i, group in enumerate(groups):
-            if any("correct number" in answer["why"] and answer["advantage"] < 0 for answer in group["answers"]):
+            if any(is_punished(answer) for answer in group["answers"]):
                 return {"step": step, "problem": i}
     return {"step": view["steps"][0], "problem": 0}
 
@@ -336,7 +342,7 @@ def summary(row: dict, problem) -> dict:
     counts, winner = Counter(vote for vote in votes if vote is not None), majority(votes)
     parts = [f"{n} for {minus(clip(vote))}" for vote, n in counts.most_common(8)]
     if None in votes:
-        parts.append(f"{votes.count(None)} without a valid answer")
+        parts.append(f"{votes.count(None)} without a readable answer")
     vote = f"Vote of the eight: {', '.join(parts)}."
     if problem and problem.answer and winner is not None:
         vote += f" The most frequent answer is {'correct' if problem.check(winner) else 'wrong'}."
@@ -411,15 +417,33 @@ def clip(text: str) -> str:
 
 
 def links(views: list[dict], words: Words) -> list[dict]:
-    """Three links: the first correct majority, a wrong digit that is punished, a group without signal. They lead to the
-    first RL stage. A moment that does not exist is left out."""
+    """Links to moments of the first RL stage: a correct number that is punished, a problem whose answers become correct,
+    a wrong digit that is punished, a group without signal. A moment that does not exist is left out."""
     view = next((view for view in views if "teacher" not in view), None)
     if view is None:
         return []
     groups = [(step, i, group) for step, groups in zip(view["steps"], view["groups"]) for i, group in enumerate(groups)]
-    found = [first_majority(groups, len(view["problems"])), wrong_digit(groups, [*words.number]), no_signal(groups)]
+    found = [correct_number(groups), first_majority(groups, len(view["problems"])),
+             wrong_digit(groups, [*words.number]), no_signal(groups)]
     return [{"text": text, "at": {"view": view["stage"], "step": step, "problem": problem + 1, **more}}
             for text, step, problem, more in filter(None, found)]
+
+
+def correct_number(groups: list[tuple]) -> tuple | None:
+    """The first answer that states the correct number where the rules do not read it, and has a negative advantage; of
+    its tokens the one that is pushed down most."""
+    for step, problem, group in groups:
+        for a, answer in enumerate(group["answers"]):
+            if is_punished(answer):
+                p = [entries[0][1] for entries in answer["tokens"]]  # of each token
+                place = {"answer": a + 1, "token": p.index(min(p)) + 1}
+                return "a correct number that is punished", step, problem, place
+    return None
+
+
+def is_punished(answer: dict) -> bool:
+    """Does the answer state the correct number, and have a negative advantage?"""
+    return "correct number" in answer["why"] and answer["advantage"] < 0
 
 
 def no_signal(groups: list[tuple]) -> tuple | None:
@@ -434,7 +458,7 @@ def first_majority(groups: list[tuple], n_problems: int) -> tuple | None:
                   for _, _, group in groups]
     gained = [n for n in range(n_problems, len(groups)) if majorities[n] and not majorities[n - n_problems]]
     for n in [*gained, *(n for n, majority in enumerate(majorities) if majority)][:1]:
-        return "the first step at which the majority is correct", *groups[n][:2], {}
+        return "a problem that most answers now solve", *groups[n][:2], {}
     return None
 
 

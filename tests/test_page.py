@@ -14,7 +14,7 @@ import page
 from data.arithmetic import parse
 from data.tokenizer import get_tokenizer
 from engine.samples import token_text
-from tests.conftest import copy
+from tests.conftest import ROOT, copy
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium: apt-get install chromium")
@@ -157,6 +157,23 @@ def test_without_the_other_models(quick, tmp_path):
                for answer in group["answers"] for entries in answer["tokens"] for entry in entries)
     assert [len(columns) for view in data["views"] for columns in view["columns"].values()] == [1, 1, 1]
     assert {len(groups) for view in data["views"] for groups in view["groups"]} == {4}
+
+
+def test_the_links():
+    """A link to a moment that is not there. (The default run has all four.)"""
+    data = data_of((ROOT / "docs" / "run.html").read_text(encoding="utf-8"))
+    zero, found = data["views"][0], {}
+    for link in data["links"]:
+        at = link["at"]
+        group = zero["groups"][zero["steps"].index(at["step"])][at["problem"] - 1]
+        found[link["text"]] = group, group["answers"][at.get("answer", 1) - 1]
+    assert [*found] == ["a correct number that is punished", "a problem that most answers now solve",
+                        "a wrong digit that is punished", "a group without signal"]
+    (_, unread), (solved, _), (_, wrong), (equal, _) = found.values()
+    assert "correct number" in unread["why"] and unread["advantage"] < 0
+    assert sum(answer["rewards"]["accuracy"] for answer in solved["answers"]) > 4
+    assert "is wrong" in wrong["why"] and wrong["rewards"]["format"] == 1 and wrong["advantage"] < 0
+    assert {answer["advantage"] for answer in equal["answers"]} == {0} and not equal["signal"]
 
 
 @pytest.mark.parametrize("text, accuracy, form, words", (
