@@ -329,16 +329,17 @@ def random_minibatches(n: int, n_minibatches: int, generator: Generator | None) 
 
 def micro_batches(rollout: Rollout, rows: list[int], max_tokens: int, device: torch.device) -> list[Batch]:
     """Split rows of a rollout into batches of similar lengths, of at most max_tokens tokens with padding (0: no limit).
-    Their gradients add up to the gradient of all rows, in less memory."""
+    There are as few batches as equal numbers of rows allow. Their gradients add up to that of all rows, in less
+    memory."""
     limit = max_tokens or float("inf")
     # The model reads all tokens but the last. A run pads this length to a multiple of 8 (engine/speed/fast.py).
     length = [8 * math.ceil((len(p) + len(c) - 1) / 8) for p, c in zip(rollout.prompts, rollout.completions)]
-    parts: list[list[int]] = []
-    for row in sorted(rows, key=lambda row: length[row]):
-        full = not parts or (len(parts[-1]) + 1) * length[row] > limit
-        if full:
-            parts.append([])
-        parts[-1].append(row)
+    rows, parts = sorted(rows, key=lambda row: length[row]), []
+    for n_parts in range(1, len(rows) + 1):
+        size = math.ceil(len(rows) / n_parts)
+        parts = [rows[i:i + size] for i in range(0, len(rows), size)]
+        if all(len(part) * length[part[-1]] <= limit for part in parts):
+            break
     return [make_batch(rollout, part, device) for part in parts]
 
 

@@ -304,25 +304,27 @@ def test_a_batch_trains_every_sampled_token_and_no_other():
 
 def test_micro_batches_hold_each_row_once_and_keep_the_budget():
     """Sorting must not lose or repeat a row. The budget must include the padding, or long rows would run out of memory:
-    a length counts as the multiple of 8 to which it is rounded up. A row that fits into the batch before it must not
-    begin a new batch, which costs time."""
+    a length counts as the multiple of 8 to which it is rounded up. Fewer batches must not be possible, because a batch
+    costs time. A last batch of few rows would leave much padding in the others."""
     rng = random.Random(0)
     for _ in range(100):
         n = rng.randint(1, 120)
         rollout = make_rollout([[1] * rng.randint(3, 20) for _ in range(n)],
                                [[2] * rng.randint(1, 60) for _ in range(n)])
-        chosen, seen, n_before = rng.sample(range(n), rng.randint(1, n)), [], 1000
+        chosen, seen, sizes = rng.sample(range(n), rng.randint(1, n)), [], []
+        length = [math.ceil((len(p + c) - 1) / 8) * 8 for p, c in zip(rollout.prompts, rollout.completions)]
         for batch in micro_batches(rollout, chosen, 1000, CPU):
             rows = batch.row.unique_consecutive().tolist()
             assert_holds(batch, rollout, rows)
-            size = math.ceil((batch.idx.size(1) - 1) / 8) * 8
-            assert len(rows) * size <= 1000
-            next_row = rows[0]
-            next_size = math.ceil((len(rollout.prompts[next_row] + rollout.completions[next_row]) - 1) / 8) * 8
-            assert (n_before + 1) * next_size > 1000, "this row would have fitted the batch before"
-            n_before = len(rows)
+            assert len(rows) * max(length[row] for row in rows) <= 1000
+            sizes.append(len(rows))
             seen += rows
-        assert sorted(seen) == sorted(chosen)
+        assert sorted(seen) == sorted(chosen) and max(sizes) - sizes[-1] < len(sizes) and len(set(sizes[:-1])) <= 1
+        assert [length[row] for row in seen] == sorted(length[row] for row in seen)
+        if len(sizes) > 1:
+            size = math.ceil(len(seen) / (len(sizes) - 1))  # of one batch fewer
+            fewer = [seen[i:i + size] for i in range(0, len(seen), size)]
+            assert any(len(rows) * length[rows[-1]] > 1000 for rows in fewer), "fewer batches would have been enough"
         everything, = micro_batches(rollout, chosen, 0, CPU)  # 0: of any size
         assert sorted(everything.row.unique_consecutive().tolist()) == sorted(chosen)
 
