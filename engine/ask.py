@@ -4,7 +4,7 @@ from pathlib import Path
 import torch
 
 from data.own import read_problems
-from engine.evaluation import evaluate
+from engine.evaluation import evaluate, problems_at_a_time
 from engine.files import build_model, finished_models, load_checkpoint
 from engine.machine import has
 from engine.report import table
@@ -81,6 +81,6 @@ def evaluate_file(program, out: Path, path: str) -> str:
         model.generate = Sampler(model)
         generator = torch.Generator(device).manual_seed(cfg.seed)
         figures = evaluate(model, asked, task, max_new_tokens=cfg.rl_max_new_tokens, generator=generator,
-                           size=8 if cfg.init else 32)
+                           size=problems_at_a_time(cfg.init, device))
         rows.append((name, Path(path).stem, figures))
     return "\n".join([*notes, "", *table(rows)])

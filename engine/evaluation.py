@@ -27,7 +27,7 @@ def majority(answers: list[str | None]) -> str | None:
 
 
 def evaluate(model: GPT, problems: list, task, *, max_new_tokens: int, generator: torch.Generator,
-             size: int = 32) -> dict[str, float]:
+             size: int = 64) -> dict[str, float]:
     """Sample EVAL_SAMPLES completions of each problem at temperature 1 -> the figures of results.json for one model and
     one kind of problems.
 
@@ -67,6 +67,14 @@ def majority_is_correct(problem, texts: list[str]) -> bool:
     return vote is not None and problem.check(vote)
 
 
+def problems_at_a_time(init: str, device: str) -> int:
+    """The `size` of evaluate(). More problems at a time are quicker, above all on a GPU, and take more memory, of which
+    a pretrained model leaves little."""
+    if init:
+        return 8
+    return 256 if device == "cuda" else 64
+
+
 def evaluate_stage(run, name: str) -> None:
     """Evaluate a stage's model on the held-out problems, and store the figures in results.json."""
     cfg, start = run.cfg, time.perf_counter()
@@ -76,13 +84,12 @@ def evaluate_stage(run, name: str) -> None:
     # of one shape share the code. For a small model, compiling would take longer than its evaluation.
     compiles = cfg.device == "cpu" and model.n_params() >= WORTH_COMPILING
     model = make_fast(model, cfg, sampling=compiles)
-    size = 8 if cfg.init else 256 if cfg.device == "cuda" else 32  # problems at a time; large batches suit a GPU
     results = {"params": model.n_params()}
     for kind in run.task.held_out:
         problems = run.task.heldout_problems(cfg.eval_problems, kind, cfg.seed)
         _, generator = run.seeded(0, f"evaluate {name} {kind}")
         results[kind] = evaluate(model, problems, run.task, max_new_tokens=cfg.rl_max_new_tokens, generator=generator,
-                                 size=size)
+                                 size=problems_at_a_time(cfg.init, cfg.device))
         figures = [f"{key} {value:.3g}" for key, value in results[kind].items()
                    if key not in ("pass@1_se", "n_problems")]
         print(fitting([f"{name} on {kind}: {figures[0]}", *figures[1:]]), flush=True)
