@@ -37,7 +37,7 @@ from model import GPT, select, token_logprobs
 @dataclass
 class DistillConfig(Budget):
     """The settings of distillation."""
-    distill_steps: int = 50            # steps, each with new completions
+    distill_steps: int = 40            # steps, each with new completions
     distill_prompts: int = 512         # problems of a step, one completion each
     distill_minibatches: int = 8       # minibatches of a step, each for one update in each epoch
     distill_epochs: int = 3            # epochs over a step's completions

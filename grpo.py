@@ -54,11 +54,11 @@ class Budget:
 
 @dataclass
 class GRPOConfig(Budget):
-    """The settings of GRPO. On the command line: --rl_steps=200 and so on."""
-    rl_steps: int = 200           # steps of RL, each with a new rollout
+    """The settings of GRPO. On the command line: --rl_steps=100 and so on."""
+    rl_steps: int = 100           # steps of RL, each with a new rollout
     rl_prompts: int = 64          # P, prompts of a rollout
     rl_samples: int = 8           # G, completions of each prompt
-    rl_minibatches: int = 2       # minibatches of a rollout, each for one update
+    rl_minibatches: int = 4       # minibatches of a rollout, each for one update
     rl_lr: float = 3e-4           # learning rate of AdamW
     accuracy_weight: float = 1.0  # reward = accuracy_weight * accuracy + format_weight * format
     format_weight: float = 1.0    # R1 weighs both equally

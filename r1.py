@@ -78,6 +78,10 @@ class FinalRL:
 @dataclass
 class Config(train.Config, ColdStart, Dev2, Rejection, FinalRL):
     task: Literal["bilingual"] = "bilingual"  # r1.py has a task of its own
+    # These stages were tuned with more rollouts and fewer updates on each than train.py has.
+    rl_steps: int = 200             # steps of RL in zero, each with a new rollout
+    rl_minibatches: int = 2         # minibatches of a rollout, each for one update
+    distill_steps: int = 50         # steps of distillation, each with new completions
 
 
 # Rewards

@@ -125,7 +125,8 @@ def next_token_loss(model: GPT, idx: Tensor) -> Tensor:
 
 
 def train_zero(run: Run, base: GPT) -> None:
-    """Reinforcement learning from the base, by rewards alone."""
+    """Reinforcement learning from the base, by rewards alone. Sampling takes most of the time. So each of the 100
+    rollouts serves 4 updates: 200 rollouts of 2 take twice as long and learn no more (docs/tried.md)."""
     run_grpo(run, run.cfg, base, run.cfg.rl_steps, run.task.make_problem, reward_function(run))
 
 

@@ -7,8 +7,9 @@
     python experiments/bugs.py --figure          experiments/bugs.png, from experiments/bugs.json
     python experiments/bugs.py --quiz            bugs_quiz.png, in another order, with letters for titles
 
-RL computes in float32, with the settings of the base and --seed=0. Each curve goes to out/bugs.json as soon as it is
-finished. --all leaves out the curves that are there already. With an --out, --table and --figure read out/bugs.json.
+RL computes in float32, with --rl_minibatches=2, the other settings of the base and --seed=0. Each curve goes to
+out/bugs.json as soon as it is finished. --all leaves out the curves that are there already. With an --out, --table and
+--figure read out/bugs.json.
 
 A bug is a patch: it replaces a public function by another, which is defined here. Most of these call the correct
 function and spoil what goes in or comes out. So a bug has a few lines, and repeats no code that may change.
@@ -238,7 +239,8 @@ RUNS = ({name: ("", settings) for name, settings in CONTROLS.items()} | OTHERS
 def make_run(out: Path, seed: int, steps: int, settings: dict) -> tuple[Run, GPT]:
     """A run with the settings of out/base.pt, and the base, in float32. Raises UsageError if there is no base."""
     content = load_checkpoint(out / "base.pt", "base")
-    cfg = replace(train.Config(**content["config"]), seed=seed, rl_steps=steps, dtype="float32", **settings)
+    cfg = replace(train.Config(**content["config"]), seed=seed, rl_steps=steps, rl_minibatches=2, dtype="float32",
+                  **settings)
     torch.set_num_threads(cfg.threads)
     run = Run(cfg, make_task(cfg), out, {}, train.STAGES)
     return run, run.build(content)

@@ -73,19 +73,22 @@ class Cell:
         return commands + [["experiments/controls.py", stage] for stage in others if stage not in made]
 
 
-NO_KL = "--kl_coef=0"
-COUNTDOWN = f"{NO_KL} --task=countdown --max_number=10 --rl_max_new_tokens=104 --rl_steps=120"
-HALF = f"{NO_KL} --rl_steps=100"
-# The student learns once from each sample: 960 updates on 61,440 samples. The default: 1,200 updates on 25,600 samples.
+# The number of updates on a rollout, of RL steps and of distillation steps were defaults when the cells were run.
+TWO_UPDATES = "--rl_minibatches=2"
+DEFAULT = f"{TWO_UPDATES} --rl_steps=200 --distill_steps=50"
+NO_KL = f"{TWO_UPDATES} --rl_steps=200 --kl_coef=0"
+HALF = f"{TWO_UPDATES} --rl_steps=100 --kl_coef=0"
+COUNTDOWN = f"{TWO_UPDATES} --rl_steps=120 --kl_coef=0 --task=countdown --max_number=10 --rl_max_new_tokens=104"
+# The student learns once from each sample: 960 updates on 61,440 samples, not 1,200 updates on 25,600 samples.
 ONE_PASS = f"{NO_KL} --distill_steps=120 --distill_epochs=1"
 SHORT = {"student": "student_short"}
 ALL = {"zero": "all_completions"}
 CELLS = {
     # rows 6, 9 and 10
-    "default": Cell(("base", "zero", "student_base", "student", "student_rl"),
+    "default": Cell(("base", "zero", "student_base", "student", "student_rl"), DEFAULT,
                     measures=("distributions", "divergence")),
-    "short problems": Cell(("student", "student_rl"), "", "default", SHORT | {"student_rl": "student_rl_short"}),
-    "all completions": Cell(("zero",), "", "default", ALL, measures=("divergence",)),
+    "short problems": Cell(("student", "student_rl"), DEFAULT, "default", SHORT | {"student_rl": "student_rl_short"}),
+    "all completions": Cell(("zero",), DEFAULT, "default", ALL, measures=("divergence",)),
     # rows 1 to 9
     "no KL": Cell(("base", "zero", "student_base", "student"), ONE_PASS, controls=SHORT,
                   measures=("conditional", "operations", "many_samples", "signal", "reflections")),
@@ -95,8 +98,8 @@ CELLS = {
     # rows 3 and 9
     "half the steps": Cell(("zero",), HALF, "no KL"),
     "no std": Cell(("zero",), f"{HALF} --scale=none", "no KL"),
-    "KL 0.01": Cell(("zero",), "--rl_steps=100 --kl_coef=0.01", "no KL", ALL),
-    "KL 0.1": Cell(("zero",), "--rl_steps=100 --kl_coef=0.1", "no KL", ALL),
+    "KL 0.01": Cell(("zero",), f"{TWO_UPDATES} --rl_steps=100 --kl_coef=0.01", "no KL", ALL),
+    "KL 0.1": Cell(("zero",), f"{TWO_UPDATES} --rl_steps=100 --kl_coef=0.1", "no KL", ALL),
     "clip higher": Cell(("zero",), f"{HALF} --clip_high=0.28", "no KL"),
     "sequence": Cell(("zero",), f"{HALF} --normalize=sequence", "no KL"),
     "constant": Cell(("zero",), f"{HALF} --normalize=constant", "no KL"),

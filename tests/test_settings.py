@@ -269,7 +269,7 @@ def test_without_sources_help_is_empty(tmp_path, monkeypatch, capsys):
             run_command(PROGRAM._replace(config=module.Config), ["--help"])
         printed = " ".join(capsys.readouterr().out.split())
         assert stop.value.code == 0 and "--depth VALUE (default: 3) --way {True,False} (default: True)" in printed
-        assert "--rl_steps VALUE steps of RL, each with a new rollout (default: 200)" in printed
+        assert "--rl_steps VALUE steps of RL, each with a new rollout (default: 100)" in printed
     for name in ("group", "without_sources"):
         monkeypatch.delitem(sys.modules, name)
 
