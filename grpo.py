@@ -18,7 +18,7 @@ The loss is that of DeepSeekMath (arXiv 2402.03300), eq. 3, for token t of compl
     A_i      = (r_i - mean(r)) / (std(r) + 1e-4), over the rewards r of the group        group_advantages
     ratio    = pi_theta(o_{i,t} | q, o_{i,<t}) / pi_old(o_{i,t} | q, o_{i,<t})
     L_{i,t}  = - min(ratio A_i, clip(ratio, 1 - clip_low, 1 + clip_high) A_i)
-    KL_{i,t} = pi_ref/pi_theta - log(pi_ref/pi_theta) - 1, both of token o_{i,t} as in the ratio
+    KL_{i,t} = pi_ref/pi_theta - log(pi_ref/pi_theta) - 1, probabilities of o_{i,t} as in the ratio
     loss     = sum over all tokens of w_i (L_{i,t} + kl_coef KL_{i,t})                   grpo_loss
 
 clip_low, clip_high and kl_coef are settings. The weights w_i, such as 1 / (number of tokens), make the sum an average.
@@ -49,7 +49,7 @@ from model import GPT, token_logprobs
 class Budget:
     """The settings that GRPO and distillation share."""
     rl_max_new_tokens: int = 80   # longest completion, in tokens, in all stages
-    micro_batch: int = 0          # most tokens in a forward pass; 0: no limit; train.py sets one
+    micro_batch: int = 0          # most tokens in a forward pass; 0: no limit, or that of engine/machine.py
 
 
 @dataclass
@@ -127,7 +127,7 @@ def grpo_loss(logp: Tensor, logp_old: Tensor, logp_ref: Tensor | None, adv: Tens
 
     The tokens were sampled from pi_old, not from pi_theta. The factor `ratio` corrects for this (importance weighting).
     When the policies differ a lot, a few tokens with huge ratios dominate the gradient, and it becomes noise. So min()
-    and clip stop a token once its probability has changed enough in the wanted direction:
+    and clip make a token's gradient 0 once its probability has moved far enough in the wanted direction:
 
         A > 0   the token is to become more likely. Above 1 + clip_high, min() takes the constant (1 + clip_high) A
         A < 0   the token is to become less likely. Below 1 - clip_low, min() takes the constant (1 - clip_low) A
@@ -135,8 +135,9 @@ def grpo_loss(logp: Tensor, logp_old: Tensor, logp_ref: Tensor | None, adv: Tens
     A constant has no gradient. In all other cases min() takes ratio A.
 
     The mean of KL_{i,t} over samples of pi_theta is KL(pi_theta || pi_ref), and it is never negative, because
-    x - log(x) - 1 >= 0. (In the literature it is the estimator k3.) But autograd treats the samples as fixed. So its
-    gradient is another, that of KL(pi_ref || pi_theta) (proof: arXiv 2506.09477). It pulls the policy back as well.
+    x - log(x) - 1 >= 0 for x = pi_ref/pi_theta. (In the literature it is the estimator k3.) But autograd ignores that
+    the samples depend on theta. So it returns another gradient, that of KL(pi_ref || pi_theta) (proof: arXiv
+    2506.09477). It pulls the policy back as well.
     """
     assert logp_ref is not None or not kl_coef, "a KL penalty needs the reference's logp"
     ratio = (logp - logp_old).exp()
@@ -251,8 +252,8 @@ def grpo_update(policy: GPT, reference: GPT | None, optimizer, rollout: Rollout,
 
     The optimizer is not torch's, but a small wrapper around it (docs/own.md has one of five lines). Its step(lr_scale,
     share, has_gradient) clips the gradient, updates the weights, clears the gradient, and returns the norm of the
-    gradient before clipping. One process ignores share and has_gradient. Several processes average their gradients,
-    with the weights `share`. The reference may be None if kl_coef is 0. loss_fn is a function like token_loss.
+    gradient before clipping. share and has_gradient matter only to several processes: they average their gradients,
+    weighted by share. The reference may be None if kl_coef is 0. loss_fn is a function like token_loss.
     """
     assert reference is not None or not cfg.kl_coef, "a KL penalty (kl_coef above 0) needs a reference"
     metrics = rollout_metrics(rollout)
@@ -265,8 +266,8 @@ def grpo_update(policy: GPT, reference: GPT | None, optimizer, rollout: Rollout,
     split = random_minibatches(len(adv), cfg.rl_minibatches, generator)
     minibatches = [make_minibatch(rollout, rows, adv, cfg, device) for rows in split]
     # 2) log-probabilities under pi_old and pi_ref. We do not use those of the sampler for pi_old: they are rounded
-    #    differently, and the first ratio would not be exactly 1. For the same reason detach() and not no_grad(), under
-    #    which torch.compile makes code that rounds differently
+    #    differently, and the first ratio would not be exactly 1. We call detach() and not no_grad() for the same
+    #    reason: under no_grad(), torch.compile makes other code, which rounds differently
     for batches, _ in minibatches[1:]:  # the first minibatch gets its logp_old in step 3
         for batch in batches:
             batch.logp_old = token_logprobs(policy, batch.idx, batch.mask).detach()
@@ -301,8 +302,7 @@ def make_minibatch(rollout: Rollout, rows: Tensor, adv: Tensor, cfg, device: tor
     they are the majority. DeepSeekMath trains on all completions. To do so here, replace the line `live = ...` below by
     `live = rows`; the accuracy was the same (experiments/findings.md, 9).
 
-    share is the number of tokens (if normalize is "token") or rows that the loss is an average over. It counts the
-    skipped ones, too.
+    share is the size of the minibatch, with the skipped completions: in tokens if normalize is "token", else in rows.
     """
     lengths = rollout.lengths()[rows]
     weight = torch.zeros(len(adv))
@@ -329,8 +329,8 @@ def random_minibatches(n: int, n_minibatches: int, generator: Generator | None) 
 
 def micro_batches(rollout: Rollout, rows: list[int], max_tokens: int, device: torch.device) -> list[Batch]:
     """Split rows of a rollout into batches of similar lengths, of at most max_tokens tokens with padding (0: no limit).
-    There are as few batches as equal numbers of rows allow. Their gradients add up to that of all rows, in less
-    memory."""
+    There are as few batches as possible, all with the same number of rows, but for a smaller last one. Their gradients
+    add up to that of all rows, in less memory."""
     limit = max_tokens or float("inf")
     # The model reads all tokens but the last. A run pads this length to a multiple of 8 (engine/speed/fast.py).
     length = [8 * math.ceil((len(p) + len(c) - 1) / 8) for p, c in zip(rollout.prompts, rollout.completions)]

@@ -62,8 +62,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D) + mask) v. q (B, H, T, D); k, v (B, n_kv_head, T, D); mask (T, T) -> (B, H, T, D).
 
-    In grouped-query attention several query heads share one head of keys and values. Instead of repeating the keys and
-    values for each of them, we stack their queries along T.
+    In grouped-query attention several query heads share one head of keys and values. We do not copy the keys and
+    values. We put the queries that share a head one after another along T.
     """
     n_kv_head = k.size(1)
     stacked = q.unflatten(1, (n_kv_head, -1)).flatten(2, 3)  # (B, n_kv_head, H / n_kv_head * T, D)
@@ -202,9 +202,9 @@ class GPT(nn.Module):
         """Sample completions of each prompt -> (completions, the log-probability of each of their tokens). Both lists
         have `samples` entries for each prompt, and those of one prompt are adjacent.
 
-        A completion ends with the first of stop_ids, which is part of it, or after max_new_tokens. With temperature 0
-        (greedy decoding) the log-probabilities are those at temperature 1. Raises ValueError for an empty prompt, or
-        one that leaves no room in block_size.
+        A completion ends with the first of stop_ids, which is part of it, or after max_new_tokens. Temperature 0 means
+        greedy decoding, and the log-probabilities are then those at temperature 1. Raises ValueError for an empty
+        prompt, or one that leaves no room in block_size.
 
         This plain version is for readers and for tests. For each new token, the model reads the whole text again. A run
         (run.fast in train.py) replaces it by engine/speed/sampler.py, which draws from the same distribution.
@@ -262,6 +262,6 @@ def token_logprobs(model: GPT, idx: Tensor, mask: Tensor) -> Tensor:
 def select(x: Tensor, mask: Tensor) -> Tensor:
     """x[mask]: the entries of x (B, T, ...) where the mask (B, T) is True, row after row, (M, ...)."""
     assert mask.shape == x.shape[:2], "the mask needs one entry for each token"
-    # Our masks are on the CPU. For nonzero() of a mask on the GPU, the CPU would have to wait for the GPU.
+    # Our masks are on the CPU, because nonzero() of a mask on the GPU makes the CPU wait for the GPU.
     where = mask.flatten().nonzero()[:, 0].to(x.device, non_blocking=True)
     return x.flatten(0, 1).index_select(0, where)

@@ -71,7 +71,7 @@ class Config(Machine, Files, Task, Text, Questions, Pretraining, Base, GRPOConfi
 #
 #     run.new_model(..)   a GPT with random weights; with --init, the pretrained model
 #     run.corpus(..)      the corpus: batch(step) -> token ids (B, T+1), and heldout, rows that are never trained on
-#     run.fast(model)     the same model with a faster generate (sampling=True) and forward pass (training=True)
+#     run.fast(model)     the same weights with a faster generate (sampling=True) and forward pass (training=True)
 #     run.frozen(model)   a copy that is not trained
 #     run.steps(..)       an iterator of steps, each with its number, random generators and learning rate. It logs each
 #                         step, saves resume.pt every 20 seconds and NAME.pt at the end, and resumes a stage
@@ -98,7 +98,7 @@ def pretrain(run: Run, model: GPT, n_tokens: int, n_rows: int) -> None:
     corpus = run.corpus(n_steps, n_rows)
     model = run.fast(model, training=n_steps > 0)
     optimizer = Optimizer(model, cfg.base_adam_lr, cfg.base_muon_lr)
-    rows_at_a_time = max(1, cfg.micro_batch // cfg.block_size)  # in a run, micro_batch is set
+    rows_at_a_time = max(1, cfg.micro_batch // cfg.block_size)  # engine/machine.py has set it
     for step in run.steps(n_steps, model=model, optimizer=optimizer):
         metrics = Metrics()
         rows = corpus.batch(step.number)  # (B, T+1)
@@ -125,8 +125,8 @@ def next_token_loss(model: GPT, idx: Tensor) -> Tensor:
 
 
 def train_zero(run: Run, base: GPT) -> None:
-    """Reinforcement learning from the base, by rewards alone. Sampling takes most of the time. So each of the 100
-    rollouts serves 4 updates: 200 rollouts of 2 take twice as long and learn no more (docs/tried.md)."""
+    """Reinforcement learning from the base, by rewards alone. We make 4 updates from each of 100 rollouts. 200 rollouts
+    with 2 updates each take twice as long, because sampling is slow, and are no better (docs/tried.md)."""
     run_grpo(run, run.cfg, base, run.cfg.rl_steps, run.task.make_problem, reward_function(run))
 
 
