@@ -22,9 +22,9 @@ The loss is that of DeepSeekMath (arXiv 2402.03300), eq. 3, for token t of compl
     loss     = sum over all tokens of w_i (L_{i,t} + kl_coef KL_{i,t})                   grpo_loss
 
 clip_low, clip_high and kl_coef are settings. The weights w_i, such as 1 / (number of tokens), make the sum an average.
-DeepSeek-R1 (2501.12948v2, eq. 1 to 3) writes one ratio for a whole completion instead. (The method GSPO, 2507.18071,
-uses the |o_i|-th root of that.) PPO, from which GRPO comes, trains a second network (the critic) to estimate
-advantages. GRPO uses the mean of the group instead.
+DeepSeek-R1 (2501.12948v2, eq. 1 to 3) writes one ratio for a whole completion instead, the product of the ratios of its
+tokens. (The method GSPO, 2507.18071, takes their geometric mean.) PPO, from which GRPO comes, trains a second network
+(the critic) to estimate advantages. GRPO uses the mean of the group instead.
 
 Watch the reward, not the loss. On policy the ratio is 1 and, without the small KL term, the loss is minus a weighted
 mean of the advantages. The advantages of a group add up to 0, so this mean is near 0, for a good policy and for a bad
@@ -94,7 +94,7 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     adv = rewards - rewards.mean(dim=1, keepdim=True)
     if scale == "std":
         adv = adv / (rewards.std(dim=1, keepdim=True) + 1e-4)
-    # subtle: by rounding, the mean of equal rewards may differ from them. Dividing by 1e-4 would enlarge this error.
+    # subtle: if all rewards are equal, rounding can make adv 1e-8 instead of 0, and dividing by 1e-4 enlarges it.
     return adv.masked_fill(no_signal(rewards), 0.0)
 
 
@@ -302,7 +302,8 @@ def make_minibatch(rollout: Rollout, rows: Tensor, adv: Tensor, cfg, device: tor
     they are the majority. DeepSeekMath trains on all completions. To do so here, replace the line `live = ...` below by
     `live = rows`; the accuracy was the same (experiments/findings.md, 9).
 
-    share is the size of the minibatch, with the skipped completions: in tokens if normalize is "token", else in rows.
+    share is the weight of the minibatch where processes average their gradients: its tokens if normalize is "token",
+    else its rows. The skipped completions count, too.
     """
     lengths = rollout.lengths()[rows]
     weight = torch.zeros(len(adv))
@@ -329,8 +330,8 @@ def random_minibatches(n: int, n_minibatches: int, generator: Generator | None) 
 
 def micro_batches(rollout: Rollout, rows: list[int], max_tokens: int, device: torch.device) -> list[Batch]:
     """Split rows of a rollout into batches of similar lengths, of at most max_tokens tokens with padding (0: no limit).
-    There are as few batches as possible, all with the same number of rows, but for a smaller last one. Their gradients
-    add up to that of all rows, in less memory."""
+    There are as few batches as possible. All have the same number of rows, only the last may have fewer. Their
+    gradients add up to that of all rows, in less memory."""
     limit = max_tokens or float("inf")
     # The model reads all tokens but the last. A run pads this length to a multiple of 8 (engine/speed/fast.py).
     length = [8 * math.ceil((len(p) + len(c) - 1) / 8) for p, c in zip(rollout.prompts, rollout.completions)]

@@ -62,8 +62,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D) + mask) v. q (B, H, T, D); k, v (B, n_kv_head, T, D); mask (T, T) -> (B, H, T, D).
 
-    In grouped-query attention several query heads share one head of keys and values. We do not copy the keys and
-    values. We put the queries that share a head one after another along T.
+    In grouped-query attention several query heads share one head of keys and values. Instead of copying
+    these, we concatenate, along T, the queries that share them.
     """
     n_kv_head = k.size(1)
     stacked = q.unflatten(1, (n_kv_head, -1)).flatten(2, 3)  # (B, n_kv_head, H / n_kv_head * T, D)

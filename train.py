@@ -192,8 +192,8 @@ def run_distillation(run: Run, cfg: Config, teacher: GPT, student: GPT, n_steps:
         step.log(metrics)
 
 
-# Stage(function, stages whose models the function gets, settings). If one of these settings changes, a run refuses the
-# checkpoint of the stage, and of all stages that start from it.
+# Stage(function, names of the stages whose models are its arguments, settings). If one of these settings changes, a run
+# refuses the checkpoint of the stage, and of all stages that start from it.
 STAGES = {
     "base": Stage(train_base, (), (Task, Text, Pretraining, Base)),
     "zero": Stage(train_zero, ("base",), (Questions, GRPOConfig)),
