@@ -27,7 +27,7 @@ def majority(answers: list[str | None]) -> str | None:
 
 
 def evaluate(model: GPT, problems: list, task, *, max_new_tokens: int, generator: torch.Generator,
-             size: int = 64) -> dict[str, float]:
+             size: int = 32) -> dict[str, float]:
     """Sample EVAL_SAMPLES completions of each problem at temperature 1 -> the figures of results.json for one model and
     one kind of problems.
 
@@ -72,7 +72,7 @@ def problems_at_a_time(init: str, device: str) -> int:
     a pretrained model leaves little."""
     if init:
         return 8
-    return 256 if device == "cuda" else 64
+    return 256 if device == "cuda" else 32
 
 
 def evaluate_stage(run, name: str) -> None:

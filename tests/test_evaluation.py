@@ -86,8 +86,7 @@ def test_evaluation_counts_what_was_sampled(quick, author):
         return [(ENCODING.decode([t for t in row if t != ENCODING.eot_token]), len(row)) for row in completions]
 
     problems = [Lenient(f"{a}-{b}", str(b)) for a in range(1, 6) for b in range(1, 9)]  # more than one batch of 32
-    found = evaluate(model, problems, Arithmetic(), max_new_tokens=40, generator=torch.Generator().manual_seed(3),
-                     size=32)
+    found = evaluate(model, problems, Arithmetic(), max_new_tokens=40, generator=torch.Generator().manual_seed(3))
 
     generator = torch.Generator().manual_seed(3)
     texts, lengths = zip(*(sample(problems[:32], generator) + sample(problems[32:], generator)))
@@ -146,7 +145,7 @@ def test_a_quick_evaluation_asks_other_problems_than_the_report(monkeypatch):
 
 
 @pytest.mark.parametrize("device, init, n_params, compiles, size", (
-    ("cpu", "", 469_824, True, 64), ("cpu", "", 86_416, False, 64), ("cuda", "", 469_824, False, 256),
+    ("cpu", "", 469_824, True, 32), ("cpu", "", 86_416, False, 32), ("cuda", "", 469_824, False, 256),
     ("cpu", "folder", 10**8, True, 8)))
 def test_how_a_stage_is_evaluated(monkeypatch, device, init, n_params, compiles, size):
     """Compiling takes longer than the evaluation of a small model. Many problems at a time need more memory than a
