@@ -126,7 +126,7 @@ def next_token_loss(model: GPT, idx: Tensor) -> Tensor:
 
 def train_zero(run: Run, base: GPT) -> None:
     """Reinforcement learning from the base, by rewards alone. We make 4 updates from each of 100 rollouts. 200 rollouts
-    with 2 updates each take twice as long, because sampling is slow, and are no better (docs/tried.md)."""
+    with 2 updates each take twice as long, because sampling is slow, and gain a point (docs/tried.md)."""
     run_grpo(run, run.cfg, base, run.cfg.rl_steps, run.task.make_problem, reward_function(run))
 
 
