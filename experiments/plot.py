@@ -5,8 +5,7 @@ Three panels show the answers to training problems over the RL steps, from OUT/l
 OUT/results.json. The fourth panel compares the models on hard problems. If OUT has the control student_rl, the figure
 shows it beside the student. The two figures in this folder are of seed 0:
 
-    arithmetic.png    python train.py --rl_minibatches=2 --rl_steps=200 --distill_steps=50 --out=out
-                      python experiments/controls.py student_rl --out=out
+    arithmetic.png    python train.py && python experiments/controls.py student_rl --out=out
     countdown.png     python train.py --task=countdown --max_number=10 --rl_max_new_tokens=104 --rl_steps=120
                       --rl_minibatches=2 --kl_coef=0
 """
