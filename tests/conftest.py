@@ -23,7 +23,7 @@ NAMES = ["base", "zero", "student_base", "student"]
 # this process, so each of the two can resume what the other began. With batches of 4 rows there are enough updates for
 # a base that sometimes writes the tags. Without tags there would be no reward, and RL would not change the base.
 QUICK = ["--preset=tiny", "--device=cpu", "--threads=1", "--save_every=0", "--base_tokens=40000", "--base_batch=4",
-         "--student_base_tokens=40000", "--rl_steps=5", "--distill_steps=9", "--distill_epochs=2",
+         "--student_base_tokens=40000", "--rl_steps=5", "--rl_minibatches=2", "--distill_steps=9", "--distill_epochs=2",
          "--distill_prompts=64", "--rl_max_new_tokens=40", "--eval_problems=3"]
 
 

@@ -176,7 +176,8 @@ def rollout_of(model: GPT, task):
 
 def update(model: GPT, reference: GPT, rollout, adv):
     """An update of the model for each of two minibatches -> metrics and gradients."""
-    cfg, optimizer = Config(micro_batch=512, rl_samples=4, rl_max_new_tokens=20), Descent(model, distance=0.1)
+    cfg = Config(micro_batch=512, rl_samples=4, rl_minibatches=2, rl_max_new_tokens=20)
+    optimizer = Descent(model, distance=0.1)
     metrics = grpo_update(model, reference, optimizer, rollout, adv, cfg, torch.Generator().manual_seed(0)).means()
     return metrics, torch.stack(optimizer.gradients).cpu()
 
