@@ -265,9 +265,9 @@ def learn(run: Run, policy: GPT) -> list[dict]:
 
 
 def train_with(name: str, out: Path, seed: int, steps: int) -> dict:
-    """RL with a bug, or a control -> {"settings": .., "rows": {field: its value in each step}, "test": .., ..}.
+    """RL with a bug, or a control -> {"settings": .., "rows": {field: its value in each step}, "pass@1": .., ..}.
 
-    "test", "format" and "length" are of the last policy without the bug: figures of evaluate().
+    "pass@1", "pass@1_se", "format" and "length" are of the last policy without the bug: figures of evaluate().
     """
     bug, settings = RUNS[name]
     patches = BUGS[bug].patches if bug else ()
@@ -321,7 +321,7 @@ def table(curves: dict[str, dict], name: str) -> str:
     for field in (bug.field, bug.also, "reward"):
         for label, curve in pairs:
             cells = [shown(curve["rows"][field][step - 1]) for step in SHOWN]
-            end = f"{100 * curve['pass@1']:.1f} ± {100 * curve['pass@1_se']:.1f}" if field == "reward" else ""
+            end = correct_answers(curve) if field == "reward" else ""
             lines.append(f"| `{field}`, {label} | {' | '.join(cells)} | {end} |")
     return "\n".join(lines)
 
@@ -333,9 +333,13 @@ def all_runs(curves: dict[str, dict]) -> str:
         name, _, seed = key.rpartition("-")
         curve = curves[key]
         settings = " ".join(f"`--{setting}={value}`" for setting, value in curve["settings"].items())
-        correct = f"{100 * curve['pass@1']:.1f} ± {100 * curve['pass@1_se']:.1f}"
-        lines.append(f"| `{name}` | {settings} | {seed} | {correct} | {100 * curve['format']:.1f} |")
+        lines.append(f"| `{name}` | {settings} | {seed} | {correct_answers(curve)} | {100 * curve['format']:.1f} |")
     return "\n".join(lines)
+
+
+def correct_answers(curve: dict) -> str:
+    """The pass@1 of a run's last policy, with its standard error, in %."""
+    return f"{100 * curve['pass@1']:.1f} ± {100 * curve['pass@1_se']:.1f}"
 
 
 def shown(value: float | str | None) -> str:

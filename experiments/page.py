@@ -243,11 +243,8 @@ def thin(points: list) -> list:
 
 def opening(view: dict) -> dict:
     """The step and the problem that a view shows first: those of the first correct number that is punished."""
-    for step, groups in zip(view["steps"], view["groups"]):
-        for i, group in enumerate(groups):
-            if any(is_punished(answer) for answer in group["answers"]):
-                return {"step": step, "problem": i}
-    return {"step": view["steps"][0], "problem": 0}
+    found = correct_number(groups_of(view))
+    return {"step": found[1], "problem": found[2]} if found else {"step": view["steps"][0], "problem": 0}
 
 
 # Groups and answers
@@ -417,16 +414,21 @@ def clip(text: str) -> str:
 
 
 def links(views: list[dict], words: Words) -> list[dict]:
-    """Links to moments of the first RL stage: a correct number that is punished, a problem whose answers become correct,
-    a wrong digit that is punished, a group without signal. A moment that does not exist is left out."""
+    """Links to moments of the first RL stage: a correct number that is punished, a problem that most answers now solve, a
+    wrong digit that is punished, a group without signal. A moment that does not exist is left out."""
     view = next((view for view in views if "teacher" not in view), None)
     if view is None:
         return []
-    groups = [(step, i, group) for step, groups in zip(view["steps"], view["groups"]) for i, group in enumerate(groups)]
+    groups = groups_of(view)
     found = [correct_number(groups), first_majority(groups, len(view["problems"])),
              wrong_digit(groups, [*words.number]), no_signal(groups)]
     return [{"text": text, "at": {"view": view["stage"], "step": step, "problem": problem + 1, **more}}
             for text, step, problem, more in filter(None, found)]
+
+
+def groups_of(view: dict) -> list[tuple]:
+    """The groups of a view, each as (step, number of the problem, group)."""
+    return [(step, i, group) for step, groups in zip(view["steps"], view["groups"]) for i, group in enumerate(groups)]
 
 
 def correct_number(groups: list[tuple]) -> tuple | None:
@@ -434,16 +436,11 @@ def correct_number(groups: list[tuple]) -> tuple | None:
     its tokens the one that is pushed down most."""
     for step, problem, group in groups:
         for a, answer in enumerate(group["answers"]):
-            if is_punished(answer):
+            if "correct number" in answer["why"] and answer["advantage"] < 0:
                 p = [entries[0][1] for entries in answer["tokens"]]  # of each token
                 place = {"answer": a + 1, "token": p.index(min(p)) + 1}
                 return "a correct number that is punished", step, problem, place
     return None
-
-
-def is_punished(answer: dict) -> bool:
-    """Does the answer state the correct number, and have a negative advantage?"""
-    return "correct number" in answer["why"] and answer["advantage"] < 0
 
 
 def no_signal(groups: list[tuple]) -> tuple | None:
