@@ -15,9 +15,9 @@ softmax(logits / tau) with a temperature tau. The loss is the average, over all 
     "jsd"      (KL(P || M) + KL(Q || M)) / 2, M = (P + Q) / 2     the Jensen-Shannon divergence, as in GKD
     "sft"      -log Q(the token that was sampled)   supervised fine-tuning on the completions, R1's way
 
-A tau above 1 flattens P and Q, so that unlikely tokens count for more. It makes the gradient about tau^2 times smaller:
-once by the chain rule, and once because flat distributions differ less. So the loss is multiplied by tau^2 (Hinton et
-al., 1503.02531, section 2).
+A tau above 1 flattens P and Q, so that unlikely tokens count for more. It makes the gradient about tau^2 times smaller.
+One factor tau comes from the derivative of logits / tau, the other from P and Q, which differ tau times less. So the
+loss is multiplied by tau^2 (Hinton et al., 1503.02531, section 2).
 
 The student learns from each completion in several epochs. RL cannot reuse samples like this, because its loss needs
 samples of the current policy, and the ratio corrects only for a few small updates. Here the target is the teacher's
@@ -42,8 +42,8 @@ class DistillConfig(Budget):
     distill_prompts: int = 512         # problems of a step, one completion each
     distill_minibatches: int = 8       # minibatches of a step, each for one update in each epoch
     distill_epochs: int = 3            # epochs over a step's completions
-    distill_muon_lr: float = 7e-3      # learning rate of Muon (engine/optimizer.py); 0: AdamW alone
-    distill_adam_lr: float = 1.5e-3    # learning rate of AdamW
+    distill_muon_lr: float = 7e-3      # learning rate of Muon, the optimizer of the matrices; 0: AdamW for all
+    distill_adam_lr: float = 1.5e-3    # learning rate of AdamW, the optimizer of all other weights
     divergence: Literal["forward", "reverse", "jsd", "sft"] = "forward"  # the loss: see distill.py
     distill_temperature: float = 2.0   # tau, at which the two distributions are compared
     on_policy: bool = False            # the student writes the completions, not the teacher

@@ -21,15 +21,17 @@ The loss is that of DeepSeekMath (arXiv 2402.03300), eq. 3, for token t of compl
     KL_{i,t} = pi_ref/pi_theta - log(pi_ref/pi_theta) - 1, probabilities of o_{i,t} as in the ratio
     loss     = sum over all tokens of w_i (L_{i,t} + kl_coef KL_{i,t})                   grpo_loss
 
-clip_low, clip_high and kl_coef are settings. The weights w_i, such as 1 / (number of tokens), make the sum an average.
+The functions on the right give the reasons for the 1e-4, for min and clip, and for this form of the KL. clip_low,
+clip_high and kl_coef are settings. The weights w_i, such as 1 / (number of tokens), make the sum an average.
+
 DeepSeek-R1 (2501.12948v2, eq. 1 to 3) writes one ratio for a whole completion instead, the product of the ratios of its
-tokens. (The method GSPO, 2507.18071, takes their geometric mean.) PPO, from which GRPO comes, trains a second network
-(the critic) to estimate advantages. GRPO uses the mean of the group instead.
+tokens. (GSPO, 2507.18071, is a variant that takes their geometric mean.) PPO (proximal policy optimisation), from which
+GRPO comes, trains a second network, the critic, to estimate advantages. GRPO uses the mean of the group instead.
 
 Watch the reward, not the loss. On policy the ratio is 1 and, without the small KL term, the loss is minus a weighted
 mean of the advantages. The advantages of a group add up to 0, so this mean is near 0, for a good policy and for a bad
-one. Its gradient is not 0: on policy, each token contributes -w_i A_i grad log pi_theta, because grad ratio = ratio
-grad log pi_theta.
+one. Its gradient is not 0. The gradient of the ratio is ratio grad log pi_theta, and on policy the ratio is 1. So each
+token contributes -w_i A_i grad log pi_theta.
 
 docs/knobs.md says when to change which setting, and why. README lists the differences from the paper.
 """
@@ -49,7 +51,7 @@ from model import GPT, token_logprobs
 class Budget:
     """The settings that GRPO and distillation share."""
     rl_max_new_tokens: int = 80   # longest completion, in tokens, in all stages
-    micro_batch: int = 0          # most tokens in a forward pass; 0: no limit, or that of engine/machine.py
+    micro_batch: int = 0          # most tokens in a forward pass; 0: no limit (train.py: that of engine/machine.py)
 
 
 @dataclass
@@ -67,7 +69,7 @@ class GRPOConfig(Budget):
     clip_low: float = 0.2         # the ratio is clipped at 1 - clip_low
     clip_high: float = 0.2        # the ratio is clipped at 1 + clip_high
     kl_coef: float = 0.001        # weight of the KL penalty; with 0 there is no reference
-    ref_every: int = 0            # steps between two renewals of the reference; 0: none
+    ref_every: int = 0            # every so many steps the reference becomes a copy of the policy; 0: never
 
 
 def no_signal(rewards: Tensor) -> Tensor:
@@ -134,10 +136,10 @@ def grpo_loss(logp: Tensor, logp_old: Tensor, logp_ref: Tensor | None, adv: Tens
 
     A constant has no gradient. In all other cases min() takes ratio A.
 
-    The mean of KL_{i,t} over samples of pi_theta is KL(pi_theta || pi_ref), and it is never negative, because
-    x - log(x) - 1 >= 0 for x = pi_ref/pi_theta. (In the literature it is the estimator k3.) But autograd ignores that
-    the samples depend on theta. So it returns another gradient, that of KL(pi_ref || pi_theta) (proof: arXiv
-    2506.09477). It pulls the policy back as well.
+    KL_{i,t} is x - log(x) - 1 for x = pi_ref/pi_theta (the estimator k3 of the literature). Its mean over samples of
+    pi_theta is KL(pi_theta || pi_ref), because the mean of x is 1, and that of -log(x) is the KL. No KL_{i,t} is
+    negative. Autograd treats the samples as fixed, although they depend on theta. So the gradient is, on average, that
+    of KL(pi_ref || pi_theta) (proof: arXiv 2506.09477). It pulls the policy back as well.
     """
     assert logp_ref is not None or not kl_coef, "a KL penalty needs the reference's logp"
     ratio = (logp - logp_old).exp()
@@ -190,7 +192,7 @@ class Batch:
     mask: Tensor          # (n, T-1), on the CPU (see model.select): was idx[:, t+1] sampled?
     row: Tensor           # (M,) the row of the rollout that each sampled token belongs to
     sampler_logp: Tensor  # (M,) its log-probability, as the sampler computed it
-    # Filled in later, by make_minibatch (adv, weight) and by grpo_update:
+    # make_minibatch adds adv and weight. grpo_update adds logp_old and logp_ref.
     adv: Tensor | None = None       # (M,) its advantage
     weight: Tensor | None = None    # (M,) its weight in the loss
     logp_old: Tensor | None = None  # (M,) its log-probability under pi_old
@@ -199,7 +201,7 @@ class Batch:
 
 def token_loss(logp: Tensor, batch: Batch, cfg) -> tuple[Tensor, dict[str, Tensor]]:
     """grpo_loss of a batch: logp (M,) -> (scalar loss, sums). To try another loss, write a function with these
-    arguments and pass it to grpo_update as loss_fn."""
+    arguments, and pass it to grpo_update as loss_fn. (grpo_step shows how grpo_update is called.)"""
     return grpo_loss(logp, batch.logp_old, batch.logp_ref, batch.adv, batch.weight,
                      clip_low=cfg.clip_low, clip_high=cfg.clip_high, kl_coef=cfg.kl_coef)
 
@@ -229,8 +231,8 @@ def sample_rollout(model: GPT, problems: list, reward_fn, task, samples: int, ma
     """Sample `samples` completions of each problem, and score them.
 
     The task must have encode_prompt(problem) -> token ids, stop_ids (the tokens that end a completion) and encoding
-    (the tokenizer). reward_fn(text, problem) returns a dict with "reward" (the number that RL maximises), "accuracy" (0
-    or 1) and others, which are logged. Its text has no stop token.
+    (the tokenizer). reward_fn(text, problem) gets the text of a completion without its stop token. It returns a dict
+    with "reward" (the number that RL maximises), "accuracy" (0 or 1), and further scores for the log.
 
     A completion that was cut off at max_new_tokens is scored and trained on like any other. It usually lacks its last
     tag and earns nothing, so the policy learns to finish in time.
@@ -252,13 +254,14 @@ def grpo_update(policy: GPT, reference: GPT | None, optimizer, rollout: Rollout,
 
     The optimizer is not torch's, but a small wrapper around it (docs/own.md has one of five lines). Its step(lr_scale,
     share, has_gradient) clips the gradient, updates the weights, clears the gradient, and returns the norm of the
-    gradient before clipping. share and has_gradient matter only to several processes: they average their gradients,
-    weighted by share. The reference may be None if kl_coef is 0. loss_fn is a function like token_loss.
+    gradient before clipping. If has_gradient is False, it changes nothing. share matters only to several processes: it
+    is the weight of this process in the mean of their gradients. The reference may be None if kl_coef is 0. loss_fn is
+    a function like token_loss.
     """
     assert reference is not None or not cfg.kl_coef, "a KL penalty (kl_coef above 0) needs a reference"
     metrics = rollout_metrics(rollout)
     for name in ("ratio", "kl", "clip_fraction_low", "clip_fraction_high", "sampler_gap"):
-        metrics.add(name, 0.0, 0)  # null in the log if all advantages are 0
+        metrics.add(name, 0.0, 0)  # no values yet; if all advantages are 0, the log has null
     rewards = rollout.column("reward").view(-1, cfg.rl_samples)  # (P, G)
     metrics.add("no_signal", no_signal(rewards).sum(), len(rewards))
     # 1) split the rows into minibatches. (A group may be split, because its advantages are known already)
@@ -266,8 +269,8 @@ def grpo_update(policy: GPT, reference: GPT | None, optimizer, rollout: Rollout,
     split = random_minibatches(len(adv), cfg.rl_minibatches, generator)
     minibatches = [make_minibatch(rollout, rows, adv, cfg, device) for rows in split]
     # 2) log-probabilities under pi_old and pi_ref. We do not use those of the sampler for pi_old: they are rounded
-    #    differently, and the first ratio would not be exactly 1. We call detach() and not no_grad() for the same
-    #    reason: under no_grad(), torch.compile makes other code, which rounds differently
+    #    differently, and the first ratio would not be exactly 1. For the same reason we call detach() instead of
+    #    no_grad(), under which torch.compile generates code that rounds differently
     for batches, _ in minibatches[1:]:  # the first minibatch gets its logp_old in step 3
         for batch in batches:
             batch.logp_old = token_logprobs(policy, batch.idx, batch.mask).detach()
@@ -302,8 +305,8 @@ def make_minibatch(rollout: Rollout, rows: Tensor, adv: Tensor, cfg, device: tor
     they are the majority. DeepSeekMath trains on all completions. To do so here, replace the line `live = ...` below by
     `live = rows`; the accuracy was the same (experiments/findings.md, 9).
 
-    share is the weight of the minibatch where processes average their gradients: its tokens if normalize is "token",
-    else its rows. The skipped completions count, too.
+    share is the number of tokens of the minibatch if normalize is "token", else its number of rows (see grpo_update).
+    The skipped completions count, too.
     """
     lengths = rollout.lengths()[rows]
     weight = torch.zeros(len(adv))
@@ -333,7 +336,7 @@ def micro_batches(rollout: Rollout, rows: list[int], max_tokens: int, device: to
     There are as few batches as possible. All have the same number of rows, only the last may have fewer. Their
     gradients add up to that of all rows, in less memory."""
     limit = max_tokens or float("inf")
-    # The model reads all tokens but the last. A run pads this length to a multiple of 8 (engine/speed/fast.py).
+    # The model reads all tokens but the last, and a run pads them to a multiple of 8 (engine/speed/fast.py).
     length = [8 * math.ceil((len(p) + len(c) - 1) / 8) for p, c in zip(rollout.prompts, rollout.completions)]
     rows, parts = sorted(rows, key=lambda row: length[row]), []
     for n_parts in range(1, len(rows) + 1):
@@ -365,7 +368,7 @@ class Metrics:
         self.sums, self.counts = defaultdict(float), defaultdict(float)
 
     def add(self, name: str, total: float | Tensor, count: float) -> None:
-        """Add `count` values whose sum is `total`. (Without .item(), for which the CPU would wait for the GPU.)"""
+        """Add `count` values whose sum is `total`. (A call of total.item() would make the CPU wait for the GPU.)"""
         self.sums[name] += total
         self.counts[name] += count
 

@@ -8,7 +8,7 @@ output matrix. Shapes: B batch, T tokens, V vocabulary, H heads, D head size, C 
 
 Reinforcement learning (grpo.py) divides the probability that a token has now by the probability with which it was
 sampled. So `generate` must sample from the distribution that `token_logprobs` computes, without top-k or top-p. (In
-bfloat16 the sampler's log-probabilities are rounded differently. grpo.py logs the difference.)
+bfloat16 the two are rounded differently, because their matrices have other sizes. grpo.py logs the difference.)
 """
 from dataclasses import dataclass
 
@@ -28,11 +28,11 @@ class GPTConfig:
     n_head: int = 3
     n_embd: int = 96
     # Models that are trained here keep these defaults. Published models (--init) have other values.
-    n_hidden: int = 0             # width of the SwiGLU; 0: about 8/3 of n_embd, as in Llama
+    n_hidden: int = 0             # width of the SwiGLU; 0: 8/3 of n_embd as in Llama, rounded to a multiple of 32
     n_kv_head: int = 0            # heads of keys and values, see attend; 0: n_head
     head_size: int = 0            # D; 0: n_embd / n_head
     rope_theta: float = 10_000.0  # base of the rotary frequencies
-    rope_scaling: tuple | None = None  # Llama 3's: see engine/pretrained/weights.py
+    rope_scaling: tuple | None = None  # Llama 3's four numbers; engine/pretrained/weights.py applies them
     eps: float = 1e-5             # of RMSNorm
     qkv_bias: bool = False        # biases on queries, keys and values (Qwen2)
     qk_norm: bool = False         # RMSNorm over each head of queries and keys (Qwen3)
@@ -62,8 +62,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D) + mask) v. q (B, H, T, D); k, v (B, n_kv_head, T, D); mask (T, T) -> (B, H, T, D).
 
-    In grouped-query attention several query heads share one head of keys and values. Instead of copying
-    these, we concatenate, along T, the queries that share them.
+    In grouped-query attention several query heads share one head of keys and values. We do not copy keys and values for
+    each query head. We put the queries that share them one after the other, along T.
     """
     n_kv_head = k.size(1)
     stacked = q.unflatten(1, (n_kv_head, -1)).flatten(2, 3)  # (B, n_kv_head, H / n_kv_head * T, D)
@@ -129,7 +129,7 @@ class Block(nn.Module):
         h = F.linear(x, weight.to(x.dtype))
         if layers[0].bias is None:
             return h
-        bias = torch.cat([layer.bias for layer in layers])  # added in float32
+        bias = torch.cat([layer.bias for layer in layers])  # float32, so h + bias is rounded once
         return (h + bias).to(x.dtype)
 
 
@@ -150,8 +150,8 @@ class GPT(nn.Module):
         # 0.02 / sqrt(2 n_layer), so that the variance of the stream does not grow with the number of layers.
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
-                writes = name.endswith((".o.weight", ".down.weight"))
-                nn.init.normal_(weight, std=0.02 / (2 * config.n_layer) ** 0.5 if writes else 0.02)
+                adds = name.endswith((".o.weight", ".down.weight"))
+                nn.init.normal_(weight, std=0.02 / (2 * config.n_layer) ** 0.5 if adds else 0.02)
         angle = torch.outer(torch.arange(config.block_size), self.rotary_frequencies())  # (block_size, D/2)
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
@@ -202,9 +202,9 @@ class GPT(nn.Module):
         """Sample completions of each prompt -> (completions, the log-probability of each of their tokens). Both lists
         have `samples` entries for each prompt, and those of one prompt are adjacent.
 
-        A completion ends with the first of stop_ids, which is part of it, or after max_new_tokens. Temperature 0 means
-        greedy decoding, and the log-probabilities are then those at temperature 1. Raises ValueError for an empty
-        prompt, or one that leaves no room in block_size.
+        Sampling stops at the first token of stop_ids, which is part of the completion, or after max_new_tokens.
+        Temperature 0 takes the likeliest token, and returns its log-probability at temperature 1. Raises ValueError for
+        an empty prompt, or one that leaves no room in block_size.
 
         This plain version is for readers and for tests. For each new token, the model reads the whole text again. A run
         (run.fast in train.py) replaces it by engine/speed/sampler.py, which draws from the same distribution.
@@ -214,7 +214,8 @@ class GPT(nn.Module):
         self.check_room(prompts, max_new_tokens)
         device = self.embedding.weight.device
         rows = [torch.tensor(prompt, device=device) for prompt in prompts for _ in range(samples)]
-        N, row = len(rows), torch.arange(len(rows), device=device)
+        N = len(rows)
+        row = torch.arange(N, device=device)
         start = torch.tensor([len(prompt) for prompt in rows], device=device)  # (N,)
         longest = int(start.max())
         idx = F.pad(pad_sequence(rows, batch_first=True), (0, max_new_tokens))  # (N, longest + max_new_tokens)
@@ -223,7 +224,8 @@ class GPT(nn.Module):
         ended = torch.zeros(N, dtype=torch.bool, device=device)
         for t in range(max_new_tokens):
             # 1) read everything so far. Padding needs no mask: it is on the right, where causal attention never looks
-            hidden = self.hidden(idx[:, :longest + t])[row, start + t - 1]  # (N, C), last tokens
+            hidden = self.hidden(idx[:, :longest + t])     # (N, longest + t, C)
+            hidden = hidden[row, start + t - 1]            # (N, C), at the last token of each row
             logits = self.logits(hidden).float()  # (N, V)
             # 2) draw the next token
             if temperature == 0:
@@ -235,7 +237,7 @@ class GPT(nn.Module):
             # 3) append it. (Rows that have ended go on, and are cut below)
             idx[row, start + t] = token
             logp[:, t] = probs[row, token].log()
-            length += torch.where(ended, 0, 1)  # before the next line: the stop token counts
+            length += torch.where(ended, 0, 1)  # `ended` is still false at the stop token, so it counts
             ended |= torch.isin(token, torch.tensor(stop_ids, device=device))
             if ended.all():
                 break

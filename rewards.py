@@ -5,14 +5,14 @@ A completion is the text that the language model writes after a prompt. It earns
     accuracy  1 if its answer is correct, else 0
     format    1 if it is <think>...</think><answer>...</answer> and nothing else, else 0
 
-The thought is the text between <think> and </think>, the answer the text between <answer> and </answer>. The answer
-counts only after a closed, non-empty thought. problem.check(answer) -> bool decides whether it is correct. RL maximises
-the sum of the two rewards.
+The thought is the text between <think> and </think>, the answer the text between <answer> and </answer>. Accuracy,
+too, needs a closed, non-empty thought before the answer. problem.check(answer) -> bool decides whether the answer is
+correct. RL maximises the sum of the two rewards.
 
 Both rewards are rules. R1-Zero has no neural network that scores answers, because RL would learn to exploit mistakes of
 this network (reward hacking). RL exploits the gaps of a rule, too, so these rules are strict. A repeated tag, an answer
 inside the thought, an empty thought, and text outside the two blocks earn no format reward. White space is allowed
-around the blocks, as in the paper's template. (The paper does not publish its parser.) One gap stays open, because no
+around the blocks, as in the paper's template. One gap stays open, because no
 rule can see whether a thought makes sense: <think>.</think><answer>37</answer> earns both rewards.
 
     >>> import data.arithmetic
@@ -23,7 +23,8 @@ rule can see whether a thought makes sense: <think>.</think><answer>37</answer> 
     >>> accuracy_reward("37", problem), format_reward("<think></think><answer>37</answer>")
     (0.0, 0.0)
 
-A completion without its last tag earns neither reward, even if its number is correct:
+A completion without its last tag earns neither reward, even if its number is correct. ("reflection" is not rewarded. It
+says, for the log, whether the text has a word such as "wait".)
 
     >>> rule_rewards("<think>8*7=56, 56-19=37</think><answer>37", problem)
     {'accuracy': 0.0, 'format': 0.0, 'reflection': 0.0}
@@ -32,6 +33,7 @@ import re
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 MAX_CHARS = 100_000  # a longer completion earns nothing, so that no check takes long
+# The ten reflective words that the paper counts (2501.12948v2, appendix C.2)
 REFLECTIVE = re.compile(r"\b(wait|mistake|however|but|retry|error|verify|wrong|evaluate|check)\b", re.IGNORECASE)
 
 

@@ -6,7 +6,7 @@
     student       student_base learns the probabilities of zero, its teacher (distillation)
 
     python train.py                            all stages, then the report; to resume, repeat the command
-    python train.py --stage=base|zero|student  one stage, from the checkpoints of those before it
+    python train.py --stage=base|zero|student  one stage, from those before it; student includes student_base
     python train.py --preset=tiny              all stages in under a minute, to see that they run
     python train.py --ask="8*7-19"             what each model answers
     python train.py --evaluate=FILE            evaluate each model on a file of problems
@@ -71,7 +71,7 @@ class Config(Machine, Files, Task, Text, Questions, Pretraining, Base, GRPOConfi
 #
 #     run.new_model(..)   a GPT with random weights; with --init, the pretrained model
 #     run.corpus(..)      the corpus: batch(step) -> token ids (B, T+1), and heldout, rows that are never trained on
-#     run.fast(model)     the same weights with a faster generate (sampling=True) and forward pass (training=True)
+#     run.fast(model)     the same model with a faster generate (sampling=True) and faster passes (training=True)
 #     run.frozen(model)   a copy that is not trained
 #     run.steps(..)       an iterator of steps, each with its number, random generators and learning rate. It logs each
 #                         step, saves resume.pt every 20 seconds and NAME.pt at the end, and resumes a stage
@@ -94,11 +94,11 @@ def train_student_base(run: Run) -> None:
 def pretrain(run: Run, model: GPT, n_tokens: int, n_rows: int) -> None:
     """Next-token prediction on n_tokens tokens of the corpus, n_rows rows of block_size tokens in each update."""
     cfg = run.cfg
-    n_steps = n_tokens // (n_rows * cfg.block_size)  # n_tokens is 0 with --init or --base
+    n_steps = n_tokens // (n_rows * cfg.block_size)  # 0 with --init or --base: then n_tokens is 0
     corpus = run.corpus(n_steps, n_rows)
     model = run.fast(model, training=n_steps > 0)
     optimizer = Optimizer(model, cfg.base_adam_lr, cfg.base_muon_lr)
-    rows_at_a_time = max(1, cfg.micro_batch // cfg.block_size)  # engine/machine.py has set it
+    rows_at_a_time = max(1, cfg.micro_batch // cfg.block_size)  # micro_batch is in tokens
     for step in run.steps(n_steps, model=model, optimizer=optimizer):
         metrics = Metrics()
         rows = corpus.batch(step.number)  # (B, T+1)
@@ -137,13 +137,15 @@ def run_grpo(run: Run, cfg: Config, policy: GPT, n_steps: int, make_problem, rew
     """
     reference = run.frozen(policy) if cfg.kl_coef else None
     policy = run.fast(policy, training=True, sampling=True)
-    # AdamW alone, because RL gradients are noisy: noise makes AdamW's steps smaller, but not Muon's.
+    # AdamW alone, because RL gradients are noisy. AdamW divides a mean gradient by the gradients' mean size (over 1,000
+    # updates with beta2=0.999), so noise makes its steps smaller. All steps of Muon have the same size.
     optimizer = Optimizer(policy, cfg.rl_lr, beta2=0.999)
     state = {"model": policy, "optimizer": optimizer}  # what resume.pt saves
     if cfg.ref_every:
         state["reference"] = reference
     watch = Watch(make_problem, reward_fn)  # samples.jsonl: the answers to the same four problems over the steps
-    # hold=0: the learning rate falls from the first step on (by default, it is first constant for 40 % of the steps)
+    # hold=0: the learning rate falls from the first step on, because RL learns most at the start. (By default, it is
+    # constant for 40 % of the steps.)
     for step in run.steps(n_steps, hold=0.0, watch=watch, **state):
         problems = step.problems(cfg.rl_prompts, make_problem)
         metrics, rollout = grpo_step(policy, reference, optimizer, problems, reward_fn, run.task, cfg,
@@ -192,8 +194,8 @@ def run_distillation(run: Run, cfg: Config, teacher: GPT, student: GPT, n_steps:
         step.log(metrics)
 
 
-# Stage(function, names of the stages whose models are its arguments, settings). If one of these settings changes, a run
-# refuses the checkpoint of the stage, and of all stages that start from it.
+# Stage(function, input stages, settings). The function gets the models of the input stages. If one of the settings
+# changes, a run refuses the checkpoint of the stage, and of all stages that start from it.
 STAGES = {
     "base": Stage(train_base, (), (Task, Text, Pretraining, Base)),
     "zero": Stage(train_zero, ("base",), (Questions, GRPOConfig)),
