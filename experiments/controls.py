@@ -33,66 +33,74 @@ from data import arithmetic, countdown  # noqa: E402
 from distill import DistillConfig  # noqa: E402
 from engine.arguments import Program  # noqa: E402
 from engine.command import run_command  # noqa: E402
-from engine.loop import Run, Stage, Watch  # noqa: E402
+from engine.loop import Run, Stage, Step, Watch  # noqa: E402
 from engine.optimizer import Optimizer  # noqa: E402
 from engine.parallel import end  # noqa: E402
 from engine.settings import Questions  # noqa: E402
 from engine.tasks import make_task  # noqa: E402
-from grpo import GRPOConfig, group_advantages, grpo_update, sample_rollout  # noqa: E402
+from grpo import GRPOConfig, Rollout, group_advantages, grpo_update, sample_rollout, token_loss  # noqa: E402
 from model import GPT  # noqa: E402
 
-# Other advantages. Each function takes rewards (P, G), the scale and a generator, and returns advantages (P, G).
+# Other advantages. Each function takes a rollout of N = P * G completions, the settings and a generator, and returns
+# advantages (N,).
 
 
-def shuffled(rewards: Tensor, scale: str, generator: torch.Generator) -> Tensor:
+def shuffled(rollout: Rollout, cfg: train.Config, generator: torch.Generator) -> Tensor:
     """The rewards of each group are shuffled among its completions. Training cannot improve the policy, unless the code
     has a bug."""
+    rewards = rollout.column("reward").view(-1, cfg.rl_samples)  # (P, G)
     order = torch.rand(rewards.shape, generator=generator, device=generator.device).argsort(dim=1)  # (P, G)
-    return group_advantages(rewards.gather(1, order.cpu()), scale)
+    return group_advantages(rewards.gather(1, order.cpu()), cfg.scale).flatten()
 
 
-def batch_baseline(rewards: Tensor, scale: str, generator: torch.Generator) -> Tensor:
+def batch_baseline(rollout: Rollout, cfg: train.Config, generator: torch.Generator) -> Tensor:
     """The whole rollout is one group. Completions of easy prompts then tend to have positive advantages, and those of
     hard prompts negative ones."""
-    return group_advantages(rewards.reshape(1, -1), scale).view(rewards.shape)
+    return group_advantages(rollout.column("reward")[None], cfg.scale)[0]
 
 
-def all_completions(rewards: Tensor, scale: str, generator: torch.Generator) -> Tensor:
+def all_completions(rollout: Rollout, cfg: train.Config, generator: torch.Generator) -> Tensor:
     """grpo_update skips rows with advantage 0. With an advantage of 1e-30 instead, it computes these rows, and they add
     nothing but the KL penalty."""
-    adv = group_advantages(rewards, scale)
+    rewards = rollout.column("reward").view(-1, cfg.rl_samples)  # (P, G)
+    adv = group_advantages(rewards, cfg.scale).flatten()
     return adv.where(adv != 0, 1e-30)
 
 
 def train_shuffled(run: Run, base: GPT) -> None:
-    run_grpo_with(run, base, shuffled)
+    run_grpo_with(run, run.cfg, base, shuffled)
 
 
 def train_batch_baseline(run: Run, base: GPT) -> None:
-    run_grpo_with(run, base, batch_baseline)
+    run_grpo_with(run, run.cfg, base, batch_baseline)
 
 
 def train_all_completions(run: Run, base: GPT) -> None:
-    run_grpo_with(run, base, all_completions)
+    run_grpo_with(run, run.cfg, base, all_completions)
 
 
-def run_grpo_with(run: Run, policy: GPT, advantages: Callable) -> None:
-    """train.run_grpo with another function for the advantages. The loop has the parts of grpo_step instead of
-    grpo_step."""
-    cfg, make_problem, reward_fn = run.cfg, run.task.make_problem, train.reward_function(run)
+def sample_groups(run: Run, cfg: train.Config, step: Step, policy: GPT) -> Rollout:
+    """The rollout of a step of train.run_grpo: G completions of each of P new prompts."""
+    problems = step.problems(cfg.rl_prompts, run.task.make_problem)
+    return sample_rollout(policy, problems, train.reward_function(run), run.task, cfg.rl_samples,
+                          cfg.rl_max_new_tokens, step.generator)
+
+
+def run_grpo_with(run: Run, cfg: train.Config, policy: GPT, advantages: Callable, loss_fn: Callable = token_loss,
+                  sample: Callable = sample_groups, **parts) -> None:
+    """train.run_grpo with other functions for the advantages, the loss and the rollout. The loop has the parts of
+    grpo_step instead of grpo_step. `parts` are further objects that resume.pt saves."""
     reference = run.frozen(policy) if cfg.kl_coef else None
     policy = run.fast(policy, training=True, sampling=True)
     optimizer = Optimizer(policy, cfg.rl_lr, beta2=0.999)
-    parts = {"model": policy, "optimizer": optimizer}
+    parts |= {"model": policy, "optimizer": optimizer}
     if cfg.ref_every:
         parts["reference"] = reference
-    for step in run.steps(cfg.rl_steps, hold=0.0, watch=Watch(make_problem, reward_fn), **parts):
-        problems = step.problems(cfg.rl_prompts, make_problem)
-        rollout = sample_rollout(policy, problems, reward_fn, run.task, cfg.rl_samples, cfg.rl_max_new_tokens,
-                                 step.generator)
-        rewards = rollout.column("reward").view(-1, cfg.rl_samples)  # (P, G)
-        adv = advantages(rewards, cfg.scale, step.generator).flatten()  # (N,)
-        metrics = grpo_update(policy, reference, optimizer, rollout, adv, cfg, step.generator, step.lr_scale)
+    watch = Watch(run.task.make_problem, train.reward_function(run))
+    for step in run.steps(cfg.rl_steps, hold=0.0, watch=watch, **parts):
+        rollout = sample(run, cfg, step, policy)
+        adv = advantages(rollout, cfg, step.generator)  # (N,)
+        metrics = grpo_update(policy, reference, optimizer, rollout, adv, cfg, step.generator, step.lr_scale, loss_fn)
         if cfg.ref_every and step.number % cfg.ref_every == 0:
             reference.load_state_dict(policy.state_dict())
         step.log(metrics, rollout)
@@ -201,36 +209,37 @@ FORUMS = {"base_no_working": NoWorking, "zero_no_working": NoWorking, "base_half
           "zero_half_working": HalfWorking, "base_no_wait": NoWait, "zero_no_wait": NoWait}
 
 
-def needed(name: str) -> list[str]:
+def needed(name: str, stages: dict[str, Stage]) -> list[str]:
     """The stages that a control needs, in order: those that it starts from, directly or not, and then the control.
 
-    >>> needed("student_rl"), needed("zero_no_wait")
+    >>> needed("student_rl", train.STAGES | CONTROLS), needed("zero_no_wait", train.STAGES | CONTROLS)
     (['student_base', 'student_rl'], ['base_no_wait', 'zero_no_wait'])
     """
-    starts = [stage for start in (train.STAGES | CONTROLS)[name].starts for stage in needed(start)]
+    starts = [stage for start in stages[name].starts for stage in needed(start, stages)]
     return list(dict.fromkeys([*starts, name]))
 
 
-def main(argv: list[str]) -> int:
-    """Run a command line, NAME and then flags of train.py -> exit code."""
+def main(argv: list[str], controls: dict[str, Stage] = CONTROLS, doc: str = __doc__, program: str = "controls") -> int:
+    """Run a command line, NAME and then flags of train.py -> exit code. NAME is a stage of the table `controls`."""
     name, *flags = argv or [""]
     if name in ("-h", "--help"):
-        print(__doc__)
+        print(doc)
         return 0
-    if name not in CONTROLS:
-        print(f"controls.py: {name!r} is not a control; choose one of {', '.join(CONTROLS)}", file=sys.stderr)
+    if name not in controls:
+        print(f"{program}.py: {name!r} is not one of {', '.join(controls)}", file=sys.stderr)
         return 2
+    stages = train.STAGES | controls
     preset = [flag.removeprefix("--preset=") for flag in flags if flag.startswith("--preset=")]
     flags = [f"--out={Path('out', *preset)}", *flags]  # where train.py writes by default; the last --out counts
     out = Path([flag.removeprefix("--out=") for flag in flags if flag.startswith("--out=")][-1])
-    there = [stage for stage in train.STAGES | CONTROLS if (out / f"{stage}.pt").exists()]
+    there = [stage for stage in stages if (out / f"{stage}.pt").exists()]
     # The table includes the controls that the folder already has, so a change of their settings is refused too.
-    stages = train.STAGES | {stage: CONTROLS[stage] for stage in CONTROLS if stage in there + needed(name)}
+    table = {stage: stages[stage] for stage in stages if stage in [*train.STAGES, *there, *needed(name, stages)]}
     maker = make_task_of(FORUMS[name]) if name in FORUMS else make_task
-    program = Program(stages, train.Config, __doc__, maker, f"experiments/controls.py {name}")
-    for stage in needed(name):
+    for stage in needed(name, stages):
         if stage == name or stage not in there:
-            code = run_command(program, [*flags, f"--stage={stage}"])
+            code = run_command(Program(table, train.Config, doc, maker, f"experiments/{program}.py {name}"),
+                               [*flags, f"--stage={stage}"])
             if code:
                 return code
     return 0

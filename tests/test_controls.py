@@ -74,32 +74,46 @@ class Bench:
 # Other advantages
 
 
+def advantages_of(function, rewards, scale="std", generator=None):
+    """The advantages (P, G) that a control's function gives a rollout with these rewards (P, G)."""
+    rollout = SimpleNamespace(column={"reward": rewards.flatten()}.get)
+    cfg = SimpleNamespace(rl_samples=rewards.size(1), scale=scale)
+    return function(rollout, cfg, generator).view(rewards.shape)
+
+
+def of_groups(rollout, cfg, generator):
+    """The advantages of train.py, as a function like those of the controls."""
+    return group_advantages(rollout.column("reward").view(-1, cfg.rl_samples), cfg.scale).flatten()
+
+
 def test_shuffling_keeps_each_groups_rewards():
     """If the control moved rewards between prompts, other groups would have a signal, and the control would test
     something else."""
     rewards = torch.arange(40.0).view(5, 8) ** 2  # each group has its own mean and standard deviation
     honest = group_advantages(rewards, "std")
-    adv = shuffled(rewards, "std", torch.Generator().manual_seed(0))
+
+    def shuffle(rewards, scale="std", seed=0):
+        return advantages_of(shuffled, rewards, scale, torch.Generator().manual_seed(seed))
+
+    adv = shuffle(rewards)
     order = adv.argsort(dim=1)
     assert torch.allclose(adv.sort(dim=1).values, honest, atol=1e-6)  # without shuffling, advantages rise in each group
     assert not (order == torch.arange(8)).all(dim=1).any()
     assert len({tuple(row) for row in order.tolist()}) == 5, "each group has its own order"
-    assert torch.equal(shuffled(rewards, "std", torch.Generator().manual_seed(0)), adv)
-    assert not torch.equal(shuffled(rewards, "std", torch.Generator().manual_seed(1)), adv)
-    assert torch.allclose(shuffled(rewards, "none", torch.Generator().manual_seed(0)).sort(dim=1).values,
-                          group_advantages(rewards, "none"))
+    assert torch.equal(shuffle(rewards), adv) and not torch.equal(shuffle(rewards, seed=1), adv)
+    assert torch.allclose(shuffle(rewards, "none").sort(dim=1).values, group_advantages(rewards, "none"))
     assert torch.equal(rewards, torch.arange(40.0).view(5, 8) ** 2)
-    equal = torch.ones(5, 8)
-    assert not shuffled(equal, "std", torch.Generator().manual_seed(0)).any()
+    assert not shuffle(torch.ones(5, 8)).any()
 
 
 def test_the_batch_as_baseline():
     """The mean and the standard deviation must not be those of the group, or the control would be the same as zero."""
     rewards = torch.tensor([[1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
-    assert batch_baseline(rewards, "none", None).tolist() == (rewards - 0.5).tolist()
-    assert torch.allclose(batch_baseline(rewards, "std", None), (rewards - 0.5) / (rewards.flatten().std() + 1e-4))
+    assert advantages_of(batch_baseline, rewards, "none").tolist() == (rewards - 0.5).tolist()
+    normed = (rewards - 0.5) / (rewards.flatten().std() + 1e-4)
+    assert torch.allclose(advantages_of(batch_baseline, rewards), normed)
     solved = torch.tensor([[1.0, 1.0], [0.0, 1.0]])
-    assert (batch_baseline(solved, "none", None)[0] == 0.25).all(), "an easy prompt has advantages, too"
+    assert (advantages_of(batch_baseline, solved, "none")[0] == 0.25).all(), "an easy prompt has advantages, too"
 
 
 @pytest.mark.parametrize("scale", ("std", "none"))
@@ -107,7 +121,7 @@ def test_all_completions_have_an_advantage(scale):
     """No completion may keep the advantage 0, because it would be skipped. The tiny advantage must not change the
     gradient or the other advantages."""
     rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.5, 0.5, 0.5, 0.5], [0.0, 1.0, 0.5, 0.5]])
-    honest, adv = group_advantages(rewards, scale), all_completions(rewards, scale, None)
+    honest, adv = group_advantages(rewards, scale), advantages_of(all_completions, rewards, scale)
     assert adv.ne(0).all() and torch.equal(adv[honest != 0], honest[honest != 0]) and adv[honest == 0].max() < 1e-20
 
 
@@ -116,12 +130,12 @@ def test_the_penalty_acts_on_every_completion(make_gpt):
     def equal_rewards(text, problem):
         return {"reward": 0.1, "accuracy": 0.0, "format": 0.0}
 
-    for advantages, share in ((all_completions, 1), (lambda rewards, scale, _: group_advantages(rewards, scale), 0)):
+    for advantages, share in ((all_completions, 1), (of_groups, 0)):
         run = Bench(equal_rewards, kl_coef=0.1, rl_steps=2)
         model = make_gpt(Arithmetic.encoding.n_vocab)
         before = copy.deepcopy(model.state_dict())
         run.frozen = lambda policy: make_gpt(Arithmetic.encoding.n_vocab, seed=1)
-        run_grpo_with(run, model, advantages)
+        run_grpo_with(run, run.cfg, model, advantages)
         for metrics in run.metrics:
             assert metrics.counts["kl"] == share * metrics.sums["tokens"] and metrics.means()["no_signal"] == 1
         assert torch.equal(before["embedding.weight"], model.embedding.weight) == (share == 0)
@@ -152,7 +166,7 @@ def test_bandit(make_gpt, advantages, learns):
         return sum(p for t, p in enumerate(probs.tolist()) if is_letter(encoding.decode([t])))
 
     before, run = chance(), Bench(reward, ("1+2",), rl_steps=12, rl_samples=64, rl_max_new_tokens=1)
-    run_grpo_with(run, model, advantages)
+    run_grpo_with(run, run.cfg, model, advantages)
     after = chance()
     assert 0.1 < before < 0.3 and (after > 0.9 if learns else after < 0.5), (before, after)
 
@@ -162,7 +176,7 @@ def test_the_loop_is_that_of_train_py(quick, tmp_path, flags):
     """A control must differ from zero only in its advantages, not in the learning rate, in the reference, or in the
     order of the random draws."""
     def train_zero(run, base):
-        run_grpo_with(run, base, lambda rewards, scale, generator: group_advantages(rewards, scale))
+        run_grpo_with(run, run.cfg, base, of_groups)
 
     program = PROGRAM._replace(stages=train.STAGES | {"zero": train.STAGES["zero"]._replace(train=train_zero)})
     made, own = tmp_path / "made", tmp_path / "own"
@@ -203,8 +217,8 @@ def test_a_killed_control_goes_on_to_the_same_result(with_shuffled, tmp_path, mo
 def test_each_name_has_its_advantages(monkeypatch, name, advantages):
     """Two controls must not be swapped."""
     used = []
-    monkeypatch.setattr(controls, "run_grpo_with", lambda run, policy, advantages: used.append(advantages))
-    CONTROLS[name].train(None, None)
+    monkeypatch.setattr(controls, "run_grpo_with", lambda run, cfg, policy, advantages: used.append(advantages))
+    CONTROLS[name].train(SimpleNamespace(cfg=None), None)
     assert used == [advantages] and CONTROLS[name].starts == ("base",)
 
 
@@ -427,7 +441,7 @@ def test_no_name_begins_with_another_that_is_needed():
     """--stage=NAME runs all stages whose names begin with NAME. A control must not train a stage that it does not
     need."""
     for name in CONTROLS:
-        needed = controls.needed(name)
+        needed = controls.needed(name, train.STAGES | CONTROLS)
         for stage in needed:
             others = {*train.STAGES, *needed} - {stage}
             assert not any(other.startswith(stage) for other in others), (name, stage)

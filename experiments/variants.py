@@ -1,0 +1,398 @@
+"""Variants of GRPO, each a function or two. docs/variants.md has the formulas, the results, and what they mean.
+
+    python experiments/variants.py NAME --out=out    trains the variant NAME from out/base.pt; takes the flags of train.py
+
+    ours              train.py's loss: token average, std, clip
+    no_clip           ours without the clip
+    deepseekmath      GRPO as DeepSeekMath writes it: the average over each completion comes first
+    reinforce         no group: the baseline is a running mean of the reward, and there is no ratio
+    rloo              the baseline is the mean reward of the other completions of the group, and there is no ratio
+    dr_grpo           no std, and a constant in place of the lengths
+    dapo              a higher clip, only groups with a signal, a penalty for completions that are nearly too long
+    gspo              one ratio for a completion
+    cispo             the clip limits the factor of a gradient, and never makes it 0
+    maxrl             advantages are divided by the mean reward of the group
+    gdpo              accuracy and format become advantages of their own, which are then added
+    deepseek_v32      no std, a KL penalty times the ratio, and completions that are too far off policy do not count
+
+A variant is saved as NAME.pt beside base.pt, as the controls are (experiments/controls.py). It sets some settings
+itself, and refuses flags for them.
+
+    python experiments/variants.py --all --seed=0 --out=out/variants    each variant in both regimes
+    python experiments/variants.py --table                              the tables of docs/variants.md
+    python experiments/variants.py --figure                             experiments/variants.png
+
+--all trains a base in float32, and then each variant from this base. Each result goes to experiments/variants/ as soon
+as it is there, and is not made again.
+"""
+import argparse
+import json
+import math
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+import controls  # noqa: E402
+from controls import RL, run_grpo_with, sample_groups  # noqa: E402
+from engine.files import write_file  # noqa: E402
+from engine.loop import Run, Stage, Step  # noqa: E402
+from engine.parallel import end  # noqa: E402
+from grpo import Batch, Rollout, group_advantages, grpo_loss, no_signal, token_loss  # noqa: E402
+from model import GPT  # noqa: E402
+from train import Config  # noqa: E402
+
+LOGGED = 1e-9  # a KL coefficient that is too small to matter. With 0 there is no reference, and the log has no KL
+
+
+# Advantages: (rollout of N = P * G completions, settings, generator) -> (N,)
+
+
+def groups(rollout: Rollout, cfg: Config, name: str = "reward") -> Tensor:
+    """One of the scores, (P, G)."""
+    return rollout.column(name).view(-1, cfg.rl_samples)
+
+
+def usual(rollout: Rollout, cfg: Config, generator=None) -> Tensor:
+    """Those of train.py."""
+    return group_advantages(groups(rollout, cfg), cfg.scale).flatten()
+
+
+class RunningMean:
+    """REINFORCE (Williams, 1992) with a baseline b: A_i = r_i - b. b is a running mean of the rewards of all earlier
+    steps, so no group is needed."""
+
+    def __init__(self, decay: float = 0.9):
+        self.decay, self.mean = decay, None
+
+    def __call__(self, rollout: Rollout, cfg: Config, generator=None) -> Tensor:
+        rewards = rollout.column("reward")
+        baseline = rewards.mean() if self.mean is None else self.mean
+        self.mean = self.decay * baseline + (1 - self.decay) * rewards.mean()
+        return rewards - baseline
+
+    def state_dict(self) -> dict:
+        return {"mean": self.mean}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.mean = state["mean"]
+
+
+def leave_one_out(rollout: Rollout, cfg: Config, generator=None) -> Tensor:
+    """RLOO (2402.14740): A_i = r_i - the mean reward of the other G - 1 completions."""
+    rewards, G = groups(rollout, cfg), cfg.rl_samples
+    others = (rewards.sum(dim=1, keepdim=True) - rewards) / (G - 1)
+    return (rewards - others).masked_fill(no_signal(rewards), 0.0).flatten()
+
+
+def over_mean(rollout: Rollout, cfg: Config, generator=None) -> Tensor:
+    """MaxRL (2602.02710): A_i = (r_i - mean r) / mean r. With rewards of 0 and 1 and large groups, this maximises the log
+    of the probability of a reward. So rarely solved prompts count for more."""
+    rewards = groups(rollout, cfg)
+    adv = group_advantages(rewards, "none") / rewards.mean(dim=1, keepdim=True).clamp(min=1e-4)
+    return adv.flatten()
+
+
+def each_reward(rollout: Rollout, cfg: Config, generator=None) -> Tensor:
+    """GDPO (2601.05242): advantages of each reward on its own, weighted and summed. Then their standard deviation over
+    the rollout becomes 1. (Their mean is 0 already.) GRPO cannot tell (accuracy, format) = (0, 1) from (1, 0)."""
+    adv = (cfg.accuracy_weight * group_advantages(groups(rollout, cfg, "accuracy"))
+           + cfg.format_weight * group_advantages(groups(rollout, cfg, "format")))
+    return (adv / (adv.std() + 1e-4)).flatten()
+
+
+def overlong(rollout: Rollout, cfg: Config, generator=None) -> Tensor:
+    """DAPO's overlong shaping (2503.14476): the last fifth of the budget costs up to 1, linearly."""
+    left = 1 - rollout.lengths() / cfg.rl_max_new_tokens               # (N,) share of the budget that is left
+    rewards = rollout.column("reward") - (1 - 5 * left).clamp(min=0)  # (N,)
+    return group_advantages(rewards.view(-1, cfg.rl_samples), cfg.scale).flatten()
+
+
+# Losses: (logp (M,), batch, settings) -> (scalar loss, sums), as grpo.token_loss
+
+
+def row_means(x: Tensor, row: Tensor) -> Tensor:
+    """For each token, the mean of x (M,) over the tokens of its completion, (M,)."""
+    _, number, count = row.unique(return_inverse=True, return_counts=True)
+    sums = x.new_zeros(len(count)).index_add(0, number, x)
+    return (sums / count)[number]
+
+
+def kl_to_reference(logp: Tensor, batch: Batch) -> Tensor:
+    """KL_{i,t} of grpo.py, (M,)."""
+    log_x = batch.logp_ref - logp
+    return log_x.exp() - log_x - 1
+
+
+def reinforce_loss(logp: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, dict[str, Tensor]]:
+    """- A_i log pi_theta: the policy gradient for samples of pi_theta. It has no ratio, so it is wrong after the first
+    update on a rollout."""
+    loss = -(batch.adv * logp * batch.weight).sum()
+    return loss, {"kl": kl_to_reference(logp.detach(), batch).sum()}
+
+
+def gspo_loss(logp: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, dict[str, Tensor]]:
+    """GSPO (2507.18071): s_i = (pi_theta(o_i) / pi_old(o_i))^(1/|o_i|), the geometric mean of the ratios of
+    a completion's tokens, takes the place of each of these ratios."""
+    log_ratio = row_means(logp - batch.logp_old, batch.row)
+    loss, sums = grpo_loss(batch.logp_old + log_ratio, batch.logp_old, None, batch.adv, batch.weight,
+                           clip_low=cfg.clip_low, clip_high=cfg.clip_high, kl_coef=0.0)
+    return loss, sums | {"kl": kl_to_reference(logp.detach(), batch).sum()}
+
+
+def cispo_loss(logp: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, dict[str, Tensor]]:
+    """CISPO (2506.13585): REINFORCE with the ratio as a factor that has no gradient. The clip limits this
+    factor to 1 + clip_high, and every token keeps its gradient."""
+    ratio = (logp - batch.logp_old).exp().detach()
+    factor = ratio.clamp(max=1 + cfg.clip_high)
+    loss = -(factor * batch.adv * logp * batch.weight).sum()
+    return loss, {"ratio": ratio.sum(), "clip_fraction_high": (ratio > 1 + cfg.clip_high).sum(),
+                  "kl": kl_to_reference(logp.detach(), batch).sum()}
+
+
+def deepseek_v32_loss(logp: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, dict[str, Tensor]]:
+    """DeepSeek-V3.2 (2512.02556). The KL is multiplied by the ratio, which makes its gradient that of
+    KL(pi_theta || pi_ref). A completion with a negative advantage does not count once the mean of log(pi_old / pi_theta)
+    over its tokens is above DRIFT."""
+    drift = row_means((batch.logp_old - logp).detach(), batch.row)
+    adv = batch.adv.masked_fill((batch.adv < 0) & (drift > DRIFT), 0.0)
+    loss, sums = grpo_loss(logp, batch.logp_old, None, adv, batch.weight,
+                           clip_low=cfg.clip_low, clip_high=cfg.clip_high, kl_coef=0.0)
+    ratio = (logp - batch.logp_old).exp()
+    kl = kl_to_reference(logp, batch)
+    loss = loss + cfg.kl_coef * (ratio * kl * batch.weight).sum()
+    return loss, sums | {"kl": kl.detach().sum()}
+
+
+DRIFT = 0.05  # nats per token
+
+
+# The rollout
+
+
+def sample_with_signal(run: Run, cfg: Config, step: Step, policy: GPT) -> Rollout:
+    """DAPO's dynamic sampling (2503.14476): sample up to four rollouts, until there are P groups with a signal.
+    The log then describes these groups alone."""
+    kept, problems = Rollout([], [], [], [], [], []), []
+    for _ in range(4):
+        rollout = sample_groups(run, cfg, step, policy)
+        live = (~no_signal(groups(rollout, cfg))).flatten().nonzero().flatten().tolist()
+        for i in live[:cfg.rl_prompts - len(problems)]:
+            problems.append(step.asked[i])
+            for column, new in zip(vars(kept).values(), vars(rollout).values()):
+                column += new[i * cfg.rl_samples:(i + 1) * cfg.rl_samples]
+        if len(problems) == cfg.rl_prompts:
+            break
+    step.asked = problems or step.asked
+    return kept if problems else rollout
+
+
+# The table
+
+
+class Variant(NamedTuple):
+    """What a variant has in place of train.py's parts."""
+    settings: dict                                    # its own settings
+    advantages: Callable = usual
+    loss_fn: Callable = token_loss
+    sample: Callable = sample_groups
+
+
+NEVER = 1e6  # a clip that no ratio reaches
+VARIANTS = {
+    "ours":         Variant({}),
+    "no_clip":      Variant({"clip_low": NEVER, "clip_high": NEVER}),
+    "deepseekmath": Variant({"normalize": "sequence"}),
+    "reinforce":    Variant({"normalize": "constant"}, loss_fn=reinforce_loss),  # its RunningMean is made for each run
+    "rloo":         Variant({"normalize": "constant"}, leave_one_out, reinforce_loss),
+    "dr_grpo":      Variant({"normalize": "constant", "scale": "none"}),
+    "dapo":         Variant({"clip_high": 0.28}, overlong, sample=sample_with_signal),
+    "gspo":         Variant({"normalize": "sequence", "clip_low": 0.03, "clip_high": 0.04}, loss_fn=gspo_loss),
+    "cispo":        Variant({"clip_high": 4.0}, loss_fn=cispo_loss),
+    "maxrl":        Variant({}, over_mean),
+    "gdpo":         Variant({}, each_reward),
+    "deepseek_v32": Variant({"normalize": "sequence", "scale": "none", "kl_coef": 0.001}, loss_fn=deepseek_v32_loss),
+}
+
+
+def train_variant(name: str, run: Run, base: GPT) -> None:
+    """The stage of a variant: RL from the base."""
+    variant, parts = VARIANTS[name], {}
+    cfg = replace(run.cfg, **{"kl_coef": LOGGED} | variant.settings)
+    advantages = variant.advantages
+    if name == "reinforce":
+        advantages = parts["baseline"] = RunningMean()
+    run_grpo_with(run, cfg, base, advantages, variant.loss_fn, variant.sample, **parts)
+
+
+STAGES = {name: Stage(partial(train_variant, name), starts=("base",), settings=RL) for name in VARIANTS}
+
+
+# The measurements
+
+RESULTS = ROOT / "experiments" / "variants"
+SEEDS = (0, 1, 2)
+COMMON = ["--dtype=float32", "--rl_steps=60", "--eval_every=5"]
+REGIMES = {  # flags of train.py
+    "default": [],
+    "stress": ["--rl_minibatches=16", "--rl_lr=1e-3"],
+}
+FIELDS = ("accuracy", "format", "length", "entropy", "kl", "clip_fraction_low", "clip_fraction_high", "grad_norm",
+          "heldout_accuracy")
+
+
+def run_all(out: Path, seed: int, flags: list[str]) -> int:
+    """Train the variants whose results are missing, for one seed -> exit code."""
+    for regime in REGIMES:
+        folder = out / f"{regime}-{seed}"
+        for name in VARIANTS:
+            path = RESULTS / f"{regime}-{name}-{seed}.json"
+            if path.exists():
+                continue
+            first = out / f"default-{seed}"
+            if (first / "base.pt").exists() and not (folder / "base.pt").exists():  # both regimes have one base
+                folder.mkdir(parents=True)
+                shutil.copy(first / "base.pt", folder)
+            code = train([name, *COMMON, *REGIMES[regime], f"--seed={seed}", f"--out={folder}", *flags])
+            if code:
+                return code
+            RESULTS.mkdir(exist_ok=True)
+            write_file(path, json.dumps(collect(folder, name)).encode())
+    return 0
+
+
+def collect(folder: Path, name: str) -> dict:
+    """What the tables and the figure need of a finished run of a variant."""
+    results = json.loads((folder / "results.json").read_text())
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["stage"] == name]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    cfg = results["config"]
+    return {
+        "variant": name, "commit": commit.strip(), "seconds": results["seconds"][name],
+        "machine": {key: cfg[key] for key in ("device", "dtype", "threads")},
+        "settings": {key: cfg[key] for key in ("seed", "rl_steps", "rl_minibatches", "rl_lr")} | VARIANTS[name].settings,
+        "models": {model: results["models"][model] for model in ("base", name)},
+        "rows": {field: [rounded(row.get(field)) for row in rows] for field in FIELDS},
+    }
+
+
+def rounded(value: float | None) -> float | None:
+    """Four digits of a number."""
+    return None if value is None else float(f"{value:.4g}")
+
+
+def cells(regime: str, name: str) -> list[dict]:
+    """The stored results of a variant, one for each seed."""
+    paths = (RESULTS / f"{regime}-{name}-{seed}.json" for seed in SEEDS)
+    return [json.loads(path.read_text()) for path in paths if path.exists()]
+
+
+def steps_to(cell: dict, accuracy: float) -> float:
+    """The first step at which a quick evaluation reached an accuracy, or infinity."""
+    values = cell["rows"]["heldout_accuracy"]
+    return next((i for i, value in enumerate(values, 1) if value is not None and value >= accuracy), math.inf)
+
+
+def largest(cell: dict, *fields: str) -> float:
+    """The largest value that the sum of some fields has in a step. (A field that the variant does not log is 0.)"""
+    columns = zip(*(cell["rows"][field] for field in fields))
+    return max((sum(filter(None, column)) for column in columns), default=0.0)
+
+
+def spread(values: list[float]) -> str:
+    """The mean and the standard deviation over the seeds, in %.
+
+    >>> spread([0.95, 0.96, 0.97])
+    '96.0 ± 1.0'
+    """
+    return f"{100 * statistics.fmean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
+
+
+def table(regime: str) -> str:
+    """A Markdown table: a row for each variant that has results for all seeds."""
+    lines = ["| variant | test | hard | format | steps to 90 % | length | entropy | largest KL | clipped, most | seconds |",
+             "|---" * 10 + "|"]
+    for name in VARIANTS:
+        found = cells(regime, name)
+        if len(found) < len(SEEDS):
+            continue
+        test, hard = ([cell["models"][name][kind] for cell in found] for kind in ("test", "hard"))
+        ninety = sorted(steps_to(cell, 0.9) for cell in found)
+        lines.append("| " + " | ".join([
+            f"`{name}`", *(spread([figures["pass@1"] for figures in kind]) for kind in (test, hard)),
+            spread([figures["format"] for figures in test]),
+            ", ".join("never" if step == math.inf else str(step) for step in ninety),
+            f"{statistics.fmean(figures['length'] for figures in test):.1f}",
+            f"{statistics.fmean(cell['rows']['entropy'][-1] for cell in found):.3f}",
+            f"{statistics.fmean(largest(cell, 'kl') for cell in found):.2g}",
+            f"{100 * statistics.fmean(largest(cell, 'clip_fraction_low', 'clip_fraction_high') for cell in found):.1f}",
+            f"{statistics.fmean(cell['seconds'] for cell in found):.0f}"]) + " |")
+    return "\n".join(lines)
+
+
+def draw(path: Path) -> None:
+    """A PNG file with a panel for each variant: the accuracy in the quick evaluations, in both regimes."""
+    import matplotlib
+    matplotlib.use("Agg")  # no window
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({"font.size": 7, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(3, 4, figsize=(9, 6), sharex=True, sharey=True, layout="constrained")
+    for name, ax in zip(VARIANTS, axes.flat):
+        for regime, colour in zip(REGIMES, ("#8a8a8a", "#c8590b")):
+            for cell in cells(regime, name):
+                points = [(i, v) for i, v in enumerate(cell["rows"]["heldout_accuracy"], 1) if v is not None]
+                ax.plot(*zip(*points), color=colour, linewidth=1, label=regime if cell["settings"]["seed"] == 0 else None)
+        ax.set_title(name, loc="left", fontweight="bold")
+        ax.set_ylim(0, 1.02)
+    axes[0, 0].legend(frameon=False, loc="lower right")
+    figure.supxlabel("RL step")
+    figure.supylabel("accuracy on held-out problems, seeds 0, 1 and 2")
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def main(argv: list[str]) -> int:
+    """Run a command line -> exit code."""
+    if not {"--all", "--table", "--figure"} & set(argv):
+        return train(argv)
+    parser = argparse.ArgumentParser(prog="variants.py", allow_abbrev=False)
+    for flag in ("all", "table", "figure"):
+        parser.add_argument(f"--{flag}", action="store_true")
+    parser.add_argument("--seed", type=int, default=0, help="of --all")
+    parser.add_argument("--out", type=Path, default=Path("out/variants"), help="of --all")
+    options, flags = parser.parse_known_args(argv)
+    if options.all:
+        return run_all(options.out, options.seed, flags)
+    if options.table:
+        print("\n\n".join(f"{regime}\n\n{table(regime)}" for regime in REGIMES))
+    if options.figure:
+        draw(ROOT / "experiments" / "variants.png")
+    return 0
+
+
+def train(argv: list[str]) -> int:
+    """Train a variant: NAME and then flags of train.py -> exit code."""
+    own = VARIANTS[argv[0]].settings if argv and argv[0] in VARIANTS else {}
+    for flag in argv[1:]:
+        key = flag.removeprefix("--").partition("=")[0]
+        if key in own:
+            print(f"variants.py: {argv[0]} sets {key}={own[key]} itself", file=sys.stderr)
+            return 2
+    return controls.main(argv, STAGES, __doc__, "variants")
+
+
+if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):  # a terminal may not be able to show ±
+        stream.reconfigure(errors="replace")
+    end(main(sys.argv[1:]))
