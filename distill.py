@@ -42,8 +42,8 @@ class DistillConfig(Budget):
     distill_prompts: int = 512         # problems of a step, one completion each
     distill_minibatches: int = 8       # minibatches of a step, each for one update in each epoch
     distill_epochs: int = 3            # epochs over a step's completions
-    distill_muon_lr: float = 7e-3      # learning rate of Muon, the optimizer of the matrices; 0: AdamW for all
-    distill_adam_lr: float = 1.5e-3    # learning rate of AdamW, the optimizer of all other weights
+    distill_muon_lr: float = 7e-3      # learning rate of Muon, for the matrices; 0: AdamW
+    distill_adam_lr: float = 1.5e-3    # learning rate of AdamW, for all other weights
     divergence: Literal["forward", "reverse", "jsd", "sft"] = "forward"  # the loss: see distill.py
     distill_temperature: float = 2.0   # tau, at which the two distributions are compared
     on_policy: bool = False            # the student writes the completions, not the teacher

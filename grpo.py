@@ -51,7 +51,7 @@ from model import GPT, token_logprobs
 class Budget:
     """The settings that GRPO and distillation share."""
     rl_max_new_tokens: int = 80   # longest completion, in tokens, in all stages
-    micro_batch: int = 0          # most tokens in a forward pass; 0: no limit (train.py: that of engine/machine.py)
+    micro_batch: int = 0          # most tokens in a forward pass; 0: no limit (a run sets one)
 
 
 @dataclass
@@ -69,7 +69,7 @@ class GRPOConfig(Budget):
     clip_low: float = 0.2         # the ratio is clipped at 1 - clip_low
     clip_high: float = 0.2        # the ratio is clipped at 1 + clip_high
     kl_coef: float = 0.001        # weight of the KL penalty; with 0 there is no reference
-    ref_every: int = 0            # every so many steps the reference becomes a copy of the policy; 0: never
+    ref_every: int = 0            # steps until the reference becomes the policy; 0: never
 
 
 def no_signal(rewards: Tensor) -> Tensor:

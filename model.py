@@ -28,11 +28,11 @@ class GPTConfig:
     n_head: int = 3
     n_embd: int = 96
     # Models that are trained here keep these defaults. Published models (--init) have other values.
-    n_hidden: int = 0             # width of the SwiGLU; 0: 8/3 of n_embd as in Llama, rounded to a multiple of 32
+    n_hidden: int = 0             # width of the SwiGLU; 0: 8/3 of n_embd, to a multiple of 32
     n_kv_head: int = 0            # heads of keys and values, see attend; 0: n_head
     head_size: int = 0            # D; 0: n_embd / n_head
     rope_theta: float = 10_000.0  # base of the rotary frequencies
-    rope_scaling: tuple | None = None  # Llama 3's four numbers; engine/pretrained/weights.py applies them
+    rope_scaling: tuple | None = None  # Llama 3's: engine/pretrained/weights.py
     eps: float = 1e-5             # of RMSNorm
     qkv_bias: bool = False        # biases on queries, keys and values (Qwen2)
     qk_norm: bool = False         # RMSNorm over each head of queries and keys (Qwen3)
@@ -237,7 +237,7 @@ class GPT(nn.Module):
             # 3) append it. (Rows that have ended go on, and are cut below)
             idx[row, start + t] = token
             logp[:, t] = probs[row, token].log()
-            length += torch.where(ended, 0, 1)  # `ended` is still false at the stop token, so it counts
+            length += torch.where(ended, 0, 1)  # not ended yet at the stop token, so it counts
             ended |= torch.isin(token, torch.tensor(stop_ids, device=device))
             if ended.all():
                 break

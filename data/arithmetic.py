@@ -263,8 +263,10 @@ class Arithmetic:
         raise ValueError(f"there are fewer than {n} {kind} problems of this difficulty: lower --eval_problems")
 
     def write_thread(self, rng: random.Random) -> tuple[str, str, bool]:
-        """A forum thread -> (its text, the style of its answer, whether the answer is correct)."""
-        problem = self.make_problem(rng, longer=True)
+        """A forum thread -> (its text, the style of its answer, whether the answer is correct). Long questions are
+        more frequent than short ones, because they are harder: their number of operations is the larger of two."""
+        n_ops = max(rng.randint(1, self.max_ops + 2), rng.randint(1, self.max_ops + 2))
+        problem = self.make_problem(rng, n_ops=(n_ops, n_ops))
         style, = rng.choices(tuple(self.styles), tuple(self.styles.values()))
         text, value = write_answer(rng, problem.question, style)
         return problem.prompt + text, style, problem.check(str(value))
