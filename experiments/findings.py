@@ -312,7 +312,8 @@ advantage. This page also needs these terms:
 
 - **Settings.** Finding 10 and the first table of finding 6 use the default settings of train.py. The second table of
   finding 6, findings 1 to 5, 7 and 8, and most of finding 9 use RL without the KL penalty of the default (--kl_coef=0).
-  Finding 11 uses r1.py.
+  Finding 11 uses r1.py. All runs are older than two defaults: RL had 200 rollouts of 2 updates (now 100 of 4), and the
+  forum of the corpus had questions of all lengths equally often (now long ones are more frequent).
 - **Problems.** RL trains zero on problems of 1 to 4 operations. Hard problems have 5 or 6, so they are longer than all
   problems that zero met in RL. The student and student_rl are trained on problems of 1 to 6 operations in the default.
   In countdown (finding 4), test problems have three numbers and hard problems have four.
