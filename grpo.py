@@ -25,8 +25,8 @@ The functions on the right give the reasons for the 1e-4, for min and clip, and 
 clip_high and kl_coef are settings. The weights w_i, such as 1 / (number of tokens), make the sum an average.
 
 DeepSeek-R1 (2501.12948v2, eq. 1 to 3) writes one ratio for a whole completion instead, the product of the ratios of its
-tokens. (GSPO, 2507.18071, is a variant that takes their geometric mean.) PPO (proximal policy optimisation), from which
-GRPO comes, trains a second network, the critic, to estimate advantages. GRPO uses the mean of the group instead.
+tokens. (GSPO takes their geometric mean: docs/variants.md.) PPO (proximal policy optimisation), from which GRPO comes,
+trains a second network, the critic, to estimate advantages. GRPO uses the mean of the group instead.
 
 Watch the reward, not the loss. On policy the ratio is 1 and, without the small KL term, the loss is minus a weighted
 mean of the advantages. The advantages of a group add up to 0, so this mean is near 0, for a good policy and for a bad

@@ -2,21 +2,22 @@
 
     python experiments/variants.py NAME --out=out    trains the variant NAME from out/base.pt; takes the flags of train.py
 
-    ours              train.py's loss: token average, std, clip
+    ours              train.py's loss without the KL penalty: token average, std, clip
     no_clip           ours without the clip
-    deepseekmath      GRPO as DeepSeekMath writes it: the average over each completion comes first
+    deepseekmath      the loss is averaged over each completion first, as DeepSeekMath writes it
     reinforce         no group: the baseline is a running mean of the reward, and there is no ratio
     rloo              the baseline is the mean reward of the other completions of the group, and there is no ratio
     dr_grpo           no std, and a constant in place of the lengths
     dapo              a higher clip, only groups with a signal, a penalty for completions that are nearly too long
     gspo              one ratio for a completion
-    cispo             the clip limits the factor of a gradient, and never makes it 0
+    cispo             the clip limits the factor of a token's gradient, and no token loses its gradient
     maxrl             advantages are divided by the mean reward of the group
     gdpo              accuracy and format become advantages of their own, which are then added
     deepseek_v32      no std, a KL penalty times the ratio, and completions that are too far off policy do not count
 
-A variant is saved as NAME.pt beside base.pt, as the controls are (experiments/controls.py). It sets some settings
-itself, and refuses flags for them.
+A variant is saved as NAME.pt beside base.pt, as the controls are (experiments/controls.py). A missing base is trained
+first. A variant has some settings of its own, and refuses flags for these, and for settings that it does not use. If
+the folder holds a zero.pt with other settings than the flags, take another folder: --base=out/base.pt --out=NEW.
 
     python experiments/variants.py --all --seed=0 --out=out/variants    each variant in both regimes
     python experiments/variants.py --table                              the tables of docs/variants.md
@@ -28,6 +29,7 @@ as it is there, and is not made again.
 import argparse
 import json
 import math
+import os
 import shutil
 import statistics
 import subprocess
@@ -56,7 +58,7 @@ from train import Config  # noqa: E402
 LOGGED = 1e-9  # a KL coefficient that is too small to matter. With 0 there is no reference, and the log has no KL
 
 
-# Advantages: (rollout of N = P * G completions, settings, generator) -> (N,)
+# Advantages: (rollout of N completions, settings, generator) -> (N,)
 
 
 def groups(rollout: Rollout, cfg: Config, name: str = "reward") -> Tensor:
@@ -65,13 +67,13 @@ def groups(rollout: Rollout, cfg: Config, name: str = "reward") -> Tensor:
 
 
 def usual(rollout: Rollout, cfg: Config, generator=None) -> Tensor:
-    """Those of train.py."""
+    """The advantages of train.py."""
     return group_advantages(groups(rollout, cfg), cfg.scale).flatten()
 
 
 class RunningMean:
-    """REINFORCE (Williams, 1992) with a baseline b: A_i = r_i - b. b is a running mean of the rewards of all earlier
-    steps, so no group is needed."""
+    """REINFORCE (Williams, 1992) with a baseline b: A_i = r_i - b. After each step, b becomes 0.9 b + 0.1 times the mean
+    reward of the step. (In the first step it is this mean.) So no group is needed."""
 
     def __init__(self, decay: float = 0.9):
         self.decay, self.mean = decay, None
@@ -97,16 +99,18 @@ def leave_one_out(rollout: Rollout, cfg: Config, generator=None) -> Tensor:
 
 
 def over_mean(rollout: Rollout, cfg: Config, generator=None) -> Tensor:
-    """MaxRL (2602.02710): A_i = (r_i - mean r) / mean r. With rewards of 0 and 1 and large groups, this maximises the log
-    of the probability of a reward. So rarely solved prompts count for more."""
-    rewards = groups(rollout, cfg)
-    adv = group_advantages(rewards, "none") / rewards.mean(dim=1, keepdim=True).clamp(min=1e-4)
+    """MaxRL (2602.02710): A_i = (r_i - mean r) / mean r, for a reward of 0 or 1. It maximises the log of the probability of
+    a reward, so rarely solved prompts count for more. Here it is the weighted sum of this for accuracy and format."""
+    adv = 0.0
+    for name, weight in (("accuracy", cfg.accuracy_weight), ("format", cfg.format_weight)):
+        rewards = groups(rollout, cfg, name)
+        adv = adv + weight * group_advantages(rewards, "none") / rewards.mean(dim=1, keepdim=True).clamp(min=1e-4)
     return adv.flatten()
 
 
 def each_reward(rollout: Rollout, cfg: Config, generator=None) -> Tensor:
     """GDPO (2601.05242): advantages of each reward on its own, weighted and summed. Then their standard deviation over
-    the rollout becomes 1. (Their mean is 0 already.) GRPO cannot tell (accuracy, format) = (0, 1) from (1, 0)."""
+    the rollout becomes 1. (Their mean is 0 already.) GRPO sees the sum of the rewards alone."""
     adv = (cfg.accuracy_weight * group_advantages(groups(rollout, cfg, "accuracy"))
            + cfg.format_weight * group_advantages(groups(rollout, cfg, "format")))
     return (adv / (adv.std() + 1e-4)).flatten()
@@ -117,6 +121,9 @@ def overlong(rollout: Rollout, cfg: Config, generator=None) -> Tensor:
     left = 1 - rollout.lengths() / cfg.rl_max_new_tokens               # (N,) share of the budget that is left
     rewards = rollout.column("reward") - (1 - 5 * left).clamp(min=0)  # (N,)
     return group_advantages(rewards.view(-1, cfg.rl_samples), cfg.scale).flatten()
+
+
+DRIFT = 0.05  # of deepseek_v32, in nats per token
 
 
 # Losses: (logp (M,), batch, settings) -> (scalar loss, sums), as grpo.token_loss
@@ -157,42 +164,41 @@ def cispo_loss(logp: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, dict[st
     ratio = (logp - batch.logp_old).exp().detach()
     factor = ratio.clamp(max=1 + cfg.clip_high)
     loss = -(factor * batch.adv * logp * batch.weight).sum()
-    return loss, {"ratio": ratio.sum(), "clip_fraction_high": (ratio > 1 + cfg.clip_high).sum(),
+    clipped = (ratio > 1 + cfg.clip_high) & (batch.adv > 0)
+    return loss, {"ratio": ratio.sum(), "clip_fraction_high": clipped.sum(),
                   "kl": kl_to_reference(logp.detach(), batch).sum()}
 
 
 def deepseek_v32_loss(logp: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, dict[str, Tensor]]:
     """DeepSeek-V3.2 (2512.02556). The KL is multiplied by the ratio, which makes its gradient that of
-    KL(pi_theta || pi_ref). A completion with a negative advantage does not count once the mean of log(pi_old / pi_theta)
+    KL(pi_theta || pi_ref). The L of a completion with a negative advantage is 0 once the mean of log(pi_old / pi_theta)
     over its tokens is above DRIFT."""
     drift = row_means((batch.logp_old - logp).detach(), batch.row)
-    adv = batch.adv.masked_fill((batch.adv < 0) & (drift > DRIFT), 0.0)
+    masked = (batch.adv < 0) & (drift > DRIFT)
+    adv = batch.adv.masked_fill(masked, 0.0)
     loss, sums = grpo_loss(logp, batch.logp_old, None, adv, batch.weight,
                            clip_low=cfg.clip_low, clip_high=cfg.clip_high, kl_coef=0.0)
     ratio = (logp - batch.logp_old).exp()
     kl = kl_to_reference(logp, batch)
     loss = loss + cfg.kl_coef * (ratio * kl * batch.weight).sum()
-    return loss, sums | {"kl": kl.detach().sum()}
-
-
-DRIFT = 0.05  # nats per token
+    return loss, sums | {"kl": kl.detach().sum(), "masked": masked.sum()}
 
 
 # The rollout
 
 
 def sample_with_signal(run: Run, cfg: Config, step: Step, policy: GPT) -> Rollout:
-    """DAPO's dynamic sampling (2503.14476): sample up to four rollouts, until there are P groups with a signal.
-    The log then describes these groups alone."""
+    """DAPO's dynamic sampling (2503.14476): sample up to four rollouts, until there are P groups with a signal. If there
+    are fewer, the step has fewer, and if there is none, it has the last rollout. The log describes these groups alone."""
     kept, problems = Rollout([], [], [], [], [], []), []
     for _ in range(4):
         rollout = sample_groups(run, cfg, step, policy)
         live = (~no_signal(groups(rollout, cfg))).flatten().nonzero().flatten().tolist()
-        for i in live[:cfg.rl_prompts - len(problems)]:
+        for i in live[:len(step.asked) - len(problems)]:
             problems.append(step.asked[i])
             for column, new in zip(vars(kept).values(), vars(rollout).values()):
                 column += new[i * cfg.rl_samples:(i + 1) * cfg.rl_samples]
-        if len(problems) == cfg.rl_prompts:
+        if len(problems) == len(step.asked):
             break
     step.asked = problems or step.asked
     return kept if problems else rollout
@@ -203,37 +209,44 @@ def sample_with_signal(run: Run, cfg: Config, step: Step, policy: GPT) -> Rollou
 
 class Variant(NamedTuple):
     """What a variant has in place of train.py's parts."""
-    settings: dict                                    # its own settings
+    settings: dict = {}                   # its own settings
     advantages: Callable = usual
     loss_fn: Callable = token_loss
     sample: Callable = sample_groups
+    unused: tuple[str, ...] = ()          # settings that it does not use
 
 
 NEVER = 1e6  # a clip that no ratio reaches
+NO_RATIO = ("scale", "clip_low", "clip_high")
 VARIANTS = {
-    "ours":         Variant({}),
+    "ours":         Variant(),
     "no_clip":      Variant({"clip_low": NEVER, "clip_high": NEVER}),
     "deepseekmath": Variant({"normalize": "sequence"}),
-    "reinforce":    Variant({"normalize": "constant"}, loss_fn=reinforce_loss),  # its RunningMean is made for each run
-    "rloo":         Variant({"normalize": "constant"}, leave_one_out, reinforce_loss),
+    # its advantages are those of a RunningMean, which is made for each run
+    "reinforce":    Variant({"normalize": "constant"}, loss_fn=reinforce_loss, unused=NO_RATIO),
+    "rloo":         Variant({"normalize": "constant"}, leave_one_out, reinforce_loss, unused=NO_RATIO),
     "dr_grpo":      Variant({"normalize": "constant", "scale": "none"}),
     "dapo":         Variant({"clip_high": 0.28}, overlong, sample=sample_with_signal),
     "gspo":         Variant({"normalize": "sequence", "clip_low": 0.03, "clip_high": 0.04}, loss_fn=gspo_loss),
-    "cispo":        Variant({"clip_high": 4.0}, loss_fn=cispo_loss),
-    "maxrl":        Variant({}, over_mean),
-    "gdpo":         Variant({}, each_reward),
+    "cispo":        Variant({"clip_high": 4.0}, loss_fn=cispo_loss, unused=("clip_low",)),
+    "maxrl":        Variant(advantages=over_mean, unused=("scale",)),
+    "gdpo":         Variant(advantages=each_reward, unused=("scale",)),
     "deepseek_v32": Variant({"normalize": "sequence", "scale": "none", "kl_coef": 0.001}, loss_fn=deepseek_v32_loss),
 }
 
 
+def own_settings(name: str) -> dict:
+    """The settings of a variant."""
+    return {"kl_coef": LOGGED} | VARIANTS[name].settings
+
+
 def train_variant(name: str, run: Run, base: GPT) -> None:
-    """The stage of a variant: RL from the base."""
+    """The stage of a variant: RL from the base, in one process."""
     variant, parts = VARIANTS[name], {}
-    cfg = replace(run.cfg, **{"kl_coef": LOGGED} | variant.settings)
     advantages = variant.advantages
     if name == "reinforce":
         advantages = parts["baseline"] = RunningMean()
-    run_grpo_with(run, cfg, base, advantages, variant.loss_fn, variant.sample, **parts)
+    run_grpo_with(run, replace(run.cfg, **own_settings(name)), base, advantages, variant.loss_fn, variant.sample, **parts)
 
 
 STAGES = {name: Stage(partial(train_variant, name), starts=("base",), settings=RL) for name in VARIANTS}
@@ -252,7 +265,7 @@ FIELDS = ("accuracy", "format", "length", "entropy", "kl", "clip_fraction_low", 
           "heldout_accuracy")
 
 
-def run_all(out: Path, seed: int, flags: list[str]) -> int:
+def run_all(out: Path, seed: int, threads: int) -> int:
     """Train the variants whose results are missing, for one seed -> exit code."""
     for regime in REGIMES:
         folder = out / f"{regime}-{seed}"
@@ -262,9 +275,10 @@ def run_all(out: Path, seed: int, flags: list[str]) -> int:
                 continue
             first = out / f"default-{seed}"
             if (first / "base.pt").exists() and not (folder / "base.pt").exists():  # both regimes have one base
-                folder.mkdir(parents=True)
-                shutil.copy(first / "base.pt", folder)
-            code = train([name, *COMMON, *REGIMES[regime], f"--seed={seed}", f"--out={folder}", *flags])
+                folder.mkdir(parents=True, exist_ok=True)
+                shutil.copy(first / "base.pt", folder / "copying")
+                os.replace(folder / "copying", folder / "base.pt")
+            code = train([name, *COMMON, *REGIMES[regime], f"--threads={threads}", f"--seed={seed}", f"--out={folder}"])
             if code:
                 return code
             RESULTS.mkdir(exist_ok=True)
@@ -282,7 +296,7 @@ def collect(folder: Path, name: str) -> dict:
     return {
         "variant": name, "commit": commit.strip(), "seconds": results["seconds"][name],
         "machine": {key: cfg[key] for key in ("device", "dtype", "threads")},
-        "settings": {key: cfg[key] for key in ("seed", "rl_steps", "rl_minibatches", "rl_lr")} | VARIANTS[name].settings,
+        "settings": {key: cfg[key] for key in ("seed", "rl_steps", "rl_minibatches", "rl_lr")} | own_settings(name),
         "models": {model: results["models"][model] for model in ("base", name)},
         "rows": {field: [rounded(row.get(field)) for row in rows] for field in FIELDS},
     }
@@ -370,10 +384,11 @@ def main(argv: list[str]) -> int:
     for flag in ("all", "table", "figure"):
         parser.add_argument(f"--{flag}", action="store_true")
     parser.add_argument("--seed", type=int, default=0, help="of --all")
+    parser.add_argument("--threads", type=int, default=1, help="of --all")
     parser.add_argument("--out", type=Path, default=Path("out/variants"), help="of --all")
-    options, flags = parser.parse_known_args(argv)
+    options = parser.parse_args(argv)
     if options.all:
-        return run_all(options.out, options.seed, flags)
+        return run_all(options.out, options.seed, options.threads)
     if options.table:
         print("\n\n".join(f"{regime}\n\n{table(regime)}" for regime in REGIMES))
     if options.figure:
@@ -383,11 +398,14 @@ def main(argv: list[str]) -> int:
 
 def train(argv: list[str]) -> int:
     """Train a variant: NAME and then flags of train.py -> exit code."""
-    own = VARIANTS[argv[0]].settings if argv and argv[0] in VARIANTS else {}
+    name = argv[0] if argv else ""
     for flag in argv[1:]:
         key = flag.removeprefix("--").partition("=")[0]
-        if key in own:
-            print(f"variants.py: {argv[0]} sets {key}={own[key]} itself", file=sys.stderr)
+        if name in VARIANTS and key in own_settings(name):
+            print(f"variants.py: {name} sets {key}={own_settings(name)[key]} itself", file=sys.stderr)
+            return 2
+        if name in VARIANTS and key in VARIANTS[name].unused:
+            print(f"variants.py: {name} does not use {key}", file=sys.stderr)
             return 2
     return controls.main(argv, STAGES, __doc__, "variants")
 
