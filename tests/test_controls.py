@@ -320,12 +320,12 @@ def test_a_corpus_without_waiting_has_none():
 
 
 @pytest.mark.parametrize("task, checksums", [
-    (Arithmetic(), (3699883978, 4267924140, 935227476)), (NoWorking(), (2468789226, 2020710829, 1190136487)),
-    (HalfWorking(), (3320767345, 2084047436, 1227814961)),
-    (HalfWorking(6, 99, 20, True), (3323178239, 1200127608, 663624344)),
+    (Arithmetic(), (1355343497, 3262133460, 3565092883)), (NoWorking(), (90315686, 3266770397, 2727052250)),
+    (HalfWorking(), (3510444019, 1482379538, 1185826292)),
+    (HalfWorking(6, 99, 20, True), (1084972955, 1303766068, 2398379646)),
     (Countdown(), (2633002514, 3604116091, 4100066674)), (NoWait(), (2008780298, 2299350909, 1807971703))])
-def test_corpora_are_those_of_the_stored_results(task, checksums):
-    """A control must not be trained on another corpus than the one that findings.md is about."""
+def test_corpora_are_those_of_the_figures(task, checksums):
+    """A change of a corpus must be noticed: README's figures, and those of countdown in findings.md, are about these."""
     corpora = [task.make_corpus(20_000, seed, heldout) for seed, heldout in ((0, False), (1, False), (0, True))]
     assert tuple(zlib.crc32(corpus.tobytes()) for corpus in corpora) == checksums
 
