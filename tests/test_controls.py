@@ -325,7 +325,7 @@ def test_a_corpus_without_waiting_has_none():
     (HalfWorking(6, 99, 20, True), (1084972955, 1303766068, 2398379646)),
     (Countdown(), (2633002514, 3604116091, 4100066674)), (NoWait(), (2008780298, 2299350909, 1807971703))])
 def test_corpora_are_those_of_the_figures(task, checksums):
-    """A change of a corpus must be noticed: README's figures, and those of countdown in findings.md, are about these."""
+    """A change of a corpus must be noticed: README and the findings on countdown are about these."""
     corpora = [task.make_corpus(20_000, seed, heldout) for seed, heldout in ((0, False), (1, False), (0, True))]
     assert tuple(zlib.crc32(corpus.tobytes()) for corpus in corpora) == checksums
 
