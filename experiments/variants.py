@@ -1,6 +1,6 @@
 """Variants of GRPO, each a function or two. docs/variants.md has the formulas, the results, and what they mean.
 
-    python experiments/variants.py NAME --out=out    trains the variant NAME from out/base.pt; takes the flags of train.py
+    python experiments/variants.py NAME --out=out    trains the variant NAME from out/base.pt; takes train.py's flags
 
     ours              train.py's loss without the KL penalty: token average, std, clip
     no_clip           ours without the clip
@@ -72,8 +72,8 @@ def usual(rollout: Rollout, cfg: Config, generator=None) -> Tensor:
 
 
 class RunningMean:
-    """REINFORCE (Williams, 1992) with a baseline b: A_i = r_i - b. After each step, b becomes 0.9 b + 0.1 times the mean
-    reward of the step. (In the first step it is this mean.) So no group is needed."""
+    """REINFORCE (Williams, 1992) with a baseline b: A_i = r_i - b. After each step, b becomes 0.9 b + 0.1 times the
+    mean reward of the step. (In the first step it is this mean.) So no group is needed."""
 
     def __init__(self, decay: float = 0.9):
         self.decay, self.mean = decay, None
@@ -99,8 +99,9 @@ def leave_one_out(rollout: Rollout, cfg: Config, generator=None) -> Tensor:
 
 
 def over_mean(rollout: Rollout, cfg: Config, generator=None) -> Tensor:
-    """MaxRL (2602.02710): A_i = (r_i - mean r) / mean r, for a reward of 0 or 1. It maximises the log of the probability of
-    a reward, so rarely solved prompts count for more. Here it is the weighted sum of this for accuracy and format."""
+    """MaxRL (2602.02710): A_i = (r_i - mean r) / mean r, for a reward of 0 or 1. It maximises the log of the probability
+    of a reward, so rarely solved prompts count for more. Here it is the weighted sum of this for accuracy and format.
+    """
     adv = 0.0
     for name, weight in (("accuracy", cfg.accuracy_weight), ("format", cfg.format_weight)):
         rewards = groups(rollout, cfg, name)
@@ -188,8 +189,9 @@ def deepseek_v32_loss(logp: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, 
 
 
 def sample_with_signal(run: Run, cfg: Config, step: Step, policy: GPT) -> Rollout:
-    """DAPO's dynamic sampling (2503.14476): sample up to four rollouts, until there are P groups with a signal. If there
-    are fewer, the step has fewer, and if there is none, it has the last rollout. The log describes these groups alone."""
+    """DAPO's dynamic sampling (2503.14476): sample up to four rollouts, until there are P groups with a signal. If
+    there are fewer, the step has fewer. If there is none, it has the last rollout. The log describes these groups alone.
+    """
     kept, problems = Rollout([], [], [], [], [], []), []
     for _ in range(4):
         rollout = sample_groups(run, cfg, step, policy)
@@ -243,10 +245,11 @@ def own_settings(name: str) -> dict:
 def train_variant(name: str, run: Run, base: GPT) -> None:
     """The stage of a variant: RL from the base, in one process."""
     variant, parts = VARIANTS[name], {}
+    cfg = replace(run.cfg, **own_settings(name))
     advantages = variant.advantages
     if name == "reinforce":
         advantages = parts["baseline"] = RunningMean()
-    run_grpo_with(run, replace(run.cfg, **own_settings(name)), base, advantages, variant.loss_fn, variant.sample, **parts)
+    run_grpo_with(run, cfg, base, advantages, variant.loss_fn, variant.sample, **parts)
 
 
 STAGES = {name: Stage(partial(train_variant, name), starts=("base",), settings=RL) for name in VARIANTS}
@@ -256,10 +259,10 @@ STAGES = {name: Stage(partial(train_variant, name), starts=("base",), settings=R
 
 RESULTS = ROOT / "experiments" / "variants"
 SEEDS = (0, 1, 2)
-COMMON = ["--dtype=float32", "--rl_steps=60", "--eval_every=5"]
+COMMON = ["--dtype=float32", "--rl_steps=60", "--eval_every=5", "--eval_problems=128"]
 REGIMES = {  # flags of train.py
     "default": [],
-    "stress": ["--rl_minibatches=16", "--rl_lr=1e-3"],
+    "stress": ["--rl_minibatches=16", "--rl_lr=8e-4"],
 }
 FIELDS = ("accuracy", "format", "length", "entropy", "kl", "clip_fraction_low", "clip_fraction_high", "grad_norm",
           "heldout_accuracy")
@@ -336,8 +339,9 @@ def spread(values: list[float]) -> str:
 
 def table(regime: str) -> str:
     """A Markdown table: a row for each variant that has results for all seeds."""
-    lines = ["| variant | test | hard | format | steps to 90 % | length | entropy | largest KL | clipped, most | seconds |",
-             "|---" * 10 + "|"]
+    head = ("variant", "test", "hard", "format", "steps to 90 %", "length", "entropy", "largest KL", "clipped, most",
+            "seconds")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name in VARIANTS:
         found = cells(regime, name)
         if len(found) < len(SEEDS):
@@ -367,7 +371,8 @@ def draw(path: Path) -> None:
         for regime, colour in zip(REGIMES, ("#8a8a8a", "#c8590b")):
             for cell in cells(regime, name):
                 points = [(i, v) for i, v in enumerate(cell["rows"]["heldout_accuracy"], 1) if v is not None]
-                ax.plot(*zip(*points), color=colour, linewidth=1, label=regime if cell["settings"]["seed"] == 0 else None)
+                label = regime if cell["settings"]["seed"] == 0 else None
+                ax.plot(*zip(*points), color=colour, linewidth=1, label=label)
         ax.set_title(name, loc="left", fontweight="bold")
         ax.set_ylim(0, 1.02)
     axes[0, 0].legend(frameon=False, loc="lower right")

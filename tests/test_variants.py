@@ -72,13 +72,13 @@ def test_on_policy_all_losses_have_the_policy_gradient(name):
 
 
 def gspo_mean(gradient, name):
-    """GSPO divides the gradient of a completion evenly among its tokens. Here it is the same for each of them already."""
+    """GSPO divides the gradient of a completion evenly among its tokens. Here they have equal gradients already."""
     assert name != "gspo" or torch.allclose(variants.row_means(gradient, ROW), gradient)
     return gradient
 
 
 def test_gspo_has_one_ratio_for_a_completion():
-    """The ratio must be the geometric mean over the tokens of its own completion. The clip then hits whole completions."""
+    """The ratio must be the geometric mean over the tokens of its own completion. So the clip hits whole completions."""
     logp, batch = random_batch("sequence")
     loss, sums = variants.gspo_loss(logp, batch, settings("gspo"))
     expected = 0.0
@@ -220,8 +220,9 @@ def test_dapo_samples_until_all_groups_have_a_signal(make_gpt):
 # Other implementations
 
 
-@pytest.mark.parametrize("name", ("ours", "no_clip", "deepseekmath", "dr_grpo", "dapo", "gspo", "cispo", "deepseek_v32"))
 @pytest.mark.parametrize("seed", (1, 2, 3))
+@pytest.mark.parametrize("name", (
+    "ours", "no_clip", "deepseekmath", "dr_grpo", "dapo", "gspo", "cispo", "deepseek_v32"))
 def test_losses_are_trls(name, seed):
     """Loss and gradient must be those of TRL, an implementation that shares no line with this one."""
     trl = pytest.importorskip("trl.trainer.grpo_trainer")
@@ -247,7 +248,8 @@ def test_losses_are_trls(name, seed):
         max_completion_length=8, off_policy_mask_threshold=variants.DRIFT if name == "deepseek_v32" else None,
         args=SimpleNamespace(use_bias_correction_kl=name == "deepseek_v32", delta=None, steps_per_generation=1),
         top_entropy_quantile=1.0, use_vllm=False, current_gradient_accumulation_steps=1, _entropy_bonus_enabled=False,
-        accelerator=SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x), model=SimpleNamespace(training=True),
+        accelerator=SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x),
+        model=SimpleNamespace(training=True),
         _metrics={"train": collections.defaultdict(list)}, aux_loss_enabled=False)
     adv = torch.stack([batch.adv[ROW == i][0] for i in range(len(LENGTHS))])
     inputs = {"prompt_ids": torch.zeros(6, 1).long(), "prompt_mask": torch.ones(6, 1).long(),
@@ -301,8 +303,8 @@ def test_ours_is_zero(quick, tmp_path):
 
 
 def test_a_variant_in_a_folder(quick, tmp_path, capsys):
-    """A variant must appear beside base and zero in the results, refuse flags for its own settings, and give --table and
-    --figure what they need."""
+    """A variant must appear beside base in the results, refuse flags for its own settings and for those that it does not
+    use, and give --table and --figure what they need."""
     copy_files(quick, tmp_path, "base.pt", "results.json")
     assert variants.main(["dapo", *QUICK, "--eval_every=2", f"--out={tmp_path}"]) == 0
     assert "dapo" in results(tmp_path)["models"]
@@ -350,7 +352,8 @@ def test_table_and_figure(tmp_path, monkeypatch):
             if (name, seed) != ("rloo", 2):
                 (tmp_path / f"stress-{name}-{seed}.json").write_text(json.dumps(cell))
     lines = variants.table("stress").splitlines()
-    assert len(lines) == 3 and lines[2].startswith("| `ours` | 90.0 ± 0.0 | 90.0 ± 0.0 | 100.0 ± 0.0 | 3, never, never |")
+    start = "| `ours` | 90.0 ± 0.0 | 90.0 ± 0.0 | 100.0 ± 0.0 | 3, never, never |"
+    assert len(lines) == 3 and lines[2].startswith(start)
     assert len(variants.table("default").splitlines()) == 2
     pytest.importorskip("matplotlib")
     variants.draw(tmp_path / "figure.png")
@@ -373,7 +376,8 @@ def code_lines(part) -> list[str]:
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
             node.body = node.body[1:] or [ast.Pass()]
-    return [line for line in ast.unparse(tree).splitlines() if line.strip() and "def " not in line and "class " not in line]
+    lines = [line.strip() for line in ast.unparse(tree).splitlines()]
+    return [line for line in lines if line and not line.startswith(("def ", "class "))]
 
 
 def test_the_page_has_the_tables():
