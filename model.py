@@ -27,27 +27,22 @@ class GPTConfig:
     n_layer: int = 4
     n_head: int = 3
     n_embd: int = 96
-    # Models that are trained here keep these defaults. Published models (--init) have other values.
-    n_hidden: int = 0             # width of the SwiGLU; 0: 8/3 of n_embd, to a multiple of 32
-    n_kv_head: int = 0            # heads of keys and values, see attend; 0: n_head
-    head_size: int = 0            # D; 0: n_embd / n_head
-    rope_theta: float = 10_000.0  # base of the rotary frequencies
-    rope_scaling: tuple | None = None  # Llama 3's: engine/pretrained/weights.py
-    eps: float = 1e-5             # of RMSNorm
-    qkv_bias: bool = False        # biases on queries, keys and values (Qwen2)
-    qk_norm: bool = False         # RMSNorm over each head of queries and keys (Qwen3)
-    tied: bool = True             # the output matrix is the embedding
 
     def __post_init__(self):
-        if not self.head_size and self.n_embd % self.n_head:
+        if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
-        self.n_hidden = self.n_hidden or 32 * max(1, round(8 / 3 * self.n_embd / 32))
-        self.n_kv_head = self.n_kv_head or self.n_head
-        self.head_size = self.head_size or self.n_embd // self.n_head
         if self.head_size % 2:
             raise ValueError(f"head_size {self.head_size} (n_embd / n_head) must be even")
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head {self.n_head} is no multiple of n_kv_head {self.n_kv_head}")
+
+    @property
+    def head_size(self) -> int:
+        """D, the width of a head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def n_hidden(self) -> int:
+        """The width of the SwiGLU: 8/3 of n_embd as in Llama, rounded to a multiple of 32."""
+        return 32 * max(1, round(8 / 3 * self.n_embd / 32))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -60,20 +55,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D) + mask) v. q (B, H, T, D); k, v (B, n_kv_head, T, D); mask (T, T) -> (B, H, T, D).
-
-    In grouped-query attention several query heads share one head of keys and values. We do not copy keys and values for
-    each query head. We put the queries that share them one after the other, along T.
-    """
-    n_kv_head = k.size(1)
-    stacked = q.unflatten(1, (n_kv_head, -1)).flatten(2, 3)  # (B, n_kv_head, H / n_kv_head * T, D)
-    mask = mask.repeat(q.size(1) // n_kv_head, 1)            # (H / n_kv_head * T, T)
-    if q.device.type == "cpu":  # on a CPU, the fused kernel's backward pass is slower
-        scores = (stacked * q.size(-1) ** -0.5) @ k.mT + mask
-        y = scores.softmax(dim=-1) @ v
-    else:
-        y = F.scaled_dot_product_attention(stacked, k, v, attn_mask=mask)
-    return y.reshape(q.shape)  # unstacked
+    """softmax(q k^T / sqrt(D) + mask) v. q, k, v (B, H, T, D), mask (T, T) -> (B, H, T, D)."""
+    if q.device.type == "cpu":  # on a CPU, the backward pass of torch's fused kernel is slower
+        scores = (q * q.size(-1) ** -0.5) @ k.mT + mask  # (B, H, T, T)
+        return scores.softmax(dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class Block(nn.Module):
@@ -85,33 +71,27 @@ class Block(nn.Module):
 
     def __init__(self, c: GPTConfig):
         super().__init__()
-        self.n_head, self.n_kv_head, self.head_size = c.n_head, c.n_kv_head, c.head_size
-        self.norm1 = nn.RMSNorm(c.n_embd, eps=c.eps)
-        self.q = nn.Linear(c.n_embd, c.n_head * c.head_size, bias=c.qkv_bias)
-        self.k = nn.Linear(c.n_embd, c.n_kv_head * c.head_size, bias=c.qkv_bias)
-        self.v = nn.Linear(c.n_embd, c.n_kv_head * c.head_size, bias=c.qkv_bias)
-        self.q_norm = nn.RMSNorm(c.head_size, eps=c.eps) if c.qk_norm else None
-        self.k_norm = nn.RMSNorm(c.head_size, eps=c.eps) if c.qk_norm else None
-        self.o = nn.Linear(c.n_head * c.head_size, c.n_embd, bias=False)
-        self.norm2 = nn.RMSNorm(c.n_embd, eps=c.eps)
+        self.head_size = c.head_size
+        self.norm1 = nn.RMSNorm(c.n_embd, eps=1e-5)
+        self.q = nn.Linear(c.n_embd, c.n_embd, bias=False)
+        self.k = nn.Linear(c.n_embd, c.n_embd, bias=False)
+        self.v = nn.Linear(c.n_embd, c.n_embd, bias=False)
+        self.o = nn.Linear(c.n_embd, c.n_embd, bias=False)
+        self.norm2 = nn.RMSNorm(c.n_embd, eps=1e-5)
         self.gate = nn.Linear(c.n_embd, c.n_hidden, bias=False)
         self.up = nn.Linear(c.n_embd, c.n_hidden, bias=False)
         self.down = nn.Linear(c.n_hidden, c.n_embd, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        """x (B, T, C) -> (B, T, C). cos, sin and mask have the compute dtype. (The block is split into two methods, so
-        that engine/speed/sampler.py can put its own attention between them.)"""
+        """x (B, T, C) -> (B, T, C). cos, sin and mask have the compute dtype."""
         q, k, v = self.qkv(x, cos, sin)
         return self.after_attention(x, attend(q, k, v, mask))
 
     def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, C) -> queries (B, H, T, D), keys and values (B, n_kv_head, T, D)."""
-        h = self.project(self.norm1(x).to(cos.dtype), "q", "k", "v")  # (B, T, (H + 2 n_kv_head) D)
-        heads = h.unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # (B, H + 2 n_kv_head, T, D)
-        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
-        if self.q_norm is not None:  # normalised in float32, as the residual stream is
-            q = self.q_norm(q.float()).to(q.dtype)
-            k = self.k_norm(k.float()).to(k.dtype)
+        """The first half: x (B, T, C) -> queries, keys and values, (B, H, T, D) each."""
+        h = self.project(self.norm1(x).to(cos.dtype), "q", "k", "v")   # (B, T, 3 H D)
+        heads = h.unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # (B, 3 H, T, D)
+        q, k, v = heads.chunk(3, dim=1)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def after_attention(self, x: Tensor, y: Tensor) -> Tensor:
@@ -121,16 +101,12 @@ class Block(nn.Module):
         return x + self.project(F.silu(gate) * up, "down")
 
     def project(self, x: Tensor, *names: str) -> Tensor:
-        """Apply the named linear layers to x, in one matrix product with their concatenated weights. One large product
+        """Apply the linear layers with these names to x, in one matrix product with their concatenated weights, which
         is faster than several small ones. The weights are cast to the compute dtype here. As parameters they are
         float32, because bfloat16 would round the small updates of the optimizer away."""
-        layers = [getattr(self, name) for name in names]
-        weight = layers[0].weight if len(layers) == 1 else torch.cat([layer.weight for layer in layers])
-        h = F.linear(x, weight.to(x.dtype))
-        if layers[0].bias is None:
-            return h
-        bias = torch.cat([layer.bias for layer in layers])  # float32, so h + bias is rounded once
-        return (h + bias).to(x.dtype)
+        weights = [getattr(self, name).weight for name in names]
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        return F.linear(x, weight.to(x.dtype))
 
 
 class GPT(nn.Module):
@@ -138,14 +114,14 @@ class GPT(nn.Module):
 
     dtype is the compute dtype (see Block). The logits have this dtype.
     """
+    block_class = Block  # published models have other blocks (engine/pretrained/families.py)
 
     def __init__(self, config: GPTConfig, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config, self.dtype = config, dtype
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = nn.RMSNorm(config.n_embd, eps=config.eps)
-        self.output = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.blocks = nn.ModuleList(self.block_class(config) for _ in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd, eps=1e-5)
         # As in GPT-2: standard deviation 0.02. The two matrices of a layer that add to the residual stream have
         # 0.02 / sqrt(2 n_layer), so that the variance of the stream does not grow with the number of layers.
         for name, weight in self.named_parameters():
@@ -159,10 +135,14 @@ class GPT(nn.Module):
     def rotary_frequencies(self) -> Tensor:
         """The angle per position, in radians, for each pair of head dimensions, (D/2,)."""
         D = self.config.head_size
-        return self.config.rope_theta ** (-torch.arange(0, D, 2) / D)
+        return 10_000.0 ** (-torch.arange(0, D, 2) / D)
+
+    def output_weight(self) -> Tensor:
+        """The output matrix, (V, C). It is the embedding."""
+        return self.embedding.weight
 
     def n_params(self) -> int:
-        """The number of parameters. An embedding that is also the output matrix counts once."""
+        """The number of parameters."""
         return sum(p.numel() for p in self.parameters())
 
     def forward(self, idx: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -188,8 +168,7 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The output projection (unembedding): (.., C) -> (.., V)."""
-        output = self.embedding if self.output is None else self.output
-        return F.linear(hidden, output.weight.to(self.dtype))
+        return F.linear(hidden, self.output_weight().to(self.dtype))
 
     def logprobs(self, hidden: Tensor, target: Tensor) -> Tensor:
         """The log-probability of each target token: hidden (M, C), target (M,) -> (M,), float32."""

@@ -16,9 +16,9 @@ from typing import BinaryIO
 import torch
 
 from engine.parallel import rank
-from engine.pretrained.weights import make_model
+from engine.pretrained.families import make_model
 from engine.terminal import UsageError
-from model import GPT, GPTConfig
+from model import GPT
 
 
 @contextmanager
@@ -100,7 +100,7 @@ def stage_of(path: Path) -> str | None:
 
 def build_model(content: dict) -> GPT:
     """The model in a checkpoint's content, on the CPU, with the compute dtype that it was trained with."""
-    model = make_model(GPTConfig(**content["shape"]), getattr(torch, content["config"]["dtype"]))
+    model = make_model(content["shape"], getattr(torch, content["config"]["dtype"]))
     model.load_state_dict(content["model"])
     return model
 

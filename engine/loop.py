@@ -26,7 +26,7 @@ from engine.evaluation import heldout_accuracy
 from engine.files import build_model, load_checkpoint, write_file
 from engine.machine import return_memory
 from engine.parallel import check_launcher, rank, world_size
-from engine.pretrained.weights import make_model, starting_model
+from engine.pretrained.weights import starting_model
 from engine.progress import Progress
 from engine.samples import keep_samples
 from engine.settings import refuse_changes, shaped_by
@@ -106,7 +106,7 @@ class Run:
         if cfg.init:
             return starting_model(cfg, self.task.encoding.n_tokens, student, dtype).to(cfg.device)
         shape = GPTConfig(self.task.encoding.n_vocab, cfg.block_size, n_layer, n_head, n_embd)
-        return make_model(shape, dtype).to(cfg.device)
+        return GPT(shape, dtype).to(cfg.device)
 
     def corpus(self, n_steps: int, n_rows: int) -> Corpus:
         """n_steps batches of n_rows rows of the corpus, which is written in the background from now on."""

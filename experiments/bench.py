@@ -79,6 +79,7 @@ from engine.optimizer import Optimizer
 from engine.speed.fast import frozen, make_fast
 from engine.terminal import UsageError
 from grpo import grpo_step
+from engine.pretrained.families import FamilyConfig, make_model
 from model import GPT, GPTConfig
 from train import Config, next_token_loss
 
@@ -86,7 +87,7 @@ CFG, ENCODING = Config(micro_batch=65_536 if torch.cuda.is_available() else 4_09
 VOCAB = ENCODING.n_vocab
 TEACHER = GPTConfig(VOCAB, CFG.block_size, CFG.n_layer, CFG.n_head, CFG.n_embd)
 STUDENT = GPTConfig(VOCAB, CFG.block_size, CFG.student_n_layer, CFG.student_n_head, CFG.student_n_embd)
-SMOLLM2 = GPTConfig(49_152, 1024, 30, 9, 576, n_hidden=1536, n_kv_head=3, rope_theta=100_000.0)
+SMOLLM2 = FamilyConfig(49_152, 1024, 30, 9, 576, n_hidden=1536, n_kv_head=3, rope_theta=100_000.0)
 B, T = 32, 128            # the pretraining batch
 PROMPT = 12               # tokens in a prompt; all prompts have the same length, so neither side pads
 P, G, NEW = 32, 16, 48    # a GRPO step: prompts, samples per prompt, new tokens per sample
@@ -179,7 +180,7 @@ def settings(option: dict, **changes) -> Config:
 
 def quick_model(shape: GPTConfig, option: dict, cfg: Config, **passes: bool) -> GPT:
     """Our model with random weights, with the faster methods that a run gives it."""
-    model = GPT(shape, getattr(torch, option["dtype"])).to(option["device"])
+    model = make_model(dataclasses.asdict(shape), getattr(torch, option["dtype"])).to(option["device"])
     return make_fast(model, cfg, **passes)
 
 
@@ -244,7 +245,7 @@ def llama(config: GPTConfig, attention: str = "sdpa"):
     from transformers import LlamaConfig, LlamaForCausalLM
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=config.vocab_size, max_position_embeddings=config.block_size, num_hidden_layers=config.n_layer,
-        num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head, hidden_size=config.n_embd,
+        num_attention_heads=config.n_head, num_key_value_heads=kv_heads(config), hidden_size=config.n_embd,
         intermediate_size=config.n_hidden, rms_norm_eps=1e-5, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=None, attn_implementation=attention))
     assert sum(p.numel() for p in model.parameters()) == n_params(config), "both models must have the same size"
@@ -364,11 +365,16 @@ class Case:
     steps: int = 1                            # per turn, so that a turn is long enough to be timed
 
 
+def kv_heads(config: GPTConfig) -> int:
+    """The heads of keys and values."""
+    return getattr(config, "n_kv_head", config.n_head)
+
+
 def n_params(config: GPTConfig) -> int:
     """The same number as GPT(config).n_params(), without making a model, whose memory would count in the peak of each
     process."""
     C, D = config.n_embd, config.head_size
-    attention = 2 * C * (config.n_head + config.n_kv_head) * D
+    attention = 2 * C * (config.n_head + kv_heads(config)) * D
     layer = attention + 3 * C * config.n_hidden + 2 * C  # the last term is the gains of two norms
     return config.vocab_size * C + config.n_layer * layer + C
 
@@ -488,7 +494,7 @@ def roof(config: GPTConfig, rows: int, dtype: str, device: str) -> float:
     """The FLOP/s of the matrix products of all layers and of the output projection with this many rows: the best of a
     few tries."""
     C, H, D = config.n_embd, config.n_hidden, config.head_size
-    sizes = ([(C, C)] * 2 + [(C, config.n_kv_head * D)] * 2 + [(C, H)] * 2 + [(H, C)]) * config.n_layer
+    sizes = ([(C, C)] * 2 + [(C, kv_heads(config) * D)] * 2 + [(C, H)] * 2 + [(H, C)]) * config.n_layer
     sizes.append((C, config.vocab_size))
     make = partial(torch.randn, dtype=getattr(torch, dtype), device=device)
     products = [(make(rows, k), make(n, k).t(), make(rows, n)) for k, n in sizes]

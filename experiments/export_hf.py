@@ -28,7 +28,7 @@ from engine.pretrained.bpe import byte_letters
 from engine.pretrained.chat import Pretrained
 from engine.pretrained.weights import tensor_name
 from engine.terminal import UsageError
-from model import GPTConfig
+from engine.pretrained.families import FamilyConfig
 
 TEMPLATE = ("{% for message in messages %}{% if message['role'] == 'user' %}User: {{ message['content'] }}\nAssistant: "
             "{% else %}{{ message['content'] }}" + END_OF_TEXT + "{% endif %}{% endfor %}")
@@ -37,7 +37,7 @@ TEMPLATE = ("{% for message in messages %}{% if message['role'] == 'user' %}User
 def model_of(content: dict):
     """The model in a checkpoint's content, as a model of transformers."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-    shape = GPTConfig(**content["shape"])
+    shape = FamilyConfig(**content["shape"])
     rope = {"rope_type": "default", "rope_theta": shape.rope_theta}
     if shape.rope_scaling:
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import bench
+from engine.pretrained.families import FamilyConfig, FamilyGPT
 from model import GPT, GPTConfig
 
 TINY = GPTConfig(bench.VOCAB, 64, n_layer=1, n_head=2, n_embd=16)
@@ -101,6 +102,6 @@ def test_flops_are_those_of_the_products():
     attention = config.n_layer * 2 * 7 * C                       # q k^T and the sum over v, for 7 tokens to attend to
     gains = (2 * config.n_layer + 1) * C                         # of the norms, one multiplication each
     assert GPT(config).n_params() == bench.n_params(config) == products + gains
-    other = GPTConfig(7, n_layer=3, n_head=4, n_embd=24, n_hidden=40, n_kv_head=2, head_size=10)
-    assert GPT(other).n_params() == bench.n_params(other)
+    other = FamilyConfig(7, n_layer=3, n_head=4, n_embd=24, n_hidden=40, n_kv_head=2, head_size=10)
+    assert FamilyGPT(other).n_params() == bench.n_params(other)
     assert bench.forward_flops(config, 5, 7) == 5 * 2 * (products + gains + attention)

@@ -18,7 +18,8 @@ from engine.speed.fast import frozen, graphed, make_fast
 from engine.speed.graphs import GraphedMuon, GraphedSampling, GraphedTraining
 from engine.speed.sampler import Sampler
 from grpo import grpo_update, sample_rollout
-from model import GPT, GPTConfig, attend, token_logprobs
+from engine.pretrained.families import FamilyConfig, FamilyGPT, attend_shared
+from model import GPT, GPTConfig, token_logprobs
 from tests.conftest import Descent, main
 from train import Config
 
@@ -30,7 +31,8 @@ SHAPES = ({}, {"n_kv_head": 1, "qk_norm": True, "qkv_bias": True, "tied": False}
 
 def make(dtype=torch.bfloat16, device="cuda", **shape) -> GPT:
     torch.manual_seed(0)
-    return GPT(GPTConfig(80, 64, 2, 2, 64, **shape), dtype).to(device)
+    kind, config = (FamilyGPT, FamilyConfig) if shape else (GPT, GPTConfig)
+    return kind(config(80, 64, 2, 2, 64, **shape), dtype).to(device)
 
 
 def draw(model: GPT, seed: int, temperature: float = 1.0, prompts=PROMPTS):
@@ -94,7 +96,7 @@ def test_training_with_shared_heads_is_that_of_a_cpu(n_kv_head):
     found = []
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)
-        model = GPT(GPTConfig(80, 64, 2, 4, 64, n_kv_head=n_kv_head)).to(device)
+        model = FamilyGPT(FamilyConfig(80, 64, 2, 4, 64, n_kv_head=n_kv_head)).to(device)
         idx = torch.randint(80, (5, 20), generator=torch.Generator().manual_seed(0)).to(device)
         logp = every_logprob(model, idx)
         logp.mean().backward()
@@ -430,5 +432,6 @@ def test_the_fused_kernel_is_the_product_of_matrices(monkeypatch, n_kv_head):
     monkeypatch.setattr(F, "scaled_dot_product_attention", as_on_a_gpu)
     q, k, v = (torch.randn(3, heads, 7, 8) for heads in (4, n_kv_head, n_kv_head))
     mask = torch.full((7, 7), float("-inf")).triu(1)
-    found = attend(*(x.as_subclass(OnGpu) for x in (q, k, v)), mask)
-    assert called == [1] and torch.allclose(found.as_subclass(torch.Tensor), attend(q, k, v, mask), atol=1e-6)
+    found = attend_shared(*(x.as_subclass(OnGpu) for x in (q, k, v)), mask)
+    expected = attend_shared(q, k, v, mask)
+    assert called == [1] and torch.allclose(found.as_subclass(torch.Tensor), expected, atol=1e-6)

@@ -1,6 +1,7 @@
 """The model against slow, independent oracles: Llama's formulas in float64, and log-softmax written out. Then the
 quick methods of engine/speed/fast.py against the model's own."""
 import copy
+import dataclasses
 import itertools
 import random
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from engine.speed import fast
 from engine.speed.fast import LogprobsInParts, RoundedHidden, RoundedLogits, make_fast
 from engine.speed.sampler import Sampler
 from grpo import group_advantages, grpo_update, sample_rollout
+from engine.pretrained.families import FamilyConfig, FamilyGPT
 from model import GPT, GPTConfig, select, token_logprobs
 from tests.conftest import Descent
 from train import Config
@@ -33,7 +35,8 @@ FAMILIES = {
 def make_family(name: str, vocab_size: int = 11, seed: int = 0) -> GPT:
     """A small model of a family. Its weights are large, so that its outputs depend strongly on its inputs."""
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(vocab_size, 48, n_layer=2, n_head=4, n_embd=32, **FAMILIES[name]))
+    kind, config = (FamilyGPT, FamilyConfig) if FAMILIES[name] else (GPT, GPTConfig)
+    model = kind(config(vocab_size, 48, n_layer=2, n_head=4, n_embd=32, **FAMILIES[name]))
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(8.0) if p.dim() == 2 else p.add_(torch.randn_like(p) / 3)
@@ -52,7 +55,8 @@ def llama(model: GPT, idx):
     """Llama's forward pass from its paper, in float64, with the rotation as a product of complex numbers, and with
     the additions of Qwen2 and Qwen3."""
     w = {name: p.detach().double() for name, p in model.state_dict().items()}
-    c, x = model.config, w["embedding.weight"][idx]
+    c = FamilyConfig(**dataclasses.asdict(model.config))
+    x = w["embedding.weight"][idx]
     B, T, _ = x.shape
     D = c.head_size
     turn = torch.outer(torch.arange(T).double(), c.rope_theta ** (-torch.arange(0, D, 2).double() / D))  # (T, D/2)
@@ -136,7 +140,10 @@ def test_shapes_that_do_not_fit(sizes, named):
     """If the heads do not divide the width, the user must see which setting is wrong. Without a check, the model would
     fail with an error about a matrix."""
     with pytest.raises(ValueError, match=named):
-        GPTConfig(11, **dict(n_head=3, n_embd=96) | sizes)
+        FamilyConfig(11, **dict(n_head=3, n_embd=96) | sizes)
+    if "n_embd" in sizes:
+        with pytest.raises(ValueError, match=named):
+            GPTConfig(11, **dict(n_head=3, n_embd=96) | sizes)
 
 
 def test_an_embedding_that_is_also_the_output_matrix_counts_once():

@@ -18,9 +18,11 @@ from data.arithmetic import Arithmetic, Problem
 from engine.files import build_model, load_checkpoint, save_checkpoint
 from engine.pretrained.bpe import Encoding
 from engine.pretrained.chat import SLOT, Pretrained
-from engine.pretrained.weights import load_model, make_model
+from engine.pretrained.families import FamilyGPT
+from engine.pretrained.weights import load_model
 from engine.speed.fast import frozen, make_fast
-from engine.speed.sampler import Reader, generate
+from engine.speed.reader import FamilyReader
+from engine.speed.sampler import generate
 from engine.tasks import make_task
 from model import GPT, token_logprobs
 from tests.conftest import main, parse, results, rows, weights_equal
@@ -187,7 +189,7 @@ def test_a_frozen_copy_is_the_same_in_less_memory(both):
     from itself. A later update of the policy must not change the reference."""
     _, ours = both
     cfg = Config(init="elsewhere", device="cpu", compile="off", micro_batch=512)
-    model = make_model(ours.config, torch.bfloat16)
+    model = FamilyGPT(ours.config, torch.bfloat16)
     model.load_state_dict(ours.state_dict())
     copied = frozen(model, cfg)
     make_fast(model, cfg, training=True)
@@ -207,7 +209,7 @@ def test_biases_are_added_in_float32(both):
     """Qwen2's biases may be large. If they were rounded to bfloat16 before they are added, every query and key would
     change. The training pass, the sampler and a frozen copy must round in the same way."""
     _, ours = both
-    model = make_model(ours.config, torch.bfloat16)
+    model = FamilyGPT(ours.config, torch.bfloat16)
     model.load_state_dict(ours.state_dict())
     block, x = model.blocks[0], torch.randn(7, model.config.n_embd).bfloat16()
     copied = frozen(model, Config(init="elsewhere", device="cpu", compile="off", micro_batch=512)).blocks[0]
@@ -216,7 +218,7 @@ def test_biases_are_added_in_float32(both):
     assert not torch.equal(expected, product + block.q.bias.bfloat16())
     whole = block.project(x, "q", "k", "v")
     assert torch.equal(block.project(x, "q"), expected) and torch.equal(whole[:, :expected.size(1)], expected)
-    assert torch.equal(whole, Reader(block, torch.bfloat16).project(x, "q", "k", "v"))
+    assert torch.equal(whole, FamilyReader(block, torch.bfloat16).project(x, "q", "k", "v"))
     assert torch.equal(whole, copied.project(x, "q", "k", "v"))
 
 
@@ -230,7 +232,8 @@ def test_a_checkpoint_keeps_the_rotation(both, tmp_path):
     idx = torch.randint(ours.config.vocab_size, (2, 60))
     assert again.config == ours.config and torch.equal(again(idx), ours(idx))
     assert torch.equal(again.cos, ours.cos) and torch.equal(again.sin, ours.sin)
-    assert torch.equal(again.cos, GPT(ours.config).cos) == (ours.config.rope_scaling is None)
+    unscaled = FamilyGPT(dataclasses.replace(ours.config, rope_scaling=None))
+    assert torch.equal(again.cos, unscaled.cos) == (ours.config.rope_scaling is None)
 
 
 def test_rows_that_no_token_names_are_left_out(tmp_path):

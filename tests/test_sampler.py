@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from engine.speed import sampler
-from engine.speed.sampler import Cache, Reader, Sampler, batch_size, draw, read
+from engine.speed.reader import make_readers
+from engine.speed.sampler import Cache, Sampler, batch_size, draw, read
 from model import GPT, token_logprobs
 from tests.test_model import FAMILIES, make_family, next_logits
 
@@ -78,7 +79,8 @@ def test_the_cache_keeps_the_shared_heads_once(family):
     with torch.inference_mode():
         read(model, torch.zeros(2, 5, dtype=torch.long), cache)
     keys, values = cache.kv[0]
-    assert keys.shape == values.shape == (2, model.config.n_kv_head, 8, model.config.head_size)
+    heads = getattr(model.config, "n_kv_head", model.config.n_head)
+    assert keys.shape == values.shape == (2, heads, 8, model.config.head_size)
     assert cache.length == 5 and len(cache.kv) == 2
 
 
@@ -86,11 +88,11 @@ def test_the_cache_keeps_the_shared_heads_once(family):
 def test_a_reader_multiplies_by_the_matrices_of_its_block(family):
     """If the matrices were joined in another order, a query's matrix would make keys. If the sampler rounded at another
     place, its distribution would be further from the training pass than necessary."""
-    block = make_family(family).blocks[1]
-    for dtype in (torch.float32, torch.bfloat16):
-        reader = Reader(block, dtype)
+    model = make_family(family)
+    for model.dtype in (torch.float32, torch.bfloat16):
+        block, reader = model.blocks[1], make_readers(model)[1]
         for names in ("q", "k", "v"), ("o",), ("gate", "up"), ("down",):
-            x = torch.randn(5, getattr(block, names[0]).in_features).to(dtype)
+            x = torch.randn(5, getattr(block, names[0]).in_features).to(model.dtype)
             assert torch.equal(reader.project(x, *names), block.project(x, *names))
 
 

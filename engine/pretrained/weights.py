@@ -1,12 +1,11 @@
 """The weights of a pretrained model, from a folder as transformers saves it.
 
 The folder holds config.json and *.safetensors. (bpe.py reads its tokenizer, chat.py its chat template.) The supported
-families are Llama (SmolLM2 is one), Qwen2 and Qwen3, because model.py computes their blocks. Anything else is refused,
+families are Llama (SmolLM2 is one), Qwen2 and Qwen3 (families.py). Anything else is refused,
 with a message that names the field. Pickle files are never opened. Rows of the embedding after the last token are left
 out, so that every sampled token can be decoded.
 """
 import dataclasses
-import math
 import re
 from pathlib import Path
 
@@ -14,7 +13,8 @@ import torch
 
 from data.own import path_of
 from engine.pretrained.bpe import MALFORMED, read_json, refuse_pointer
-from model import GPT, GPTConfig
+from engine.pretrained.families import FamilyConfig, FamilyGPT
+from model import GPT
 
 # The only value that is supported in each of these fields of config.json. A field may be missing.
 FIXED = {"hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False, "quantization_config": None,
@@ -25,9 +25,9 @@ NAMES = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm", "q_nor
          "down": "mlp.down_proj"} | {name: f"self_attn.{name}_proj" for name in "qkvo"}
 
 
-def read_shape(config: dict, tied: bool, vocab_size: int, block_size: int) -> GPTConfig:
-    """The GPTConfig of a config.json. `tied` says whether the output matrix is the embedding, if the file does not.
-    Raises ValueError, with the field's name, for an architecture that model.py cannot compute."""
+def read_shape(config: dict, tied: bool, vocab_size: int, block_size: int) -> FamilyConfig:
+    """The FamilyConfig of a config.json. `tied` says whether the output matrix is the embedding, if the file does not.
+    Raises ValueError, with the field's name, for an architecture that families.py cannot compute."""
     tables = [config.get(name) or {} for name in ("rope_scaling", "rope_parameters")]  # older and newer files
     rope = tables[0] | tables[1]
     for name, wanted in FIXED.items():
@@ -52,7 +52,7 @@ def read_shape(config: dict, tied: bool, vocab_size: int, block_size: int) -> GP
         if kind == "llama3":
             scaling = tuple(rope[key] for key in ("factor", "low_freq_factor", "high_freq_factor",
                                                   "original_max_position_embeddings"))
-        return GPTConfig(
+        return FamilyConfig(
             vocab_size, block_size, config["num_hidden_layers"], config["num_attention_heads"], config["hidden_size"],
             config["intermediate_size"], config.get("num_key_value_heads") or 0, config.get("head_dim") or 0,
             rope.get("rope_theta", config.get("rope_theta", 10_000.0)), scaling, config["rms_norm_eps"],
@@ -63,7 +63,7 @@ def read_shape(config: dict, tied: bool, vocab_size: int, block_size: int) -> GP
 
 
 def tensor_name(name: str) -> str:
-    """The name in transformers' files of a parameter of model.py.
+    """The name in transformers' files of a parameter.
 
     >>> tensor_name("blocks.3.q.weight"), tensor_name("embedding.weight")
     ('model.layers.3.self_attn.q_proj.weight', 'model.embed_tokens.weight')
@@ -97,23 +97,6 @@ def copy_tensors(model: GPT, tensors: dict, config: dict, n_tokens: int) -> None
         raise ValueError(f"tensor {min(tensors)} has no place in this architecture")
 
 
-def make_model(config: GPTConfig, dtype: torch.dtype = torch.float32) -> GPT:
-    """A GPT with random weights. model.py ignores rope_scaling: it is applied here, to the model's rotary tables.
-
-    With rope_scaling (factor, low, high, context), Llama 3 lowers the slow frequencies for longer texts. Frequencies
-    that turn less than `low` times in the `context` tokens of pretraining are divided by `factor`. Those that turn more
-    than `high` times stay as they are, and those in between are interpolated.
-    """
-    model = GPT(config, dtype)
-    if config.rope_scaling:
-        factor, low, high, context = config.rope_scaling
-        frequency = model.rotary_frequencies()
-        kept = ((context * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-        angle = torch.outer(torch.arange(config.block_size), frequency * (kept + (1 - kept) / factor))
-        model.cos, model.sin = angle.cos(), angle.sin()
-    return model
-
-
 def load_model(folder: str | Path, n_tokens: int, block_size: int, dtype: torch.dtype = torch.float32) -> GPT:
     """The model in a folder, with the first n_tokens rows of its embedding. Raises ValueError if it is not supported,
     or if config.json and the tensors disagree."""
@@ -138,7 +121,7 @@ def load_model(folder: str | Path, n_tokens: int, block_size: int, dtype: torch.
                 tensors.pop("lm_head.weight")
             else:  # transformers uses the head, too
                 shape.tied = False
-        model = make_model(shape, dtype)
+        model = FamilyGPT(shape, dtype)
         copy_tensors(model, tensors, config, n_tokens)
         return model
     except (*MALFORMED, SafetensorError, OSError) as error:

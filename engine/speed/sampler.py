@@ -1,38 +1,17 @@
 """Sampling with a cache of keys and values: the same distribution as GPT.generate, in a fraction of the time.
 
 Each prompt is read once, however many samples it gets. Then every row reads one token at a time, and rows that have
-ended soon leave the batch. The blocks are those of model.py, with their matrices concatenated in advance (Reader).
+ended soon leave the batch. The blocks are those of model.py, with their matrices concatenated in advance
+(reader.py).
 """
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import GPT, Block
+from engine.speed.reader import make_readers
+from model import GPT
 
 LOOK_EVERY = 8  # on a GPU, sampled tokens between two checks for ended rows, because a check waits for the GPU
-
-
-class Reader(Block):
-    """A block whose matrices are concatenated and cast in advance. (Block.project does so in each call, because the
-    weights change in training.)"""
-
-    def __init__(self, block: Block, dtype: torch.dtype):
-        nn.Module.__init__(self)
-        self.n_head, self.n_kv_head, self.head_size = block.n_head, block.n_kv_head, block.head_size
-        self.norm1, self.norm2, self.q_norm, self.k_norm = block.norm1, block.norm2, block.q_norm, block.k_norm
-        for names in ("q", "k", "v"), ("o",), ("gate", "up"), ("down",):
-            layers = [getattr(block, name) for name in names]
-            weight = layers[0].weight if len(layers) == 1 else torch.cat([layer.weight for layer in layers])
-            bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-            # subtle: these are parameters, or the compiler would treat their sizes as variables.
-            for name, tensor in (("weight", weight.to(dtype)), ("bias", bias)):
-                parameter = None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=False)
-                self.register_parameter("_".join((*names, name)), parameter)
-
-    def project(self, x: Tensor, *names: str) -> Tensor:
-        weight, bias = (getattr(self, "_".join((*names, name))) for name in ("weight", "bias"))
-        h = F.linear(x, weight)
-        return h if bias is None else (h + bias).to(x.dtype)
 
 
 class Cache:
@@ -44,9 +23,8 @@ class Cache:
     """
 
     def __init__(self, model: GPT, pad: Tensor, max_len: int):
-        self.blocks = [Reader(block, model.dtype) for block in model.blocks]
-        output = model.embedding if model.output is None else model.output
-        self.output = nn.Parameter(output.weight.detach().to(model.dtype), requires_grad=False)
+        self.blocks = make_readers(model)
+        self.output = nn.Parameter(model.output_weight().detach().to(model.dtype), requires_grad=False)
         self.pad = pad          # (B,) columns on the left that hold no token
         # subtle: not -inf. A padding column attends to no token, so its softmax would be NaN.
         self.mask = (torch.arange(max_len, device=pad.device) < pad[:, None]) * -1e9  # (B, max_len), added to scores
