@@ -1,8 +1,7 @@
 """Sampling with a cache of keys and values: the same distribution as GPT.generate, in a fraction of the time.
 
 Each prompt is read once, however many samples it gets. Then every row reads one token at a time, and rows that have
-ended soon leave the batch. The blocks are those of model.py, with their matrices concatenated in advance
-(reader.py).
+ended soon leave the batch. reader.py has the blocks, with their matrices concatenated in advance.
 """
 import torch
 import torch.nn.functional as F
