@@ -1,14 +1,17 @@
 """The findings: claims about DeepSeek-R1 and GRPO, measured at toy scale. Controls could refute them.
 
-    python experiments/findings.py             trains the missing cells and writes experiments/findings.md
+    python experiments/findings.py             trains the missing cells, and renews the tables of findings.md
     python experiments/findings.py --only=7    one finding
     python experiments/findings.py --jobs=4    four trainings at a time (default: one for each core, with one thread)
 
 A cell is a run of train.py, controls.py or r1.py with some flags and a seed. A cell that shares its first stages with
 another cell starts from the checkpoints of the other cell. experiments/results/CELL-SEED.json holds the results of a
-cell that the rows (rows.py) need, and the settings that shaped the cell. A cell is run again if these settings or its
-controls have changed. The page is written from these files alone. Checkpoints and logs are in out/findings/. To resume
-an interrupted run, repeat the command. There is no training loop in this file.
+cell that the tables (tables.py) need, and the settings that shaped the cell. A cell is run again if these settings or
+its controls have changed. Checkpoints and logs are in out/findings/. To resume an interrupted run, repeat the command.
+There is no training loop in this file.
+
+The sentences of the page are written by hand. Its tables stand between the marks `<!-- NAME -->` and `<!-- end -->`.
+They are made from the stored results alone.
 """
 import argparse
 import json
@@ -33,7 +36,7 @@ from engine.files import write_file  # noqa: E402
 from engine.settings import EVALUATION, names_of, settings_of, shaped_by  # noqa: E402
 from engine.tasks import make_task  # noqa: E402
 from engine.terminal import UsageError  # noqa: E402
-from rows import ROWS, Known, paragraph, table  # noqa: E402
+from tables import ROWS, Known, table  # noqa: E402
 from train import STAGES, Config  # noqa: E402
 
 SEEDS = (0, 1, 2)
@@ -42,7 +45,7 @@ SEEDS = (0, 1, 2)
 @dataclass(frozen=True)
 class Cell:
     """One run for each seed."""
-    trains: tuple[str, ...]         # the models that the run makes, by their names in rows.py
+    trains: tuple[str, ...]         # the models that the run makes, by their names in tables.py
     flags: str = ""                 # the flags that differ from the defaults
     start: str | None = None        # the cell with the checkpoints that the run starts from
     controls: dict[str, str] = field(default_factory=dict)  # the models that are controls: model -> name of the control
@@ -299,39 +302,6 @@ def run_cells(names: list[str], jobs: int) -> None:
 
 # The page
 
-HEAD = """# Findings
-
-This page tests claims about DeepSeek-R1 and GRPO at toy scale. Each claim has a bar, which decides whether the claim
-holds here. Many claims have a control, a run that could refute the claim. `python experiments/findings.py` trains the
-models whose results are missing in experiments/results/, and writes this page. All runs together took {hours:.1f} hours
-of training and evaluation on one thread ({machines}).
-
-[README.md](../README.md) defines the models (base, zero, student_base, student, student_rl), the problems (test, hard)
-and the measures (pass@1, maj@16, format, length, reflection). The opening of [grpo.py](../grpo.py) defines group and
-advantage. This page also needs these terms:
-
-- **Settings.** Finding 10 and the first table of finding 6 use the default settings of train.py. The second table of
-  finding 6, findings 1 to 5, 7 and 8, and most of finding 9 use RL without the KL penalty of the default (--kl_coef=0).
-  Finding 11 uses r1.py. All runs are older than two defaults: RL had 200 rollouts of 2 updates (now 100 of 4), and the
-  forum of the corpus had questions of all lengths equally often (now long ones are more frequent).
-- **Problems.** RL trains zero on problems of 1 to 4 operations. Hard problems have 5 or 6, so they are longer than all
-  problems that zero met in RL. The student and student_rl are trained on problems of 1 to 6 operations in the default.
-  In countdown (finding 4), test problems have three numbers and hard problems have four.
-- **Measures.** The models answer 256 problems of a kind, each 16 times at temperature 1, unless a table says otherwise.
-  Shares are in %, and differences of shares in percentage points.
-- **Signal.** A group has a signal if its rewards are not all equal. Without a signal, all advantages of the group are
-  0, and the group teaches nothing.
-- **Spread.** "96.7 ± 0.6" is the mean over three seeds ± the spread. The spread is the standard deviation over the
-  seeds. For pass@1 in findings 1 to 4, 6, 7 and 9, it is the standard error over problems if that is larger.
-  Differences are computed for each seed and then averaged. "No difference" means that a difference is not larger than
-  its spread.
-
-The bars of findings 1 to 7 and 11 were fixed before measuring. When the problems of finding 6 became longer, its bar
-was set anew, again before measuring. The bars of findings 8 to 10 were made stricter when some of their results were
-known.
-"""
-
-
 def known() -> Known:
     """The cells that are stored for all seeds."""
     found = {name: [stored(name, seed) for seed in SEEDS] for name in CELLS}
@@ -349,28 +319,37 @@ def shown(cell: Cell) -> list[str]:
     return list(dict.fromkeys(" ".join(["python", *command, cell.flags]).rstrip() for command in commands))
 
 
-def page(k: Known) -> str:
-    """experiments/findings.md, with the rows whose cells are all stored."""
-    rows, details = [], []
+def blocks(k: Known) -> dict[str, list[str]]:
+    """The tables of the page by their names, for the findings whose cells are all stored."""
+    found, rows = {}, []
     for n, row in ROWS.items():
         missing = [cell for cell in row.cells if cell not in k.cells]
         if missing:
-            print(f"row {n} is left out: {', '.join(missing)} has not been run")
+            print(f"finding {n} is left out: {', '.join(missing)} has not been run")
             continue
-        measured, holds, lines = row.measure(k)
-        rows.append([n, row.claim, " ".join(row.bar.split()), measured, "**holds**" if holds else "**does not hold**"])
-        details += [f"## {n}. {row.claim}", "", paragraph(f"**Said of large models:** {row.paper}"), ""]
-        if row.note:
-            details += [paragraph(row.note), ""]
-        if row.controls:
-            details += [paragraph(row.controls), ""]
-        details += [*lines, f"`python experiments/findings.py --only={n}` takes {minutes(k, row.cells):.0f} minutes of "
-                    "one thread, for these runs with seeds 0, 1 and 2:", "",
-                    *(f"    {line}" for cell in row.cells for line in shown(CELLS[cell])), ""]
+        measured, holds, tables = row.measure(k)
+        rows.append([n, row.claim, row.bar, measured, "**holds**" if holds else "**does not hold**"])
+        found |= tables
+        found[f"{n} runs"] = [
+            "", f"`python experiments/findings.py --only={n}` takes {minutes(k, row.cells):.0f} minutes of one thread, "
+            "for these runs with seeds 0, 1 and 2:", "",
+            *(f"    {line}" for cell in row.cells for line in shown(CELLS[cell])), ""]
     machines = {"{device}, {dtype}".format(**cell["machine"]) for cells in k.cells.values() for cell in cells}
-    head = HEAD.format(hours=minutes(k, tuple(k.cells)) / 60, machines=" and ".join(sorted(machines)))
-    summary = table(["#", "claim", "bar", "measured", "verdict"], rows)
-    return head + "\n".join(summary + details).rstrip() + "\n"
+    found["summary"] = [*table(["#", "claim", "bar", "measured", "verdict"], rows),
+                        f"All runs together took {minutes(k, tuple(k.cells)) / 60:.1f} hours of training and "
+                        f"evaluation on one thread ({' and '.join(sorted(machines))}).", ""]
+    return found
+
+
+def page(k: Known, text: str) -> str:
+    """The text of findings.md with new tables. Raises UsageError if a mark is missing."""
+    for name, lines in blocks(k).items():
+        start, end = f"<!-- {name} -->\n", "<!-- end -->\n"
+        before, mark, rest = text.partition(start)
+        if not mark or end not in rest:
+            raise UsageError(f"{PAGE.name} lacks the mark {start.strip()} or its {end.strip()}")
+        text = before + start + "\n".join(lines) + "\n" + end + rest.partition(end)[2]
+    return text
 
 
 def main(argv: list[str]) -> int:
@@ -383,7 +362,7 @@ def main(argv: list[str]) -> int:
         options = parser.parse_args(argv)
         rows = [ROWS[options.only]] if options.only else ROWS.values()
         run_cells([name for name in CELLS if any(name in row.cells for row in rows)], options.jobs)
-        write_file(PAGE, page(known()).encode())
+        write_file(PAGE, page(known(), PAGE.read_text(encoding="utf-8")).encode())
         print(f"wrote {PAGE.relative_to(ROOT)}")
         return 0
     except (UsageError, OSError) as error:

@@ -9,13 +9,13 @@ import pytest
 
 import findings
 import measures
-import rows
+import tables
 from controls import CONTROLS
 from engine.files import load_checkpoint
 from engine.terminal import UsageError
 from findings import GONE, SEEDS, Cell
 from measures import pass_at_k
-from rows import Figure, Known, differs, figure
+from tables import Figure, Known, differs, figure
 from train import STAGES
 
 FLAGS = ("--preset=tiny --device=cpu --base_tokens=40000 --base_batch=4 --student_base_tokens=9000 --rl_steps=10 "
@@ -160,27 +160,38 @@ def test_bad_input(capsys):
 
 def test_the_page_is_made_of_what_is_stored(small, capsys):
     """The page must not need checkpoints, or stop at a row that has not been run."""
-    assert findings.page(findings.known()).startswith("# Findings")
+    text = "by hand\n<!-- 1 -->\nold\n<!-- end -->\nmore\n<!-- summary -->\n<!-- end -->\n"
+    assert "old" in findings.page(findings.known(), text)
     said = capsys.readouterr().out
-    assert all(f"row {n} is left out" in said for n in findings.ROWS)
+    assert all(f"finding {n} is left out" in said for n in findings.ROWS)
 
 
 def test_the_committed_page_is_what_is_stored():
     """The page in the repository must not differ from the results in experiments/results."""
-    assert findings.page(findings.known()) == findings.PAGE.read_text(encoding="utf-8")
+    text = findings.PAGE.read_text(encoding="utf-8")
+    assert findings.page(findings.known(), text) == text
+
+
+def test_only_what_stands_between_the_marks_is_replaced(monkeypatch):
+    """A sentence must not be lost, a table must not be written twice, and a mark that is gone must be noticed."""
+    monkeypatch.setattr(findings, "blocks", lambda k: {"1": ["", "| new |", ""], "1 more": ["", "| also |", ""]})
+    text = "a\n<!-- 1 -->\nold\n<!-- end -->\nb\n<!-- 1 more -->\n<!-- end -->\nc\n"
+    expected = "a\n<!-- 1 -->\n\n| new |\n\n<!-- end -->\nb\n<!-- 1 more -->\n\n| also |\n\n<!-- end -->\nc\n"
+    assert findings.page(None, text) == findings.page(None, expected) == expected
+    with pytest.raises(UsageError, match="<!-- 1 more -->"):
+        findings.page(None, text.replace("1 more", "1 less"))
 
 
 @pytest.mark.parametrize("number", findings.ROWS)
-def test_rows_name_the_cells_that_they_need(number):
-    """A row must not read a cell that --only does not run, or have more than one figure in the summary. The lines of a
-    table must have the same number of columns."""
+def test_findings_name_the_cells_that_they_need(number):
+    """A finding must not read a cell that --only does not run, or have more than one figure in the summary. The lines of
+    a table must have the same number of columns."""
     row = findings.ROWS[number]
-    measured, holds, details = row.measure(Known({name: [kept(name, seed) for seed in SEEDS] for name in row.cells}))
-    columns = [{text.replace("\\|", "").count("|") for text in lines}
-               for in_table, lines in itertools.groupby(details, lambda text: text.startswith("|")) if in_table]
-    assert columns and all(len(counts) == 1 for counts in columns)
-    assert holds in (True, False) and details[0].startswith("**Measured:**")
-    assert measured.count("±") == 1 or measured == "5 of 6 parts"
+    measured, holds, found = row.measure(Known({name: [kept(name, seed) for seed in SEEDS] for name in row.cells}))
+    for name, lines in found.items():
+        assert name == str(number) or name.startswith(f"{number} ")
+        assert len({text.replace("\\|", "").count("|") for text in lines if text}) == 1
+    assert holds in (True, False) and (measured.count("±") == 1 or measured == "5 of 6 parts")
 
 
 def test_spreads():
@@ -205,5 +216,5 @@ def test_pass_at_k_by_enumeration():
 
 def test_examples_in_the_docstrings():
     """An example in a docstring must not be wrong. pytest itself runs no doctests in experiments/."""
-    for module in (findings, measures, rows):
+    for module in (findings, measures, tables):
         assert doctest.testmod(module).failed == 0

@@ -1,0 +1,429 @@
+"""The tables of the findings. Each finding has a bar, and a function that reads its figures from the stored cells: the
+figure that decides, whether it reaches the bar, and the tables. A cell is a run of a program with some flags, repeated
+for each seed. findings.py runs the cells and writes the tables into findings.md, which defines the terms of this file.
+In every function below, k is the Known of all stored cells.
+"""
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+# Means and spreads
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A mean over the seeds and its spread."""
+    mean: float
+    spread: float
+
+    def __str__(self) -> str:
+        return format(self)
+
+    def __format__(self, spec: str) -> str:
+        """Without a spec: a share in percent, such as "96.6 ± 0.6". With a spec such as ".2f": the number itself."""
+        scale = 1 if spec else 100
+        return f"{scale * self.mean:{spec or '.1f'}} ± {scale * self.spread:{spec or '.1f'}}"
+
+
+def figure(values: list[float], errors: list[float] | None = None) -> Figure:
+    """The mean of the values, one for each seed. The spread is the standard deviation of the values, or the mean of
+    their standard errors over problems if these are given and larger.
+
+    >>> f"{figure([0.5, 0.6, 0.7])}", f"{figure([1.0, 2.0, 3.0], [4.0, 4.0, 4.0]):.1f}"
+    ('60.0 ± 10.0', '2.0 ± 4.0')
+    """
+    return Figure(statistics.fmean(values), max(statistics.stdev(values), statistics.fmean(errors or [0.0])))
+
+
+@dataclass(frozen=True)
+class Known:
+    """The stored cells and their figures. Raises KeyError for a cell that has not been run."""
+    cells: dict[str, list[dict]]  # name of the cell -> the stored results of each seed
+
+    def values(self, name: str, *path: str) -> list[float]:
+        """For each seed, the value at this path in the cell's results."""
+        found = self.cells[name]
+        for key in path:
+            found = [cell[key] for cell in found]
+        return found
+
+    def errors(self, name: str, model: str, kind: str) -> list[float]:
+        """For each seed, the standard error of pass@1 over problems."""
+        return self.values(name, "models", model, kind, "pass@1_se")
+
+    def score(self, name: str, model: str = "zero", kind: str = "test", what: str = "pass@1") -> Figure:
+        return figure(self.values(name, "models", model, kind, what),
+                      self.errors(name, model, kind) if what == "pass@1" else None)
+
+    def gain(self, before: tuple[str, str, str], after: tuple[str, str, str]) -> Figure:
+        """The gain in pass@1 from one (cell, model, kind) to another, computed for each seed."""
+        pairs = [self.values(name, "models", model, kind, "pass@1") for name, model, kind in (before, after)]
+        errors = zip(self.errors(*before), self.errors(*after))
+        return figure([b - a for a, b in zip(*pairs)], [math.hypot(a, b) for a, b in errors])
+
+
+def table(head: list[str], rows: list[list]) -> list[str]:
+    """The lines of a Markdown table."""
+    return ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head),
+            *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
+
+
+def listed(figures: dict) -> list[str]:
+    """A table of single figures."""
+    return table(["", "measured"], [[name, value] for name, value in figures.items()])
+
+
+def differs(gain: Figure) -> str:
+    """A gain in words."""
+    return f"{gain} points" + ("" if abs(gain.mean) > gain.spread else ", no difference")
+
+
+# The findings. The function of each returns the figure that decides, whether it reaches the bar, and the tables by the
+# names that they have in findings.md.
+
+Tables = dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Row:
+    claim: str
+    bar: str                # what the figure that decides must reach
+    cells: tuple[str, ...]  # the cells that the function reads
+    measure: Callable[[Known], tuple[str, bool, Tables]]
+
+
+def finding_1(k: Known) -> tuple[str, bool, Tables]:
+    base, zero = ("no KL", "base", "test"), ("no KL", "zero", "test")
+    gain = k.gain(base, zero)
+    shuffled = k.gain(base, ("shuffled rewards", "zero", "test"))
+    behind = k.gain(("format alone", "zero", "test"), zero)
+    predicted = figure(k.values("no KL", "measures", "conditional", "right if well formed"))
+    curves = [curve["accuracy"] for curve in k.values("format alone", "curves", "zero")]
+    best = figure([max(curve) for curve in curves])
+    more = listed({
+        "pass@1 on test, zero minus the base": f"{gain} points",
+        "the same after RL with shuffled rewards": f"{shuffled} points",
+        "pass@1 on test, zero minus RL with the format reward alone": f"{behind} points",
+        "correct answers in the best tenth of RL with the format reward alone": f"{best} %",
+        "correct among the base's well-formed answers": f"{predicted} %"})
+    details = table(["RL from the base with", "pass@1 on test", "pass@1 on hard", "format", "length"], [
+        [name, k.score(cell, model), k.score(cell, model, "hard"), k.score(cell, model, what="format"),
+         f"{k.score(cell, model, what='length'):.1f}"]
+        for name, cell, model in (("(the base)", "no KL", "base"), ("both rewards", "no KL", "zero"),
+                                  ("rewards shuffled in each group", "shuffled rewards", "zero"),
+                                  ("the format reward alone", "format alone", "zero"))])
+    holds = gain.mean >= 0.5 and shuffled.mean <= 0.05 and behind.mean >= 0.2
+    return f"{gain} points", holds, {"1": details, "1 more": more}
+
+
+def finding_2(k: Known) -> tuple[str, bool, Tables]:
+    rows, below = [], {}
+    for cell, model, kind in (("no KL", "base", "test"), ("no KL", "base", "hard"), ("no KL", "zero", "test"),
+                              ("no KL", "zero", "hard"), ("no KL", "student", "hard")):
+        pairs = [k.values(cell, "models", model, kind, what) for what in ("pass@1", "maj@16")]
+        gain = figure([b - a for a, b in zip(*pairs)])
+        name = "student_short" if model == "student" else model
+        rows.append([name, kind, k.score(cell, model, kind), k.score(cell, model, kind, "maj@16"), gain])
+        if model == "zero" and statistics.fmean(pairs[0]) < 0.95:
+            below[kind] = gain
+    least = min(below, key=lambda kind: below[kind].mean, default=None)
+    holds = least is not None and below[least].mean >= 0.03
+    return f"{below[least]} points ({least})" if below else "none", holds, {
+        "2": table(["model", "problems", "pass@1", "maj@16", "gain, points"], rows)}
+
+
+def finding_3(k: Known) -> tuple[str, bool, Tables]:
+    pairs = [k.values("no KL", "models", model, "test", "length") for model in ("base", "zero")]
+    ratio = figure([b / a for a, b in zip(*pairs)])
+    rows = []
+    for name, cell in (("sequence: each token weighs 1/\\|o_i\\|", "sequence"), ("token", "half the steps"),
+                       ("constant", "constant")):
+        curves = k.values(cell, "curves", "zero")
+        tail = {key: figure([statistics.fmean([v for v in c[key][7:] if v is not None]) for c in curves])
+                for key in ("length", "length_wrong")}
+        rows.append([name, k.score(cell), f"{k.score(cell, what='length'):.1f}", f"{tail['length']:.1f}",
+                     f"{tail['length_wrong']:.1f}"])
+    alone, again = (figure([b / a for a, b in zip(k.values(start, "models", "base", "test", "length"),
+                                                  k.values(cell, "models", "zero", "test", "length"))])
+                    for start, cell in (("no KL", "format alone"), ("countdown", "countdown")))
+    return f"{ratio:.2f} times", ratio.mean >= 1.3, {
+        "3": table(["average in the loss", "pass@1 on test", "length on test", "length late in RL",
+                    "length of wrong answers late in RL"], rows),
+        "3 more": listed({
+            "tokens of the base's answers to test problems": f"{k.score('no KL', 'base', what='length'):.1f}",
+            "of zero's answers": f"{k.score('no KL', what='length'):.1f}",
+            "zero's length divided by the base's": f"{ratio:.2f}",
+            "the same with the format reward alone": f"{alone:.2f}",
+            "the same in countdown": f"{again:.2f}"})}
+
+
+def finding_4(k: Known) -> tuple[str, bool, Tables]:
+    rate = [k.values("countdown", "models", model, "test", "reflection") for model in ("base", "zero")]
+    ratio = figure([b / a for a, b in zip(*rate)])
+    without = k.score("countdown, no wait", what="reflection")
+    turns = ("wrong to right", "right to wrong", "wrong to wrong", "right to right")
+    waits = sum(sum(k.values("countdown", "measures", "reflections", "zero", turn)) for turn in turns)
+    rows = []
+    for cell in ("countdown", "countdown, no wait", "no KL"):
+        for model in ("base", "zero"):
+            found = k.values(cell, "measures", "reflections", model)
+            all_turns = sum(f[turn] for f in found for turn in turns)
+            shares = ([f[key] for f in found] for key in ("looks again", "right, looking again",
+                                                          "right, not looking again", "first attempt right"))
+            row = [figure(share) if None not in share else "none" for share in shares]
+            row += [f"{sum(f[turn] for f in found) / all_turns:.0%}" if all_turns else "none"
+                    for turn in ("wrong to right", "right to wrong")]
+            rows.append(["arithmetic" if cell == "no KL" else cell, model, k.score(cell, model),
+                         k.score(cell, model, what="reflection"), *row])
+    details = table(["task", "model", "pass@1 on test", "answers that reflect", "answers with steps: look again",
+                     "correct, if they look again", "correct, if they do not", "first attempt correct",
+                     "\"wait\": wrong to correct", "\"wait\": correct to wrong"], rows)
+    more = listed({"zero's share of answers that reflect, divided by the base's (countdown)": f"{ratio:.1f}",
+                   "\"wait\" in zero's thoughts (countdown)": f"{waits:,}"})
+    return f"{ratio:.1f} times", ratio.mean >= 3 and without.mean < 0.01, {"4": details, "4 more": more}
+
+
+def logit(p: float) -> float:
+    """The log-odds log(p / (1 - p)), between -9.2 and 9.2."""
+    return math.log(max(p, 1e-4) / max(1 - p, 1e-4))
+
+
+def finding_5(k: Known) -> tuple[str, bool, Tables]:
+    by = {model: k.values("no KL", "measures", "operations", model) for model in ("base", "zero")}
+    rows, points, odds = [], {}, {}
+    for n in by["base"][0]:
+        base, zero = ([found[n] for found in by[model]] for model in by)
+        points[n] = figure([b - a for a, b in zip(base, zero)])
+        odds[n] = figure([logit(b) - logit(a) for a, b in zip(base, zero)])
+        rows.append([n, figure(base), figure(zero), points[n], f"{odds[n]:.2f}"])
+    ends = [[zero[n] - base[n] for n in (list(base)[0], list(base)[-1])] for base, zero in zip(*by.values())]
+    more = figure([hardest - easiest for easiest, hardest in ends])
+    return f"{more} points", more.mean > more.spread, {
+        "5": table(["operations", "pass@1 of base", "pass@1 of zero", "gain, points", "gain, log-odds"], rows)}
+
+
+def finding_6(k: Known) -> tuple[str, bool, Tables]:
+    ahead = {cell: {kind: k.gain((cell, "student_rl", kind), (cell, "student", kind)) for kind in ("test", "hard")}
+             for cell in ("default", "short problems")}
+    pairs = [k.values("default", "models", model) for model in ("student_rl", "student")]
+    # the mean of the two gains; its standard error is half the root of the sum of the four squared errors
+    mean = figure([statistics.fmean(after[kind]["pass@1"] - before[kind]["pass@1"] for kind in ahead["default"])
+                   for before, after in zip(*pairs)],
+                  [math.hypot(*(model[kind]["pass@1_se"] for model in pair for kind in ahead["default"])) / 2
+                   for pair in zip(*pairs)])
+    on_hard = (k.values("default", "models", model, "hard", "pass@1") for model in ("student", "zero"))
+    inherited = figure([student / teacher for student, teacher in zip(*on_hard)])
+    work, params = k.values("default", "work"), k.values("default", "models")
+    of_student = figure([w["student_rl"]["student"] / w["student"]["student"] for w in work])
+    of_both = figure([(w["student"]["student"] + w["student"]["teacher"] * m["zero"]["params"] / m["student"]["params"])
+                      / w["student_rl"]["student"] for w, m in zip(work, params)])
+    rows = [[name, k.score(cell, model), k.score(cell, model, "hard"), k.score(cell, model, "hard", "format")]
+            for name, cell, model in (("distillation", "default", "student"), ("RL", "default", "student_rl"),
+                                      ("(its base)", "default", "student_base"), ("(the teacher)", "default", "zero"),
+                                      ("distillation, 1 to 4 operations", "short problems", "student"),
+                                      ("RL, 1 to 4 operations", "short problems", "student_rl"))]
+    losses = [[name, k.score(cell, "student"), k.score(cell, "student", "hard"),
+               differs(k.gain(("no KL", "student", "test"), (cell, "student", "test")))]
+              for name, cell in (("forward KL", "no KL"), ("reverse KL", "reverse"), ("JSD", "jsd"),
+                                 ("SFT on the teacher's answers", "sft"), ("forward KL, on policy", "on policy"))]
+    gains = {f"student minus student_rl on {kind}{words}": differs(ahead[cell][kind])
+             for cell, words in (("default", ""), ("short problems", ", both trained on 1 to 4 operations"))
+             for kind in ("test", "hard")}
+    return f"{mean} points", mean.mean >= 0.1, {
+        "6": table(["the small model is trained by", "pass@1 on test", "pass@1 on hard", "format on hard"], rows),
+        "6 more": listed(gains | {
+            "the student's pass@1 on hard, in % of its teacher's": inherited,
+            "FLOPs of the small model, RL divided by distillation": f"{of_student:.2f}",
+            "FLOPs with those of the teacher, distillation divided by RL": f"{of_both:.1f}"}),
+        "6 losses": table(["loss", "pass@1 on test", "pass@1 on hard", "test, compared with forward KL"], losses)}
+
+
+def finding_7(k: Known) -> tuple[str, bool, Tables]:
+    rows, cells = [], {"tokens 1/4": "a quarter of the tokens", "tokens 1/2": "half of the tokens",
+                       "worked 0": "no answers with steps", "worked 1/2": "half as many answers with steps",
+                       "no KL": "the default"}
+    for cell, name in cells.items():
+        found, start = k.values(cell, "measures", "signal"), k.values(cell, "curves", "zero")
+        rows.append([name, k.score(cell, "base"), k.score(cell), k.score(cell, what="format"),
+                     *(figure([f[key] for f in found]) for key in ("mean p", "counted", "predicted", "at the mean p")),
+                     figure([1 - c["no_signal"][0] for c in start])])
+    weakest = min(cells, key=lambda cell: k.score(cell, "base").mean)
+    gain = k.gain((weakest, "zero", "test"), ("no KL", "zero", "test"))
+    return f"{gain} points", gain.mean >= 0.2, {"7": table(
+        ["corpus of the base", "pass@1 of base", "pass@1 of zero", "format of zero", "mean p",
+         "groups with correct and wrong answers: counted", "predicted", "predicted from the mean p",
+         "groups with a signal, first tenth of RL"], rows)}
+
+
+def finding_8(k: Known) -> tuple[str, bool, Tables]:
+    found = k.values("no KL", "measures", "many_samples")
+    rows, all_leads = [], {}
+    for kind in ("test", "hard"):
+        base, zero = f"base {kind}", f"zero {kind}"
+        for name in (base, zero):
+            means = [100 * statistics.fmean([f[name][n] for f in found]) for n in found[0][name]]
+            rows.append([name.replace(" ", " on "), *(f"{mean:.1f}" for mean in means)])
+        leads = {n: figure([f[base][n] - f[zero][n] for f in found]) for n in found[0][base]}
+        rows.append([f"base minus zero on {kind}", *leads.values()])
+        all_leads |= {(kind, n): lead for n, lead in leads.items()}
+    (kind, n), lead = max(all_leads.items(), key=lambda item: (item[1].mean > item[1].spread, item[1].mean))
+    return f"{lead} points at most ({kind}, k = {n})", lead.mean > lead.spread, {
+        "8": table(["pass@k", *(f"k = {n}" for n in found[0]["base test"])], rows)}
+
+
+def finding_9(k: Known) -> tuple[str, bool, Tables]:
+    rows, gains = [], {}
+    changes = {"half the steps": "none: 64 prompts x 8 answers",
+               "no std": "advantages not divided by the standard deviation", "KL 0.01": "KL 0.01", "KL 0.1": "KL 0.1",
+               "clip higher": "clip higher, 0.28", "sequence": "loss averaged over each answer first (1/\\|o_i\\|)",
+               "constant": "loss divided by Dr. GRPO's constant", "G 4": "128 prompts x 4 answers",
+               "G 16": "32 prompts x 16 answers", "G 32": "16 prompts x 32 answers",
+               "batch baseline": "the batch's mean as the baseline"}
+    for cell, name in changes.items():
+        gain = k.gain(("half the steps", "zero", "test"), (cell, "zero", "test"))
+        if cell != "half the steps":
+            gains[name] = gain
+        curves = k.values(cell, "curves", "zero")
+        rows.append([name, k.score(cell), k.score(cell, kind="hard"), differs(gain) if cell != "half the steps" else "",
+                     figure([statistics.fmean(c["accuracy"]) for c in curves]),
+                     figure([c["no_signal"][9] for c in curves])])
+    most = max(gains, key=lambda name: abs(gains[name].mean) / gains[name].spread)
+    penalties = [["none", k.score("no KL"), k.score("no KL", kind="hard"), "", "not measured"]]
+    for name, cell in (("0.001, on completions with an advantage (the default)", "default"),
+                       ("0.001, on all completions", "all completions")):
+        penalties.append([name, k.score(cell), k.score(cell, kind="hard"),
+                          differs(k.gain(("no KL", "zero", "test"), (cell, "zero", "test"))),
+                          f"{figure(k.values(cell, 'measures', 'divergence', 'kl')):.3f}"])
+    return f"{gains[most]} points ({most})", abs(gains[most].mean) > 2 * gains[most].spread, {
+        "9": table(["change", "pass@1 on test", "pass@1 on hard", "test, compared with no change",
+                    "training accuracy, mean over the run", "groups without a signal, last tenth of RL"], rows),
+        "9 penalties": table(["penalty", "pass@1 on test", "pass@1 on hard", "test, compared with none",
+                              "KL divergence"], penalties)}
+
+
+def finding_10(k: Known) -> tuple[str, bool, Tables]:
+    found = k.values("default", "measures", "distributions")
+    rows = [[model, *(figure([f[model][kind] for f in found]) for kind in found[0][model])] for model in found[0]]
+    drop = lambda f, model, kind: f[model]["test"] - f[model][kind]
+    kinds = ("trained on", "hard", "larger numbers")
+    drops = {model: {kind: figure([drop(f, model, kind) for f in found]) for kind in kinds}
+             for model in ("student", "zero")}
+    more = {kind: figure([drop(f, "student", kind) - drop(f, "zero", kind) for f in found]) for kind in kinds}
+    least = min(("hard", "larger numbers"), key=lambda kind: more[kind].mean - more[kind].spread)
+    return f"{more[least]} points ({least})", more[least].mean > more[least].spread, {
+        "10": table(["drop", *kinds], [["student", *drops["student"].values()],
+                                       ["zero, its teacher", *drops["zero"].values()],
+                                       ["student minus zero", *more.values()]]),
+        "10 models": table(["model", *found[0]["student"]], rows)}
+
+
+PIPELINE = ("base", "zero", "dev1", "dev2", "dev3", "r1", "student", "student_sft")
+SHOWN = ("pass@1 on test", "pass@1 on hard", "format", "language", "consistent", "everyday", "length")
+
+
+def pipeline_values(k: Known, model: str, cell: str = "R1") -> dict[str, list[float]]:
+    """The measures that row 11 compares, for each seed. Language and consistency are of well-formed answers."""
+    value = lambda kind, what: k.values(cell, "models", model, kind, what)
+    of_well_formed = lambda what: [x / n if n else 0.0 for x, n in zip(value("test", what), value("test", "format"))]
+    return {"pass@1 on test": value("test", "pass@1"), "pass@1 on hard": value("hard", "pass@1"),
+            "format": value("test", "format"), "language": of_well_formed("language"),
+            "consistent": of_well_formed("consistent"), "everyday": value("everyday", "pass@1"),
+            "length": value("test", "length")}
+
+
+def gain(before: dict, after: dict, what: str) -> Figure:
+    """The difference of two models in a column, seed by seed."""
+    return figure([b - a for a, b in zip(before[what], after[what])])
+
+
+def parts_of_r1(of: dict, without: dict) -> list[tuple[str, str, bool]]:
+    """The parts of the claim of row 11: its bar, what was measured, whether it holds. `of` has the columns of each
+    model, `without` those of the variants of dev2."""
+    mixing, learnt = gain(of["base"], of["zero"], "consistent"), gain(of["base"], of["zero"], "pass@1 on test")
+    consistent, cost = figure(of["dev2"]["consistent"]), gain(of["dev2"], without["language 0"], "pass@1 on test")
+    behind, lost = gain(of["dev2"], of["zero"], "pass@1 on test"), gain(of["dev3"], of["base"], "everyday")
+    forgotten = [gain(of[model], of["base"], "everyday") for model in ("zero", "dev2")]
+    below = []  # the columns in which r1 is below the best model by more than the spread
+    for what in SHOWN[:-1]:
+        best = max(PIPELINE[:6], key=lambda model: statistics.fmean(of[model][what]))
+        if (short := gain(of["r1"], of[best], what)).mean > max(short.spread, 0.001):
+            below.append(f"{what}: {short} points below {best}")
+    cold = [gain(of["base"], of["dev1"], what).mean for what in ("format", "consistent")]
+    return [
+        ("(a) RL does not reduce the mixing of languages: zero is at most 10 points more consistent than the base, "
+         "while its pass@1 rises by more than 50 points",
+         f"consistent: base {figure(of['base']['consistent'])} %, zero {figure(of['zero']['consistent'])} %; pass@1 "
+         f"rises by {learnt} points", mixing.mean <= 0.1 and learnt.mean > 0.5),
+        ("(b) with the language reward, dev2 is 97 % consistent or more; the reward costs at most 3 points of pass@1",
+         f"consistent: {consistent} %; the reward costs {cost} points", consistent.mean >= 0.97 and cost.mean <= 0.03),
+        ("(c) the cold start puts dev1 above the base in format and consistency; dev1's pass@1 is below zero's",
+         f"dev1: format {figure(of['dev1']['format'])} %, consistent {figure(of['dev1']['consistent'])} %, pass@1 "
+         f"{figure(of['dev1']['pass@1 on test'])} %",
+         min(cold) > 0 and gain(of["dev1"], of["zero"], "pass@1 on test").mean > 0),
+        ("(d) dev2's pass@1 on test is at most 2 points below zero's", f"{behind} points below", behind.mean <= 0.02),
+        ("(e) on everyday questions, zero and dev2 are below the base by more than the spread, and dev3 is not",
+         f"points below the base (negative: above): zero {forgotten[0]}, dev2 {forgotten[1]}, dev3 {lost}",
+         min(loss.mean - loss.spread for loss in forgotten) > 0 and lost.mean <= lost.spread),
+        ("(f) in each column of the next table but \"length\", r1 is the best of the first six models, or within the "
+         "spread of the best", "; ".join(below) or "r1 is within the spread of the best in each of them", not below)]
+
+
+def finding_11(k: Known) -> tuple[str, bool, Tables]:
+    of = {model: pipeline_values(k, model) for model in PIPELINE}
+    ablations = {"language 0": "language reward of weight 0", "language 1/4": "language reward of weight 0.25",
+                 "no cold start": "language reward of weight 1, from the base instead of dev1"}
+    without = {cell: pipeline_values(k, "dev2", cell) for cell in ablations}
+
+    parts = parts_of_r1(of, without)
+    n_hold = sum(holds for *_, holds in parts)
+    judged = [[part, measured, "holds" if holds else "does not hold"] for part, measured, holds in parts]
+
+    def cells(values: dict) -> list:
+        return [format(figure(values[what]), ".1f" if what == "length" else "") for what in SHOWN]
+
+    tenths = [[curve["consistent"] for curve in k.values(cell, "curves", "dev2")] for cell in ("R1", *ablations)]
+    names = ("dev2", *ablations.values())
+    return f"{n_hold} of {len(parts)} parts", n_hold == len(parts), {
+        "11": table(["part and its bar", "measured", "verdict"], judged),
+        "11 models": table(["model", *SHOWN], [[model, *cells(of[model])] for model in PIPELINE]),
+        "11 dev2": table(["dev2", *SHOWN], [[name, *cells(values)] for name, values in
+                                            zip(names, (of["dev2"], *without.values()))]),
+        "11 tenths": table(["dev2", *(f"{10 * (i + 1)}" for i in range(10))],
+                           [[name, *(f"{100 * statistics.fmean(values):.0f}" for values in zip(*curves))]
+                            for name, curves in zip(names, tenths)])}
+
+
+ROWS = {
+    1: Row("RL alone raises pass@1",
+           "Zero's pass@1 on test is at least 50 points above the base's; both controls meet the bars in section 1",
+           ("no KL", "shuffled rewards", "format alone"), finding_1),
+    2: Row("A majority vote beats a single answer",
+           "Wherever zero's pass@1 is below 95 %, its maj@16 is at least 3 points higher", ("no KL",), finding_2),
+    3: Row("Answers get longer although length is not rewarded",
+           "Zero's answers to test problems are at least 1.3 times as long as the base's",
+           ("no KL", "format alone", "countdown", "half the steps", "sequence", "constant"), finding_3),
+    4: Row("Reflection becomes more frequent",
+           "In countdown, zero reflects in at least 3 times as many answers as the base; the control meets the bar in "
+           "section 4", ("no KL", "countdown", "countdown, no wait"), finding_4),
+    5: Row("Hard problems gain most",
+           "Pass@1 gains more points at 6 operations than at 1, by more than the spread", ("no KL",), finding_5),
+    6: Row("Distillation beats RL on the small model",
+           "The student's pass@1, averaged over test and hard, is at least 10 points above student_rl's",
+           ("default", "short problems", "no KL", "reverse", "jsd", "sft", "on policy"), finding_6),
+    7: Row("RL needs a base that sometimes succeeds",
+           "From the weakest base, zero's pass@1 ends at least 20 points lower than from the default base",
+           ("no KL", "tokens 1/4", "tokens 1/2", "worked 0", "worked 1/2"), finding_7),
+    8: Row("With many attempts, the base beats zero",
+           "At some k up to 256, the base's pass@k is above zero's by more than the spread", ("no KL",), finding_8),
+    9: Row("Some details of GRPO matter",
+           "At least one of ten changes moves pass@1 on test by more than twice the spread",
+           ("default", "all completions", "no KL", "half the steps", "no std", "KL 0.01", "KL 0.1", "clip higher",
+            "sequence", "constant", "G 4", "G 16", "G 32", "batch baseline"), finding_9),
+    10: Row("On unfamiliar problems, a student loses more than its teacher",
+            "On hard problems and on larger numbers, the student's pass@1 drops by more points than its teacher's; "
+            "both differences are larger than their spread", ("default",), finding_10),
+    11: Row("Each stage of R1 does what the paper says", "All six parts of the claim hold; section 11 lists them",
+            ("R1", "language 0", "language 1/4", "no cold start"), finding_11),
+}
