@@ -269,7 +269,8 @@ FIELDS = ("accuracy", "format", "length", "entropy", "kl", "clip_fraction_low", 
 
 
 def run_all(out: Path, seed: int, threads: int) -> int:
-    """Train the variants whose results are missing, for one seed -> exit code."""
+    """Train the variants whose results are missing, for one seed -> exit code. A run that stops at a metric that is not
+    finite is a result, too."""
     for regime in REGIMES:
         folder = out / f"{regime}-{seed}"
         for name in VARIANTS:
@@ -282,25 +283,28 @@ def run_all(out: Path, seed: int, threads: int) -> int:
                 shutil.copy(first / "base.pt", folder / "copying")
                 os.replace(folder / "copying", folder / "base.pt")
             code = train([name, *COMMON, *REGIMES[regime], f"--threads={threads}", f"--seed={seed}", f"--out={folder}"])
-            if code:
+            diverged = code == 2 and (folder / "resume.pt").exists()
+            if code and not diverged:
                 return code
+            if diverged:
+                (folder / "resume.pt").unlink()
             RESULTS.mkdir(exist_ok=True)
             write_file(path, json.dumps(collect(folder, name)).encode())
     return 0
 
 
 def collect(folder: Path, name: str) -> dict:
-    """What the tables and the figure need of a finished run of a variant."""
+    """What the tables and the figure need of a run of a variant. A run that diverged has no figures of the variant."""
     results = json.loads((folder / "results.json").read_text())
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["stage"] == name]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     cfg = results["config"]
     return {
-        "variant": name, "commit": commit.strip(), "seconds": results["seconds"][name],
+        "variant": name, "commit": commit.strip(), "seconds": results["seconds"].get(name),
         "machine": {key: cfg[key] for key in ("device", "dtype", "threads")},
         "settings": {key: cfg[key] for key in ("seed", "rl_steps", "rl_minibatches", "rl_lr")} | own_settings(name),
-        "models": {model: results["models"][model] for model in ("base", name)},
+        "models": {model: figures for model, figures in results["models"].items() if model in ("base", name)},
         "rows": {field: [rounded(row.get(field)) for row in rows] for field in FIELDS},
     }
 
@@ -345,6 +349,11 @@ def table(regime: str) -> str:
     for name in VARIANTS:
         found = cells(regime, name)
         if len(found) < len(SEEDS):
+            continue
+        ends = [str(len(cell["rows"]["accuracy"])) for cell in found if name not in cell["models"]]
+        if ends:
+            words = f"diverged in {len(ends)} of {len(found)} runs, after {', '.join(ends)} steps"
+            lines.append(f"| `{name}` | {words} |" + " |" * (len(head) - 2))
             continue
         test, hard = ([cell["models"][name][kind] for cell in found] for kind in ("test", "hard"))
         ninety = sorted(steps_to(cell, 0.9) for cell in found)

@@ -340,6 +340,22 @@ def test_reinforce_resumes_its_baseline(quick, tmp_path, monkeypatch):
     assert weights_equal(tmp_path / "whole" / "reinforce.pt", tmp_path / "cut" / "reinforce.pt")
 
 
+def test_a_run_that_diverges_is_a_result(quick, tmp_path, monkeypatch):
+    """A variant that diverges must not keep --all from the variants after it, or be run again and again."""
+    def diverge(logp, batch, cfg):
+        return (logp * math.nan).sum(), {}
+
+    copy_files(quick, tmp_path / "stress-0", "base.pt", "results.json")
+    for name, value in {"RESULTS": tmp_path / "results", "REGIMES": {"stress": []}, "COMMON": QUICK,
+                        "STAGES": {name: variants.STAGES[name] for name in ("ours", "rloo")},
+                        "VARIANTS": {"ours": Variant(loss_fn=diverge), "rloo": VARIANTS["rloo"]}}.items():
+        monkeypatch.setattr(variants, name, value)
+    assert variants.main(["--all", f"--out={tmp_path}"]) == 0
+    ours, rloo = (json.loads((tmp_path / "results" / f"stress-{name}-0.json").read_text()) for name in ("ours", "rloo"))
+    assert "ours" not in ours["models"] and rloo["models"]["rloo"]["test"]["n_problems"] == 3
+    assert 1 <= len(ours["rows"]["accuracy"]) < 5 == len(rloo["rows"]["accuracy"])
+
+
 def test_table_and_figure(tmp_path, monkeypatch):
     """The table must have a row for each variant whose three seeds are there, and no other."""
     monkeypatch.setattr(variants, "RESULTS", tmp_path)
@@ -355,6 +371,8 @@ def test_table_and_figure(tmp_path, monkeypatch):
     start = "| `ours` | 90.0 ± 0.0 | 90.0 ± 0.0 | 100.0 ± 0.0 | 3, never, never |"
     assert len(lines) == 3 and lines[2].startswith(start)
     assert len(variants.table("default").splitlines()) == 2
+    (tmp_path / "stress-ours-1.json").write_text(json.dumps(cell | {"models": {}}))
+    assert "| `ours` | diverged in 1 of 3 runs, after 3 steps |" in variants.table("stress")
     pytest.importorskip("matplotlib")
     variants.draw(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
