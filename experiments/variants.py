@@ -99,9 +99,9 @@ def leave_one_out(rollout: Rollout, cfg: Config, generator=None) -> Tensor:
 
 
 def over_mean(rollout: Rollout, cfg: Config, generator=None) -> Tensor:
-    """MaxRL (2602.02710): A_i = (r_i - mean r) / mean r, for a reward of 0 or 1. It maximises the log of the probability
-    of a reward, so rarely solved prompts count for more. Here it is the weighted sum of this for accuracy and format.
-    """
+    """MaxRL (2602.02710): A_i = (r_i - mean r) / mean r, for a reward of 0 or 1. It maximises the log of the
+    probability of a reward, so rarely solved prompts count for more. Here it is the weighted sum of this for accuracy
+    and format."""
     adv = 0.0
     for name, weight in (("accuracy", cfg.accuracy_weight), ("format", cfg.format_weight)):
         rewards = groups(rollout, cfg, name)
@@ -190,8 +190,8 @@ def deepseek_v32_loss(logp: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, 
 
 def sample_with_signal(run: Run, cfg: Config, step: Step, policy: GPT) -> Rollout:
     """DAPO's dynamic sampling (2503.14476): sample up to four rollouts, until there are P groups with a signal. If
-    there are fewer, the step has fewer. If there is none, it has the last rollout. The log describes these groups alone.
-    """
+    there are fewer, the step has fewer. If there is none, it has the last rollout. The log describes these groups
+    alone."""
     kept, problems = Rollout([], [], [], [], [], []), []
     for _ in range(4):
         rollout = sample_groups(run, cfg, step, policy)

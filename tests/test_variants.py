@@ -78,7 +78,7 @@ def gspo_mean(gradient, name):
 
 
 def test_gspo_has_one_ratio_for_a_completion():
-    """The ratio must be the geometric mean over the tokens of its own completion. So the clip hits whole completions."""
+    """The ratio must be the geometric mean over the tokens of its own completion. So the clip hits a completion."""
     logp, batch = random_batch("sequence")
     loss, sums = variants.gspo_loss(logp, batch, settings("gspo"))
     expected = 0.0
@@ -303,8 +303,8 @@ def test_ours_is_zero(quick, tmp_path):
 
 
 def test_a_variant_in_a_folder(quick, tmp_path, capsys):
-    """A variant must appear beside base in the results, refuse flags for its own settings and for those that it does not
-    use, and give --table and --figure what they need."""
+    """A variant must appear beside base in the results, refuse flags for its own settings and for those that it does
+    not use, and give --table and --figure what they need."""
     copy_files(quick, tmp_path, "base.pt", "results.json")
     assert variants.main(["dapo", *QUICK, "--eval_every=2", f"--out={tmp_path}"]) == 0
     assert "dapo" in results(tmp_path)["models"]
