@@ -315,9 +315,9 @@ def rounded(value: float | None) -> float | None:
 
 
 def cells(regime: str, name: str) -> list[dict]:
-    """The stored results of a variant, one for each seed."""
-    paths = (RESULTS / f"{regime}-{name}-{seed}.json" for seed in SEEDS)
-    return [json.loads(path.read_text()) for path in paths if path.exists()]
+    """The stored results of a variant, one for each seed, or [] if a seed is missing."""
+    paths = [RESULTS / f"{regime}-{name}-{seed}.json" for seed in SEEDS]
+    return [json.loads(path.read_text()) for path in paths] if all(path.exists() for path in paths) else []
 
 
 def steps_to(cell: dict, accuracy: float) -> float:
@@ -348,7 +348,7 @@ def table(regime: str) -> str:
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name in VARIANTS:
         found = cells(regime, name)
-        if len(found) < len(SEEDS):
+        if not found:
             continue
         ends = [str(len(cell["rows"]["accuracy"])) for cell in found if name not in cell["models"]]
         if ends:
@@ -366,7 +366,7 @@ def table(regime: str) -> str:
             f"{statistics.fmean(largest(cell, 'kl') for cell in found):.2g}",
             f"{100 * statistics.fmean(largest(cell, 'clip_fraction_low', 'clip_fraction_high') for cell in found):.1f}",
             f"{statistics.fmean(cell['seconds'] for cell in found):.0f}"]) + " |")
-    return "\n".join(lines)
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def draw(path: Path) -> None:
@@ -404,7 +404,8 @@ def main(argv: list[str]) -> int:
     if options.all:
         return run_all(options.out, options.seed, options.threads)
     if options.table:
-        print("\n\n".join(f"{regime}\n\n{table(regime)}" for regime in REGIMES))
+        for regime in REGIMES:
+            print(f"{regime}\n\n{table(regime) or 'no variant has results for all seeds'}\n")
     if options.figure:
         draw(ROOT / "experiments" / "variants.png")
     return 0

@@ -133,6 +133,7 @@ def paused_run(out, *args):
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.002)
         process.send_signal(signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)  # until it has stopped
         yield process
     finally:
         process.kill()

@@ -370,7 +370,7 @@ def test_table_and_figure(tmp_path, monkeypatch):
     lines = variants.table("stress").splitlines()
     start = "| `ours` | 90.0 ± 0.0 | 90.0 ± 0.0 | 100.0 ± 0.0 | 3, never, never |"
     assert len(lines) == 3 and lines[2].startswith(start)
-    assert len(variants.table("default").splitlines()) == 2
+    assert variants.table("default") == ""
     (tmp_path / "stress-ours-1.json").write_text(json.dumps(cell | {"models": {}}))
     assert "| `ours` | diverged in 1 of 3 runs, after 3 steps |" in variants.table("stress")
     pytest.importorskip("matplotlib")
@@ -402,9 +402,8 @@ def test_the_page_has_the_tables():
     """docs/variants.md must show what is stored."""
     page = (variants.ROOT / "docs" / "variants.md").read_text()
     for regime in variants.REGIMES:
-        table = variants.table(regime)
-        assert table in page, f"python experiments/variants.py --table; {regime}"
-        assert all(f"| `{name}` |" in table for name in VARIANTS)
+        assert variants.table(regime) in page, f"python experiments/variants.py --table; {regime}"
+    assert all(f"| `{name}` |" in variants.table("stress") for name in VARIANTS)
 
 
 def test_steps_to():
