@@ -37,12 +37,12 @@ case "$*" in *smollm2.py*) exit 2 ;; esac
 
 def test_the_parts_run_with_tiny_sizes(tmp_path):
     """A flag that train.py does not have must be noticed here."""
-    done = run("--tiny", "--minutes=20", f"--out={tmp_path}", "bench", "preset", "tests")
+    done = run("--tiny", "--minutes=20", f"--out={tmp_path}", "bench", "default")
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "summary.txt").read_text().splitlines()
     assert [line.partition(" after")[0] for line in lines[1:]] == [
-        f"{part}: exit code 0" for part in ("bench", "preset", "tests")], done.stdout
-    text = (tmp_path / "preset.txt").read_text()
+        f"{part}: exit code 0" for part in ("bench", "default")], done.stdout
+    text = (tmp_path / "default.txt").read_text()
     assert "from the command to the report:" in text and '"models"' in text and "|problems|" in text
 
 
