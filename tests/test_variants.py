@@ -3,6 +3,7 @@ import ast
 import collections
 import doctest
 import functools
+import importlib
 import inspect
 import json
 import math
@@ -225,7 +226,10 @@ def test_dapo_samples_until_all_groups_have_a_signal(make_gpt):
     "ours", "no_clip", "deepseekmath", "dr_grpo", "dapo", "gspo", "cispo", "deepseek_v32"))
 def test_losses_are_trls(name, seed):
     """Loss and gradient must be those of TRL, an implementation that shares no line with this one."""
-    trl = pytest.importorskip("trl.trainer.grpo_trainer")
+    version = pytest.importorskip("trl").__version__
+    if not version.startswith("1.16."):
+        pytest.skip(f"this test calls the internals of TRL 1.16, not those of {version}")
+    trl = importlib.import_module("trl.trainer.grpo_trainer")
     variant = VARIANTS[name]
     logp, batch = random_batch(variant.settings.get("normalize", "token"), seed, off_policy=2.0)
     cfg = settings(name, rl_max_new_tokens=8, **{"kl_coef": 0.1} if name != "gspo" and name != "cispo" else {})
