@@ -15,9 +15,9 @@ softmax(logits / tau) with a temperature tau. The loss is the average, over all 
     "jsd"      (KL(P || M) + KL(Q || M)) / 2, M = (P + Q) / 2     the Jensen-Shannon divergence, as in GKD
     "sft"      -log Q(the token that was sampled)   supervised fine-tuning on the completions, R1's way
 
-A tau above 1 flattens P and Q, so that unlikely tokens count for more. It makes the gradient about tau^2 times smaller.
-One factor tau comes from the derivative of logits / tau, the other from P and Q, which differ tau times less. So the
-loss is multiplied by tau^2 (Hinton et al., 1503.02531, section 2).
+A tau above 1 flattens P and Q, so that unlikely tokens count for more. It makes the gradient about tau^2 times smaller:
+the derivative of logits / tau is tau times smaller, and so is, about, the difference of P and Q. So the loss is
+multiplied by tau^2 (Hinton et al., 1503.02531, section 2).
 
 The student learns from each completion in several epochs. RL cannot reuse samples like this, because its loss needs
 samples of the current policy, and the ratio corrects only for a few small updates. Here the target is the teacher's

@@ -12,8 +12,8 @@ correct. RL maximises the sum of the two rewards.
 Both rewards are rules. R1-Zero has no neural network that scores answers, because RL would learn to exploit mistakes of
 this network (reward hacking). RL exploits the gaps of a rule, too, so these rules are strict. A repeated tag, an answer
 inside the thought, an empty thought, and text outside the two blocks earn no format reward. White space is allowed
-around the blocks, as in the paper's template. One gap stays open, because no
-rule can see whether a thought makes sense: <think>.</think><answer>37</answer> earns both rewards.
+around the blocks, as in the paper's template. One gap stays open: <think>.</think><answer>37</answer> earns both
+rewards, because no rule can see whether a thought makes sense.
 
     >>> import data.arithmetic
     >>> problem = data.arithmetic.parse("8*7-19")

@@ -264,7 +264,7 @@ class Arithmetic:
 
     def write_thread(self, rng: random.Random) -> tuple[str, str, bool]:
         """A forum thread -> (its text, the style of its answer, whether the answer is correct). Long questions are
-        more frequent than short ones, because they are harder: their number of operations is the larger of two."""
+        more frequent than short ones, because they are harder: the number of operations is the larger of two draws."""
         n_ops = max(rng.randint(1, self.max_ops + 2), rng.randint(1, self.max_ops + 2))
         problem = self.make_problem(rng, n_ops=(n_ops, n_ops))
         style, = rng.choices(tuple(self.styles), tuple(self.styles.values()))

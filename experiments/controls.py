@@ -45,10 +45,20 @@ from model import GPT  # noqa: E402
 # advantages (N,).
 
 
+def groups(rollout: Rollout, cfg: train.Config, name: str = "reward") -> Tensor:
+    """One of the scores, (P, G)."""
+    return rollout.column(name).view(-1, cfg.rl_samples)
+
+
+def usual(rollout: Rollout, cfg: train.Config, generator: torch.Generator | None = None) -> Tensor:
+    """The advantages of train.py."""
+    return group_advantages(groups(rollout, cfg), cfg.scale).flatten()
+
+
 def shuffled(rollout: Rollout, cfg: train.Config, generator: torch.Generator) -> Tensor:
     """The rewards of each group are shuffled among its completions. Training cannot improve the policy, unless the code
     has a bug."""
-    rewards = rollout.column("reward").view(-1, cfg.rl_samples)  # (P, G)
+    rewards = groups(rollout, cfg)
     order = torch.rand(rewards.shape, generator=generator, device=generator.device).argsort(dim=1)  # (P, G)
     return group_advantages(rewards.gather(1, order.cpu()), cfg.scale).flatten()
 
@@ -62,8 +72,7 @@ def batch_baseline(rollout: Rollout, cfg: train.Config, generator: torch.Generat
 def all_completions(rollout: Rollout, cfg: train.Config, generator: torch.Generator) -> Tensor:
     """grpo_update skips rows with advantage 0. With an advantage of 1e-30 instead, it computes these rows, and they add
     nothing but the KL penalty."""
-    rewards = rollout.column("reward").view(-1, cfg.rl_samples)  # (P, G)
-    adv = group_advantages(rewards, cfg.scale).flatten()
+    adv = usual(rollout, cfg)
     return adv.where(adv != 0, 1e-30)
 
 

@@ -30,7 +30,7 @@ trap 'rm -rf "$WORK"' EXIT
 SMALL="--device=cpu --threads=1 --base_tokens=20000 --base_batch=4 --student_base_tokens=20000 --student_base_batch=4
     --rl_steps=1 --rl_prompts=4 --rl_samples=4 --distill_steps=1 --distill_prompts=16 --eval_problems=2"
 
-run_train() {  # run_train NAME FLAGS..: train.py from the command to the report, then the report and the memory
+run_train() {  # run_train NAME FLAGS..: train.py, the time from the command to the report, the report, the results
     local began=$SECONDS name=$1; shift
     "$PYTHON" train.py --out="$WORK/$name" "$@" || return
     echo "from the command to the report: $((SECONDS - began)) s"

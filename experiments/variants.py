@@ -47,7 +47,8 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import controls  # noqa: E402
-from controls import RL, run_grpo_with, sample_groups  # noqa: E402
+from bugs import rounded  # noqa: E402
+from controls import RL, groups, run_grpo_with, sample_groups, usual  # noqa: E402
 from engine.files import write_file  # noqa: E402
 from engine.loop import Run, Stage, Step  # noqa: E402
 from engine.parallel import end  # noqa: E402
@@ -58,17 +59,8 @@ from train import Config  # noqa: E402
 LOGGED = 1e-9  # a KL coefficient that is too small to matter. With 0 there is no reference, and the log has no KL
 
 
-# Advantages: (rollout of N completions, settings, generator) -> (N,)
-
-
-def groups(rollout: Rollout, cfg: Config, name: str = "reward") -> Tensor:
-    """One of the scores, (P, G)."""
-    return rollout.column(name).view(-1, cfg.rl_samples)
-
-
-def usual(rollout: Rollout, cfg: Config, generator=None) -> Tensor:
-    """The advantages of train.py."""
-    return group_advantages(groups(rollout, cfg), cfg.scale).flatten()
+# Advantages: (rollout of N completions, settings, generator) -> (N,). A class is one object for each run, which
+# resume.pt saves
 
 
 class RunningMean:
@@ -224,8 +216,7 @@ VARIANTS = {
     "ours":         Variant(),
     "no_clip":      Variant({"clip_low": NEVER, "clip_high": NEVER}),
     "deepseekmath": Variant({"normalize": "sequence"}),
-    # its advantages are those of a RunningMean, which is made for each run
-    "reinforce":    Variant({"normalize": "constant"}, loss_fn=reinforce_loss, unused=NO_RATIO),
+    "reinforce":    Variant({"normalize": "constant"}, RunningMean, reinforce_loss, unused=NO_RATIO),
     "rloo":         Variant({"normalize": "constant"}, leave_one_out, reinforce_loss, unused=NO_RATIO),
     "dr_grpo":      Variant({"normalize": "constant", "scale": "none"}),
     "dapo":         Variant({"clip_high": 0.28}, overlong, sample=sample_with_signal),
@@ -247,8 +238,8 @@ def train_variant(name: str, run: Run, base: GPT) -> None:
     variant, parts = VARIANTS[name], {}
     cfg = replace(run.cfg, **own_settings(name))
     advantages = variant.advantages
-    if name == "reinforce":
-        advantages = parts["baseline"] = RunningMean()
+    if isinstance(advantages, type):
+        advantages = parts["baseline"] = advantages()
     run_grpo_with(run, cfg, base, advantages, variant.loss_fn, variant.sample, **parts)
 
 
@@ -307,11 +298,6 @@ def collect(folder: Path, name: str) -> dict:
         "models": {model: figures for model, figures in results["models"].items() if model in ("base", name)},
         "rows": {field: [rounded(row.get(field)) for row in rows] for field in FIELDS},
     }
-
-
-def rounded(value: float | None) -> float | None:
-    """Four digits of a number."""
-    return None if value is None else float(f"{value:.4g}")
 
 
 def cells(regime: str, name: str) -> list[dict]:
@@ -413,15 +399,15 @@ def main(argv: list[str]) -> int:
 
 def train(argv: list[str]) -> int:
     """Train a variant: NAME and then flags of train.py -> exit code."""
-    name = argv[0] if argv else ""
-    for flag in argv[1:]:
-        key = flag.removeprefix("--").partition("=")[0]
-        if name in VARIANTS and key in own_settings(name):
-            print(f"variants.py: {name} sets {key}={own_settings(name)[key]} itself", file=sys.stderr)
-            return 2
-        if name in VARIANTS and key in VARIANTS[name].unused:
-            print(f"variants.py: {name} does not use {key}", file=sys.stderr)
-            return 2
+    name, *flags = argv or [""]
+    if name in VARIANTS:
+        given = [flag.removeprefix("--").partition("=")[0] for flag in flags]
+        refused = {key: f"sets {key}={value} itself" for key, value in own_settings(name).items()}
+        refused |= {key: f"does not use {key}" for key in VARIANTS[name].unused}
+        for key in given:
+            if key in refused:
+                print(f"variants.py: {name} {refused[key]}", file=sys.stderr)
+                return 2
     return controls.main(argv, STAGES, __doc__, "variants")
 
 

@@ -12,7 +12,7 @@ import torch
 import controls
 import train
 from controls import (CONTROLS, FORUMS, HalfWorking, NoWait, NoWorking, all_completions, batch_baseline, make_task_of,
-                      run_grpo_with, shuffled, style_shares)
+                      run_grpo_with, shuffled, style_shares, usual)
 from data import countdown
 from data.arithmetic import STYLES, Arithmetic, parse
 from data.countdown import Countdown
@@ -81,11 +81,6 @@ def advantages_of(function, rewards, scale="std", generator=None):
     return function(rollout, cfg, generator).view(rewards.shape)
 
 
-def of_groups(rollout, cfg, generator):
-    """The advantages of train.py, as a function like those of the controls."""
-    return group_advantages(rollout.column("reward").view(-1, cfg.rl_samples), cfg.scale).flatten()
-
-
 def test_shuffling_keeps_each_groups_rewards():
     """If the control moved rewards between prompts, other groups would have a signal, and the control would test
     something else."""
@@ -130,7 +125,7 @@ def test_the_penalty_acts_on_every_completion(make_gpt):
     def equal_rewards(text, problem):
         return {"reward": 0.1, "accuracy": 0.0, "format": 0.0}
 
-    for advantages, share in ((all_completions, 1), (of_groups, 0)):
+    for advantages, share in ((all_completions, 1), (usual, 0)):
         run = Bench(equal_rewards, kl_coef=0.1, rl_steps=2)
         model = make_gpt(Arithmetic.encoding.n_vocab)
         before = copy.deepcopy(model.state_dict())
@@ -176,7 +171,7 @@ def test_the_loop_is_that_of_train_py(quick, tmp_path, flags):
     """A control must differ from zero only in its advantages, not in the learning rate, in the reference, or in the
     order of the random draws."""
     def train_zero(run, base):
-        run_grpo_with(run, run.cfg, base, of_groups)
+        run_grpo_with(run, run.cfg, base, usual)
 
     program = PROGRAM._replace(stages=train.STAGES | {"zero": train.STAGES["zero"]._replace(train=train_zero)})
     made, own = tmp_path / "made", tmp_path / "own"

@@ -103,9 +103,9 @@ class FamilyGPT(GPT):
     def rotary_frequencies(self) -> Tensor:
         """The angle per position, in radians, for each pair of head dimensions, (D/2,).
 
-        With rope_scaling (factor, low, high, context), Llama 3 lowers the slow frequencies for longer texts. Frequencies
-        that turn less than `low` times in the `context` tokens of pretraining are divided by `factor`. Those that turn
-        more than `high` times stay as they are, and those in between are interpolated.
+        With rope_scaling (factor, low, high, context), Llama 3 lowers the slow frequencies for longer texts.
+        Frequencies that turn less than `low` times in the `context` tokens of pretraining are divided by `factor`.
+        Those that turn more than `high` times stay as they are, and those in between are interpolated.
         """
         c = self.config
         frequency = c.rope_theta ** (-torch.arange(0, c.head_size, 2) / c.head_size)

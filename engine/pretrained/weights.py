@@ -1,9 +1,9 @@
 """The weights of a pretrained model, from a folder as transformers saves it.
 
 The folder holds config.json and *.safetensors. (bpe.py reads its tokenizer, chat.py its chat template.) The supported
-families are Llama (SmolLM2 is one), Qwen2 and Qwen3 (families.py). Anything else is refused,
-with a message that names the field. Pickle files are never opened. Rows of the embedding after the last token are left
-out, so that every sampled token can be decoded.
+families are Llama (SmolLM2 is one), Qwen2 and Qwen3 (families.py). Anything else is refused, with a message that names
+the field. Pickle files are never opened. Rows of the embedding after the last token are left out, so that every sampled
+token can be decoded.
 """
 import dataclasses
 import re

@@ -31,7 +31,8 @@ class FamilyReader(Reader, FamilyBlock):
 
     def __init__(self, block: FamilyBlock, dtype: torch.dtype):
         super().__init__(block, dtype)
-        self.n_head, self.n_kv_head, self.q_norm, self.k_norm = block.n_head, block.n_kv_head, block.q_norm, block.k_norm
+        self.n_head, self.n_kv_head = block.n_head, block.n_kv_head
+        self.q_norm, self.k_norm = block.q_norm, block.k_norm
         bias = None if block.q.bias is None else torch.cat([block.q.bias, block.k.bias, block.v.bias]).detach()
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
