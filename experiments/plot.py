@@ -89,6 +89,24 @@ def plot(rows: list[dict], models: dict[str, dict], path: Path, panels: tuple[st
     figure.savefig(path, dpi=100, metadata={"Software": None})
 
 
+def draw_variants(curves: dict[str, dict[str, list[list]]], path: Path) -> None:
+    """A PNG file with a panel for each variant: curves[variant][regime] has the accuracy in the quick evaluations for
+    each seed, and None for the steps between them."""
+    plt.rcParams.update({"font.size": 7, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(3, 4, figsize=(9, 6), sharex=True, sharey=True, layout="constrained")
+    for (name, regimes), ax in zip(curves.items(), axes.flat):
+        for (regime, of_seeds), colour in zip(regimes.items(), ("#8a8a8a", "#c8590b")):
+            for seed, values in enumerate(of_seeds):
+                points = [(i, value) for i, value in enumerate(values, 1) if value is not None]
+                ax.plot(*zip(*points), color=colour, linewidth=1, label=None if seed else regime)
+        ax.set_title(name, loc="left", fontweight="bold")
+        ax.set_ylim(0, 1.02)
+    axes[0, 0].legend(frameon=False, loc="lower right")
+    figure.supxlabel("RL step")
+    figure.supylabel("accuracy on held-out problems, seeds 0, 1 and 2")
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
 def main(argv: list[str]) -> int:
     """Run the command line -> exit code."""
     try:

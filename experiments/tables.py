@@ -1,12 +1,14 @@
 """The tables of the findings. Each finding has a bar, and a function that reads its figures from the stored cells: the
-figure that decides, whether it reaches the bar, and the tables. A cell is a run of a program with some flags, repeated
-for each seed. findings.py runs the cells and writes the tables into findings.md, which defines the terms of this file.
-In every function below, k is the Known of all stored cells.
+figure that decides, whether it reaches the bar, and the tables. cells.py has the cells, which are the runs. findings.py
+writes the tables into findings.md, which defines the terms of this file, and into docs/variants.md. In every function
+below, k is the Known of all stored cells.
 """
 import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from variants import VARIANTS  # cells.py sets the path
 
 
 # Means and spreads
@@ -48,6 +50,15 @@ class Known:
         for key in path:
             found = [cell[key] for cell in found]
         return found
+
+    def tenths(self, name: str, model: str, key: str) -> list[list[float | None]]:
+        """For each seed, the means of a metric in each tenth of the RL steps. None if the tenth has no value."""
+        means = []
+        for rows in self.values(name, "rows", model, key):
+            tenths = [rows[i * len(rows) // 10:(i + 1) * len(rows) // 10] for i in range(10)]
+            known = [[value for value in tenth if value is not None] for tenth in tenths]
+            means.append([statistics.fmean(values) if values else None for values in known])
+        return means
 
     def errors(self, name: str, model: str, kind: str) -> list[float]:
         """For each seed, the standard error of pass@1 over problems."""
@@ -95,13 +106,12 @@ class Row:
 
 
 def finding_1(k: Known) -> tuple[str, bool, Tables]:
-    base, zero = ("no KL", "base", "test"), ("no KL", "zero", "test")
+    base, zero = ("default", "base", "test"), ("default", "zero", "test")
     gain = k.gain(base, zero)
     shuffled = k.gain(base, ("shuffled rewards", "zero", "test"))
     behind = k.gain(("format alone", "zero", "test"), zero)
-    predicted = figure(k.values("no KL", "measures", "conditional", "right if well formed"))
-    curves = [curve["accuracy"] for curve in k.values("format alone", "curves", "zero")]
-    best = figure([max(curve) for curve in curves])
+    predicted = figure(k.values("default", "measures", "conditional", "right if well formed"))
+    best = figure([max(curve) for curve in k.tenths("format alone", "zero", "accuracy")])
     more = listed({
         "pass@1 on test, zero minus the base": f"{gain} points",
         "the same after RL with shuffled rewards": f"{shuffled} points",
@@ -111,7 +121,7 @@ def finding_1(k: Known) -> tuple[str, bool, Tables]:
     details = table(["RL from the base with", "pass@1 on test", "pass@1 on hard", "format", "length"], [
         [name, k.score(cell, model), k.score(cell, model, "hard"), k.score(cell, model, what="format"),
          f"{k.score(cell, model, what='length'):.1f}"]
-        for name, cell, model in (("(the base)", "no KL", "base"), ("both rewards", "no KL", "zero"),
+        for name, cell, model in (("(the base)", "default", "base"), ("both rewards", "default", "zero"),
                                   ("rewards shuffled in each group", "shuffled rewards", "zero"),
                                   ("the format reward alone", "format alone", "zero"))])
     holds = gain.mean >= 0.5 and shuffled.mean <= 0.05 and behind.mean >= 0.2
@@ -120,14 +130,13 @@ def finding_1(k: Known) -> tuple[str, bool, Tables]:
 
 def finding_2(k: Known) -> tuple[str, bool, Tables]:
     rows, below = [], {}
-    for cell, model, kind in (("no KL", "base", "test"), ("no KL", "base", "hard"), ("no KL", "zero", "test"),
-                              ("no KL", "zero", "hard"), ("no KL", "student", "hard")):
-        pairs = [k.values(cell, "models", model, kind, what) for what in ("pass@1", "maj@16")]
-        gain = figure([b - a for a, b in zip(*pairs)])
-        name = "student_short" if model == "student" else model
-        rows.append([name, kind, k.score(cell, model, kind), k.score(cell, model, kind, "maj@16"), gain])
-        if model == "zero" and statistics.fmean(pairs[0]) < 0.95:
-            below[kind] = gain
+    for model in ("base", "zero", "student"):
+        for kind in ("test", "hard"):
+            single, vote = (k.values("default", "models", model, kind, what) for what in ("pass@1", "maj@16"))
+            gain = figure([b - a for a, b in zip(single, vote)])
+            rows.append([model, kind, k.score("default", model, kind), k.score("default", model, kind, "maj@16"), gain])
+            if model == "zero" and statistics.fmean(single) < 0.95:
+                below[kind] = gain
     least = min(below, key=lambda kind: below[kind].mean, default=None)
     holds = least is not None and below[least].mean >= 0.03
     return f"{below[least]} points ({least})" if below else "none", holds, {
@@ -135,19 +144,18 @@ def finding_2(k: Known) -> tuple[str, bool, Tables]:
 
 
 def finding_3(k: Known) -> tuple[str, bool, Tables]:
-    pairs = [k.values("no KL", "models", model, "test", "length") for model in ("base", "zero")]
+    pairs = [k.values("default", "models", model, "test", "length") for model in ("base", "zero")]
     ratio = figure([b / a for a, b in zip(*pairs)])
     rows = []
-    for name, cell in (("sequence: each token weighs 1/\\|o_i\\|", "sequence"), ("token", "half the steps"),
+    for name, cell in (("sequence: each token weighs 1/\\|o_i\\|", "sequence"), ("token", "default"),
                        ("constant", "constant")):
-        curves = k.values(cell, "curves", "zero")
-        tail = {key: figure([statistics.fmean([v for v in c[key][7:] if v is not None]) for c in curves])
-                for key in ("length", "length_wrong")}
+        tail = {key: figure([statistics.fmean(v for v in tenths[7:] if v is not None)
+                             for tenths in k.tenths(cell, "zero", key)]) for key in ("length", "length_wrong")}
         rows.append([name, k.score(cell), f"{k.score(cell, what='length'):.1f}", f"{tail['length']:.1f}",
                      f"{tail['length_wrong']:.1f}"])
     alone, again = (figure([b / a for a, b in zip(k.values(start, "models", "base", "test", "length"),
                                                   k.values(cell, "models", "zero", "test", "length"))])
-                    for start, cell in (("no KL", "format alone"), ("countdown", "countdown")))
+                    for start, cell in (("default", "format alone"), ("countdown", "countdown")))
     return f"{ratio:.2f} times", ratio.mean >= 1.3, {
         "3": table(["average in the loss", "pass@1 on test", "length on test", "length late in RL",
                     "length of wrong answers late in RL"], rows),
@@ -166,7 +174,7 @@ def finding_4(k: Known) -> tuple[str, bool, Tables]:
     turns = ("wrong to right", "right to wrong", "wrong to wrong", "right to right")
     waits = sum(sum(k.values("countdown", "measures", "reflections", "zero", turn)) for turn in turns)
     rows = []
-    for cell in ("countdown", "countdown, no wait", "no KL"):
+    for cell in ("countdown", "countdown, no wait", "default"):
         for model in ("base", "zero"):
             found = k.values(cell, "measures", "reflections", model)
             all_turns = sum(f[turn] for f in found for turn in turns)
@@ -175,7 +183,7 @@ def finding_4(k: Known) -> tuple[str, bool, Tables]:
             row = [figure(share) if None not in share else "none" for share in shares]
             row += [f"{sum(f[turn] for f in found) / all_turns:.0%}" if all_turns else "none"
                     for turn in ("wrong to right", "right to wrong")]
-            rows.append(["arithmetic" if cell == "no KL" else cell, model, k.score(cell, model),
+            rows.append(["arithmetic" if cell == "default" else cell, model, k.score(cell, model),
                          k.score(cell, model, what="reflection"), *row])
     details = table(["task", "model", "pass@1 on test", "answers that reflect", "answers with steps: look again",
                      "correct, if they look again", "correct, if they do not", "first attempt correct",
@@ -191,7 +199,7 @@ def logit(p: float) -> float:
 
 
 def finding_5(k: Known) -> tuple[str, bool, Tables]:
-    by = {model: k.values("no KL", "measures", "operations", model) for model in ("base", "zero")}
+    by = {model: k.values("default", "measures", "operations", model) for model in ("base", "zero")}
     rows, points, odds = [], {}, {}
     for n in by["base"][0]:
         base, zero = ([found[n] for found in by[model]] for model in by)
@@ -205,13 +213,12 @@ def finding_5(k: Known) -> tuple[str, bool, Tables]:
 
 
 def finding_6(k: Known) -> tuple[str, bool, Tables]:
-    ahead = {cell: {kind: k.gain((cell, "student_rl", kind), (cell, "student", kind)) for kind in ("test", "hard")}
-             for cell in ("default", "short problems")}
+    ahead = {kind: k.gain(("default", "student_rl", kind), ("default", "student", kind)) for kind in ("test", "hard")}
     pairs = [k.values("default", "models", model) for model in ("student_rl", "student")]
     # the mean of the two gains; its standard error is half the root of the sum of the four squared errors
-    mean = figure([statistics.fmean(after[kind]["pass@1"] - before[kind]["pass@1"] for kind in ahead["default"])
+    mean = figure([statistics.fmean(after[kind]["pass@1"] - before[kind]["pass@1"] for kind in ahead)
                    for before, after in zip(*pairs)],
-                  [math.hypot(*(model[kind]["pass@1_se"] for model in pair for kind in ahead["default"])) / 2
+                  [math.hypot(*(model[kind]["pass@1_se"] for model in pair for kind in ahead)) / 2
                    for pair in zip(*pairs)])
     on_hard = (k.values("default", "models", model, "hard", "pass@1") for model in ("student", "zero"))
     inherited = figure([student / teacher for student, teacher in zip(*on_hard)])
@@ -222,15 +229,12 @@ def finding_6(k: Known) -> tuple[str, bool, Tables]:
     rows = [[name, k.score(cell, model), k.score(cell, model, "hard"), k.score(cell, model, "hard", "format")]
             for name, cell, model in (("distillation", "default", "student"), ("RL", "default", "student_rl"),
                                       ("(its base)", "default", "student_base"), ("(the teacher)", "default", "zero"),
-                                      ("distillation, 1 to 4 operations", "short problems", "student"),
-                                      ("RL, 1 to 4 operations", "short problems", "student_rl"))]
+                                      ("distillation, 1 to 4 operations", "short problems", "student"))]
     losses = [[name, k.score(cell, "student"), k.score(cell, "student", "hard"),
-               differs(k.gain(("no KL", "student", "test"), (cell, "student", "test")))]
-              for name, cell in (("forward KL", "no KL"), ("reverse KL", "reverse"), ("JSD", "jsd"),
+               differs(k.gain(("default", "student", "test"), (cell, "student", "test")))]
+              for name, cell in (("forward KL", "default"), ("reverse KL", "reverse"), ("JSD", "jsd"),
                                  ("SFT on the teacher's answers", "sft"), ("forward KL, on policy", "on policy"))]
-    gains = {f"student minus student_rl on {kind}{words}": differs(ahead[cell][kind])
-             for cell, words in (("default", ""), ("short problems", ", both trained on 1 to 4 operations"))
-             for kind in ("test", "hard")}
+    gains = {f"student minus student_rl on {kind}": differs(gain) for kind, gain in ahead.items()}
     return f"{mean} points", mean.mean >= 0.1, {
         "6": table(["the small model is trained by", "pass@1 on test", "pass@1 on hard", "format on hard"], rows),
         "6 more": listed(gains | {
@@ -243,14 +247,14 @@ def finding_6(k: Known) -> tuple[str, bool, Tables]:
 def finding_7(k: Known) -> tuple[str, bool, Tables]:
     rows, cells = [], {"tokens 1/4": "a quarter of the tokens", "tokens 1/2": "half of the tokens",
                        "worked 0": "no answers with steps", "worked 1/2": "half as many answers with steps",
-                       "no KL": "the default"}
+                       "default": "the default"}
     for cell, name in cells.items():
-        found, start = k.values(cell, "measures", "signal"), k.values(cell, "curves", "zero")
+        found, start = k.values(cell, "measures", "signal"), k.tenths(cell, "zero", "no_signal")
         rows.append([name, k.score(cell, "base"), k.score(cell), k.score(cell, what="format"),
                      *(figure([f[key] for f in found]) for key in ("mean p", "counted", "predicted", "at the mean p")),
-                     figure([1 - c["no_signal"][0] for c in start])])
+                     figure([1 - tenths[0] for tenths in start])])
     weakest = min(cells, key=lambda cell: k.score(cell, "base").mean)
-    gain = k.gain((weakest, "zero", "test"), ("no KL", "zero", "test"))
+    gain = k.gain((weakest, "zero", "test"), ("default", "zero", "test"))
     return f"{gain} points", gain.mean >= 0.2, {"7": table(
         ["corpus of the base", "pass@1 of base", "pass@1 of zero", "format of zero", "mean p",
          "groups with correct and wrong answers: counted", "predicted", "predicted from the mean p",
@@ -258,7 +262,7 @@ def finding_7(k: Known) -> tuple[str, bool, Tables]:
 
 
 def finding_8(k: Known) -> tuple[str, bool, Tables]:
-    found = k.values("no KL", "measures", "many_samples")
+    found = k.values("default", "measures", "many_samples")
     rows, all_leads = [], {}
     for kind in ("test", "hard"):
         base, zero = f"base {kind}", f"zero {kind}"
@@ -275,32 +279,27 @@ def finding_8(k: Known) -> tuple[str, bool, Tables]:
 
 def finding_9(k: Known) -> tuple[str, bool, Tables]:
     rows, gains = [], {}
-    changes = {"half the steps": "none: 64 prompts x 8 answers",
-               "no std": "advantages not divided by the standard deviation", "KL 0.01": "KL 0.01", "KL 0.1": "KL 0.1",
-               "clip higher": "clip higher, 0.28", "sequence": "loss averaged over each answer first (1/\\|o_i\\|)",
+    changes = {"default": "none: 64 prompts x 8 answers, 4 updates on a rollout",
+               "two updates": "200 rollouts of 2 updates instead of 100 of 4",
+               "sequence": "loss averaged over each answer first (1/\\|o_i\\|)",
                "constant": "loss divided by Dr. GRPO's constant", "G 4": "128 prompts x 4 answers",
-               "G 16": "32 prompts x 16 answers", "G 32": "16 prompts x 32 answers",
-               "batch baseline": "the batch's mean as the baseline"}
+               "G 32": "16 prompts x 32 answers", "batch baseline": "the batch's mean as the baseline"}
     for cell, name in changes.items():
-        gain = k.gain(("half the steps", "zero", "test"), (cell, "zero", "test"))
-        if cell != "half the steps":
-            gains[name] = gain
-        curves = k.values(cell, "curves", "zero")
-        rows.append([name, k.score(cell), k.score(cell, kind="hard"), differs(gain) if cell != "half the steps" else "",
-                     figure([statistics.fmean(c["accuracy"]) for c in curves]),
-                     figure([c["no_signal"][9] for c in curves])])
+        gains[name] = k.gain(("default", "zero", "test"), (cell, "zero", "test"))
+        rows.append([name, k.score(cell), k.score(cell, kind="hard"), "" if cell == "default" else differs(gains[name]),
+                     figure([statistics.fmean(curve) for curve in k.values(cell, "rows", "zero", "accuracy")]),
+                     figure([tenths[9] for tenths in k.tenths(cell, "zero", "no_signal")])])
+    forks = []
+    for name in VARIANTS:
+        cell = f"default {name}"
+        gains[name] = k.gain(("default ours", "zero", "test"), (cell, "zero", "test"))
+        forks.append([f"`{name}`", k.score(cell), k.score(cell, kind="hard"),
+                      "" if name == "ours" else differs(gains[name])])
     most = max(gains, key=lambda name: abs(gains[name].mean) / gains[name].spread)
-    penalties = [["none", k.score("no KL"), k.score("no KL", kind="hard"), "", "not measured"]]
-    for name, cell in (("0.001, on completions with an advantage (the default)", "default"),
-                       ("0.001, on all completions", "all completions")):
-        penalties.append([name, k.score(cell), k.score(cell, kind="hard"),
-                          differs(k.gain(("no KL", "zero", "test"), (cell, "zero", "test"))),
-                          f"{figure(k.values(cell, 'measures', 'divergence', 'kl')):.3f}"])
     return f"{gains[most]} points ({most})", abs(gains[most].mean) > 2 * gains[most].spread, {
         "9": table(["change", "pass@1 on test", "pass@1 on hard", "test, compared with no change",
                     "training accuracy, mean over the run", "groups without a signal, last tenth of RL"], rows),
-        "9 penalties": table(["penalty", "pass@1 on test", "pass@1 on hard", "test, compared with none",
-                              "KL divergence"], penalties)}
+        "9 variants": table(["variant", "pass@1 on test", "pass@1 on hard", "test, compared with `ours`"], forks)}
 
 
 def finding_10(k: Known) -> tuple[str, bool, Tables]:
@@ -383,7 +382,7 @@ def finding_11(k: Known) -> tuple[str, bool, Tables]:
     def cells(values: dict) -> list:
         return [format(figure(values[what]), ".1f" if what == "length" else "") for what in SHOWN]
 
-    tenths = [[curve["consistent"] for curve in k.values(cell, "curves", "dev2")] for cell in ("R1", *ablations)]
+    tenths = [k.tenths(cell, "dev2", "consistent") for cell in ("R1", *ablations)]
     names = ("dev2", *ablations.values())
     return f"{n_hold} of {len(parts)} parts", n_hold == len(parts), {
         "11": table(["part and its bar", "measured", "verdict"], judged),
@@ -395,35 +394,129 @@ def finding_11(k: Known) -> tuple[str, bool, Tables]:
                             for name, curves in zip(names, tenths)])}
 
 
+def finding_12(k: Known) -> tuple[str, bool, Tables]:
+    rows = [["(the base)", k.score("default", "base"), k.score("default", "base", "hard"),
+             k.score("default", "base", "hard", "maj@16"), "", ""]]
+    for name, cell in (("none", "no KL"), ("0.001 (the default)", "default"), ("0.01", "KL 0.01"), ("0.1", "KL 0.1"),
+                       ("0.001, on all completions", "all completions")):
+        more = k.gain(("no KL", "zero", "hard"), (cell, "zero", "hard"))
+        rows.append([name, k.score(cell), k.score(cell, kind="hard"), k.score(cell, kind="hard", what="maj@16"),
+                     "" if cell == "no KL" else differs(more),
+                     f"{figure(k.values(cell, 'measures', 'divergence', 'kl')):.3f}"])
+    gain = k.gain(("no KL", "zero", "hard"), ("default", "zero", "hard"))
+    return f"{gain} points", gain.mean > gain.spread, {"12": table(
+        ["penalty", "pass@1 on test", "pass@1 on hard", "maj@16 on hard", "pass@1 on hard, compared with none",
+         "KL divergence"], rows)}
+
+
+def finding_13(k: Known) -> tuple[str, bool, Tables]:
+    rows, losses = [], {}
+    for model in ("base", "zero", "student_base", "student"):
+        for kind in ("test", "hard"):
+            loss = k.gain(("float32", model, kind), ("default", model, kind))
+            rows.append([model, kind, *(k.score(cell, model, kind) for cell in ("float32", "default")), differs(loss)])
+            if model in ("zero", "student"):
+                losses[f"{model} on {kind}"] = loss
+    worst = min(losses, key=lambda name: losses[name].mean + losses[name].spread)
+    return f"{losses[worst]} points ({worst})", losses[worst].mean >= -losses[worst].spread, {"13": table(
+        ["model", "problems", "float32", "bfloat16", "bfloat16, compared with float32"], rows)}
+
+
+def finding_14(k: Known) -> tuple[str, bool, Tables]:
+    rows = []
+    for regime, updates in (("default", "4, at 3e-4"), ("stress", "16, at 8e-4")):
+        for name, clip in (("ours", "yes"), ("no_clip", "no")):
+            cell = f"{regime} {name}"
+            rows.append([updates, clip, k.score(cell), k.score(cell, kind="hard"), k.score(cell, what="format"),
+                         f"{k.score(cell, what='length'):.1f}"])
+    pairs = [k.values(f"stress {name}", "models", "zero", "test", "pass@1") for name in ("no_clip", "ours")]
+    losses = [b - a for a, b in zip(*pairs)]
+    return f"{figure(losses)} points", min(losses) >= 0.3, {"14": table(
+        ["updates on a rollout, and learning rate", "clip", "pass@1 on test", "pass@1 on hard", "format", "length"],
+        rows)}
+
+
+# docs/variants.md
+
+
+def steps_to(heldout: list[float | None], accuracy: float) -> float:
+    """The first step at which a quick evaluation reached an accuracy, or infinity.
+
+    >>> steps_to([None, 0.5, None, 0.91], 0.9)
+    4
+    """
+    return next((i for i, value in enumerate(heldout, 1) if value is not None and value >= accuracy), math.inf)
+
+
+def largest(rows: dict[str, list], *fields: str) -> float:
+    """The largest value that the sum of some fields has in a step. (A value that is not logged is 0.)"""
+    return max(sum(filter(None, values)) for values in zip(*(rows[field] for field in fields)))
+
+
+def variants_table(k: Known, regime: str) -> list[str]:
+    """A row for each variant, with means over the seeds."""
+    head = ["variant", "test", "hard", "format", "steps to 90 %", "length", "entropy", "largest KL", "clipped, most",
+            "seconds"]
+    lines = []
+    for name in VARIANTS:
+        cell = f"{regime} {name}"
+        rows = k.values(cell, "rows", "zero")
+        ends = [len(r["accuracy"]) for r, models in zip(rows, k.values(cell, "models")) if not models]
+        if ends:
+            words = f"diverged in {len(ends)} of {len(rows)} runs, after {', '.join(map(str, ends))} steps"
+            lines.append([f"`{name}`", words, *[""] * (len(head) - 2)])
+            continue
+        ninety = sorted(steps_to(r["heldout_accuracy"], 0.9) for r in rows)
+        clipped = [largest(r, "clip_fraction_low", "clip_fraction_high") for r in rows]
+        lines.append([
+            f"`{name}`", k.score(cell), k.score(cell, kind="hard"), k.score(cell, what="format"),
+            ", ".join("never" if step == math.inf else str(step) for step in ninety),
+            f"{k.score(cell, what='length').mean:.1f}",
+            f"{statistics.fmean(r['entropy'][-1] for r in rows):.3f}",
+            f"{statistics.fmean(largest(r, 'kl') for r in rows):.2g}",
+            f"{100 * statistics.fmean(clipped):.1f}", f"{statistics.fmean(k.values(cell, 'seconds')):.0f}"])
+    return table(head, lines)
+
+
 ROWS = {
     1: Row("RL alone raises pass@1",
            "Zero's pass@1 on test is at least 50 points above the base's; both controls meet the bars in section 1",
-           ("no KL", "shuffled rewards", "format alone"), finding_1),
+           ("default", "shuffled rewards", "format alone"), finding_1),
     2: Row("A majority vote beats a single answer",
-           "Wherever zero's pass@1 is below 95 %, its maj@16 is at least 3 points higher", ("no KL",), finding_2),
+           "Wherever zero's pass@1 is below 95 %, its maj@16 is at least 3 points higher", ("default",), finding_2),
     3: Row("Answers get longer although length is not rewarded",
            "Zero's answers to test problems are at least 1.3 times as long as the base's",
-           ("no KL", "format alone", "countdown", "half the steps", "sequence", "constant"), finding_3),
+           ("default", "format alone", "countdown", "sequence", "constant"), finding_3),
     4: Row("Reflection becomes more frequent",
            "In countdown, zero reflects in at least 3 times as many answers as the base; the control meets the bar in "
-           "section 4", ("no KL", "countdown", "countdown, no wait"), finding_4),
+           "section 4", ("default", "countdown", "countdown, no wait"), finding_4),
     5: Row("Hard problems gain most",
-           "Pass@1 gains more points at 6 operations than at 1, by more than the spread", ("no KL",), finding_5),
+           "Pass@1 gains more points at 6 operations than at 1, by more than the spread", ("default",), finding_5),
     6: Row("Distillation beats RL on the small model",
            "The student's pass@1, averaged over test and hard, is at least 10 points above student_rl's",
-           ("default", "short problems", "no KL", "reverse", "jsd", "sft", "on policy"), finding_6),
+           ("default", "short problems", "reverse", "jsd", "sft", "on policy"), finding_6),
     7: Row("RL needs a base that sometimes succeeds",
            "From the weakest base, zero's pass@1 ends at least 20 points lower than from the default base",
-           ("no KL", "tokens 1/4", "tokens 1/2", "worked 0", "worked 1/2"), finding_7),
+           ("default", "tokens 1/4", "tokens 1/2", "worked 0", "worked 1/2"), finding_7),
     8: Row("With many attempts, the base beats zero",
-           "At some k up to 256, the base's pass@k is above zero's by more than the spread", ("no KL",), finding_8),
+           "At some k up to 256, the base's pass@k is above zero's by more than the spread", ("default",), finding_8),
     9: Row("Some details of GRPO matter",
-           "At least one of ten changes moves pass@1 on test by more than twice the spread",
-           ("default", "all completions", "no KL", "half the steps", "no std", "KL 0.01", "KL 0.1", "clip higher",
-            "sequence", "constant", "G 4", "G 16", "G 32", "batch baseline"), finding_9),
+           "At least one of 17 changes moves pass@1 on test by more than twice the spread",
+           ("default", "two updates", "sequence", "constant", "G 4", "G 32", "batch baseline",
+            *(f"default {name}" for name in VARIANTS)), finding_9),
     10: Row("On unfamiliar problems, a student loses more than its teacher",
             "On hard problems and on larger numbers, the student's pass@1 drops by more points than its teacher's; "
             "both differences are larger than their spread", ("default",), finding_10),
     11: Row("Each stage of R1 does what the paper says", "All six parts of the claim hold; section 11 lists them",
             ("R1", "language 0", "language 1/4", "no cold start"), finding_11),
+    12: Row("A KL penalty keeps what RL does not train",
+            "Zero's pass@1 on hard problems is higher with the default's penalty than without it, by more than the "
+            "spread", ("default", "no KL", "KL 0.01", "KL 0.1", "all completions"), finding_12),
+    13: Row("bfloat16 learns as well as float32",
+            "Zero's and the student's pass@1, on test and on hard, is not lower in bfloat16 by more than the spread",
+            ("default", "float32"), finding_13),
+    14: Row("Many updates on a rollout need the clip",
+            "With 16 large updates on a rollout, zero's pass@1 on test is at least 30 points lower without the clip, "
+            "with each seed", tuple(f"{regime} {name}" for regime in ("default", "stress")
+                                    for name in ("ours", "no_clip")), finding_14),
 }

@@ -19,20 +19,8 @@ A variant is saved as NAME.pt beside base.pt, as the controls are (experiments/c
 first. A variant has some settings of its own, and refuses flags for these, and for settings that it does not use. If
 the folder holds a zero.pt with other settings than the flags, take another folder: --base=out/base.pt --out=NEW.
 
-    python experiments/variants.py --all --seed=0 --out=out/variants    each variant in both regimes
-    python experiments/variants.py --table                              the tables of docs/variants.md
-    python experiments/variants.py --figure                             experiments/variants.png
-
---all trains a base in float32, and then each variant from this base. Each result goes to experiments/variants/ as soon
-as it is there, and is not made again.
+`python experiments/findings.py --only=variants` measures all variants in two regimes (cells.py).
 """
-import argparse
-import json
-import math
-import os
-import shutil
-import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -47,9 +35,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import controls  # noqa: E402
-from bugs import rounded  # noqa: E402
 from controls import RL, groups, run_grpo_with, sample_groups, usual  # noqa: E402
-from engine.files import write_file  # noqa: E402
 from engine.loop import Run, Stage, Step  # noqa: E402
 from engine.parallel import end  # noqa: E402
 from grpo import Batch, Rollout, group_advantages, grpo_loss, no_signal, token_loss  # noqa: E402
@@ -246,159 +232,8 @@ def train_variant(name: str, run: Run, base: GPT) -> None:
 STAGES = {name: Stage(partial(train_variant, name), starts=("base",), settings=RL) for name in VARIANTS}
 
 
-# The measurements
-
-RESULTS = ROOT / "experiments" / "variants"
-SEEDS = (0, 1, 2)
-COMMON = ["--dtype=float32", "--rl_steps=60", "--eval_every=5", "--eval_problems=128"]
-REGIMES = {  # flags of train.py
-    "default": [],
-    "stress": ["--rl_minibatches=16", "--rl_lr=8e-4"],
-}
-FIELDS = ("accuracy", "format", "length", "entropy", "kl", "clip_fraction_low", "clip_fraction_high", "grad_norm",
-          "heldout_accuracy")
-
-
-def run_all(out: Path, seed: int, threads: int) -> int:
-    """Train the variants whose results are missing, for one seed -> exit code. A run that stops at a metric that is not
-    finite is a result, too."""
-    for regime in REGIMES:
-        folder = out / f"{regime}-{seed}"
-        for name in VARIANTS:
-            path = RESULTS / f"{regime}-{name}-{seed}.json"
-            if path.exists():
-                continue
-            first = out / f"default-{seed}"
-            if (first / "base.pt").exists() and not (folder / "base.pt").exists():  # both regimes have one base
-                folder.mkdir(parents=True, exist_ok=True)
-                shutil.copy(first / "base.pt", folder / "copying")
-                os.replace(folder / "copying", folder / "base.pt")
-            code = train([name, *COMMON, *REGIMES[regime], f"--threads={threads}", f"--seed={seed}", f"--out={folder}"])
-            diverged = code == 2 and (folder / "resume.pt").exists()
-            if code and not diverged:
-                return code
-            if diverged:
-                (folder / "resume.pt").unlink()
-            RESULTS.mkdir(exist_ok=True)
-            write_file(path, json.dumps(collect(folder, name)).encode())
-    return 0
-
-
-def collect(folder: Path, name: str) -> dict:
-    """What the tables and the figure need of a run of a variant. A run that diverged has no figures of the variant."""
-    results = json.loads((folder / "results.json").read_text())
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["stage"] == name]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    cfg = results["config"]
-    return {
-        "variant": name, "commit": commit.strip(), "seconds": results["seconds"].get(name),
-        "machine": {key: cfg[key] for key in ("device", "dtype", "threads")},
-        "settings": {key: cfg[key] for key in ("seed", "rl_steps", "rl_minibatches", "rl_lr")} | own_settings(name),
-        "models": {model: figures for model, figures in results["models"].items() if model in ("base", name)},
-        "rows": {field: [rounded(row.get(field)) for row in rows] for field in FIELDS},
-    }
-
-
-def cells(regime: str, name: str) -> list[dict]:
-    """The stored results of a variant, one for each seed, or [] if a seed is missing."""
-    paths = [RESULTS / f"{regime}-{name}-{seed}.json" for seed in SEEDS]
-    return [json.loads(path.read_text()) for path in paths] if all(path.exists() for path in paths) else []
-
-
-def steps_to(cell: dict, accuracy: float) -> float:
-    """The first step at which a quick evaluation reached an accuracy, or infinity."""
-    values = cell["rows"]["heldout_accuracy"]
-    return next((i for i, value in enumerate(values, 1) if value is not None and value >= accuracy), math.inf)
-
-
-def largest(cell: dict, *fields: str) -> float:
-    """The largest value that the sum of some fields has in a step. (A field that the variant does not log is 0.)"""
-    columns = zip(*(cell["rows"][field] for field in fields))
-    return max((sum(filter(None, column)) for column in columns), default=0.0)
-
-
-def spread(values: list[float]) -> str:
-    """The mean and the standard deviation over the seeds, in %.
-
-    >>> spread([0.95, 0.96, 0.97])
-    '96.0 ± 1.0'
-    """
-    return f"{100 * statistics.fmean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
-
-
-def table(regime: str) -> str:
-    """A Markdown table: a row for each variant that has results for all seeds."""
-    head = ("variant", "test", "hard", "format", "steps to 90 %", "length", "entropy", "largest KL", "clipped, most",
-            "seconds")
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for name in VARIANTS:
-        found = cells(regime, name)
-        if not found:
-            continue
-        ends = [str(len(cell["rows"]["accuracy"])) for cell in found if name not in cell["models"]]
-        if ends:
-            words = f"diverged in {len(ends)} of {len(found)} runs, after {', '.join(ends)} steps"
-            lines.append(f"| `{name}` | {words} |" + " |" * (len(head) - 2))
-            continue
-        test, hard = ([cell["models"][name][kind] for cell in found] for kind in ("test", "hard"))
-        ninety = sorted(steps_to(cell, 0.9) for cell in found)
-        lines.append("| " + " | ".join([
-            f"`{name}`", *(spread([figures["pass@1"] for figures in kind]) for kind in (test, hard)),
-            spread([figures["format"] for figures in test]),
-            ", ".join("never" if step == math.inf else str(step) for step in ninety),
-            f"{statistics.fmean(figures['length'] for figures in test):.1f}",
-            f"{statistics.fmean(cell['rows']['entropy'][-1] for cell in found):.3f}",
-            f"{statistics.fmean(largest(cell, 'kl') for cell in found):.2g}",
-            f"{100 * statistics.fmean(largest(cell, 'clip_fraction_low', 'clip_fraction_high') for cell in found):.1f}",
-            f"{statistics.fmean(cell['seconds'] for cell in found):.0f}"]) + " |")
-    return "\n".join(lines) if len(lines) > 2 else ""
-
-
-def draw(path: Path) -> None:
-    """A PNG file with a panel for each variant: the accuracy in the quick evaluations, in both regimes."""
-    import matplotlib
-    matplotlib.use("Agg")  # no window
-    import matplotlib.pyplot as plt
-    plt.rcParams.update({"font.size": 7, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(3, 4, figsize=(9, 6), sharex=True, sharey=True, layout="constrained")
-    for name, ax in zip(VARIANTS, axes.flat):
-        for regime, colour in zip(REGIMES, ("#8a8a8a", "#c8590b")):
-            for cell in cells(regime, name):
-                points = [(i, v) for i, v in enumerate(cell["rows"]["heldout_accuracy"], 1) if v is not None]
-                label = regime if cell["settings"]["seed"] == 0 else None
-                ax.plot(*zip(*points), color=colour, linewidth=1, label=label)
-        ax.set_title(name, loc="left", fontweight="bold")
-        ax.set_ylim(0, 1.02)
-    axes[0, 0].legend(frameon=False, loc="lower right")
-    figure.supxlabel("RL step")
-    figure.supylabel("accuracy on held-out problems, seeds 0, 1 and 2")
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-
-
 def main(argv: list[str]) -> int:
-    """Run a command line -> exit code."""
-    if not {"--all", "--table", "--figure"} & set(argv):
-        return train(argv)
-    parser = argparse.ArgumentParser(prog="variants.py", allow_abbrev=False)
-    for flag in ("all", "table", "figure"):
-        parser.add_argument(f"--{flag}", action="store_true")
-    parser.add_argument("--seed", type=int, default=0, help="of --all")
-    parser.add_argument("--threads", type=int, default=1, help="of --all")
-    parser.add_argument("--out", type=Path, default=Path("out/variants"), help="of --all")
-    options = parser.parse_args(argv)
-    if options.all:
-        return run_all(options.out, options.seed, options.threads)
-    if options.table:
-        for regime in REGIMES:
-            print(f"{regime}\n\n{table(regime) or 'no variant has results for all seeds'}\n")
-    if options.figure:
-        draw(ROOT / "experiments" / "variants.png")
-    return 0
-
-
-def train(argv: list[str]) -> int:
-    """Train a variant: NAME and then flags of train.py -> exit code."""
+    """Run a command line, NAME and then flags of train.py -> exit code."""
     name, *flags = argv or [""]
     if name in VARIANTS:
         given = [flag.removeprefix("--").partition("=")[0] for flag in flags]
