@@ -184,10 +184,10 @@ def train(name: str, seed: int, threads: int) -> None:
                 shutil.copy(parent / f"{needed}.pt", out / "copying")
                 os.replace(out / "copying", out / f"{needed}.pt")
     for program, *argument in cell.commands():
-        with open(out / "output.txt", "a") as output:
+        with open(out / "output.txt", "w") as output:
             code = subprocess.run([sys.executable, str(ROOT / program), *argument, *flags], stdout=output,
                                   stderr=output).returncode
-        diverged = cell.may_diverge and code == 2 and (out / "resume.pt").exists()
+        diverged = cell.may_diverge and "the last good checkpoint" in (out / "output.txt").read_text()
         if code and not diverged:
             raise UsageError(f"{name}, seed {seed}: {program} failed; {out / 'output.txt'} says why")
 

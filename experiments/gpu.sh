@@ -30,10 +30,17 @@ trap 'rm -rf "$WORK"' EXIT
 SMALL="--device=cpu --threads=1 --base_tokens=20000 --base_batch=4 --student_base_tokens=20000 --student_base_batch=4
     --rl_steps=1 --rl_prompts=4 --rl_samples=4 --distill_steps=1 --distill_prompts=16 --eval_problems=2"
 
-run_train() {  # run_train NAME FLAGS..: train.py, the time from the command to the report, the report, the results
-    local began=$SECONDS name=$1; shift
-    "$PYTHON" train.py --out="$WORK/$name" "$@" || return
+run_train() {  # run_train NAME FLAGS..: train.py, its time and the GPU's memory, then the report and the results
+    local began=$SECONDS name=$1 watcher=; shift
+    if command -v nvidia-smi > /dev/null; then
+        nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits --loop=1 > "$WORK/memory" & watcher=$!
+    fi
+    "$PYTHON" train.py --out="$WORK/$name" "$@"
+    local code=$?
+    if [ "$watcher" ]; then kill "$watcher" 2> /dev/null; fi
+    if [ $code != 0 ]; then return $code; fi
     echo "from the command to the report: $((SECONDS - began)) s"
+    if [ "$watcher" ]; then echo "most memory of the GPU in use: $(sort -n "$WORK/memory" | tail -n 1) MiB"; fi
     cat "$WORK/$name/report.md" "$WORK/$name/results.json"
 }
 

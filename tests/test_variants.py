@@ -5,7 +5,6 @@ import doctest
 import functools
 import importlib
 import inspect
-import json
 import math
 import textwrap
 from types import SimpleNamespace
@@ -13,6 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import cells
+import tables
 import train
 import variants
 from data.arithmetic import Arithmetic, parse
@@ -308,13 +309,10 @@ def test_ours_is_zero(quick, tmp_path):
 
 def test_a_variant_in_a_folder(quick, tmp_path, capsys):
     """A variant must appear beside base in the results, refuse flags for its own settings and for those that it does
-    not use, and give --table and --figure what they need."""
+    not use."""
     copy_files(quick, tmp_path, "base.pt", "results.json")
     assert variants.main(["dapo", *QUICK, "--eval_every=2", f"--out={tmp_path}"]) == 0
     assert "dapo" in results(tmp_path)["models"]
-    cell = variants.collect(tmp_path, "dapo")
-    assert len(cell["rows"]["accuracy"]) == 5 and cell["settings"]["clip_high"] == 0.28
-    assert [i for i, v in enumerate(cell["rows"]["heldout_accuracy"], 1) if v is not None] == [2, 4, 5]
     capsys.readouterr()
     assert variants.main(["dapo", "--clip_high=0.3", f"--out={tmp_path}"]) == 2
     assert capsys.readouterr().err == "variants.py: dapo sets clip_high=0.28 itself\n"
@@ -344,41 +342,23 @@ def test_reinforce_resumes_its_baseline(quick, tmp_path, monkeypatch):
     assert weights_equal(tmp_path / "whole" / "reinforce.pt", tmp_path / "cut" / "reinforce.pt")
 
 
-def test_a_run_that_diverges_is_a_result(quick, tmp_path, monkeypatch):
-    """A variant that diverges must not keep --all from the variants after it, or be run again and again."""
-    def diverge(logp, batch, cfg):
-        return (logp * math.nan).sum(), {}
-
-    copy_files(quick, tmp_path / "stress-0", "base.pt", "results.json")
-    for name, value in {"RESULTS": tmp_path / "results", "REGIMES": {"stress": []}, "COMMON": QUICK,
-                        "STAGES": {name: variants.STAGES[name] for name in ("ours", "rloo")},
-                        "VARIANTS": {"ours": Variant(loss_fn=diverge), "rloo": VARIANTS["rloo"]}}.items():
-        monkeypatch.setattr(variants, name, value)
-    assert variants.main(["--all", f"--out={tmp_path}"]) == 0
-    ours, rloo = (json.loads((tmp_path / "results" / f"stress-{name}-0.json").read_text()) for name in ("ours", "rloo"))
-    assert "ours" not in ours["models"] and rloo["models"]["rloo"]["test"]["n_problems"] == 3
-    assert 1 <= len(ours["rows"]["accuracy"]) < 5 == len(rloo["rows"]["accuracy"])
-
-
-def test_table_and_figure(tmp_path, monkeypatch):
-    """The table must have a row for each variant whose three seeds are there, and no other."""
-    monkeypatch.setattr(variants, "RESULTS", tmp_path)
-    figures = {"pass@1": 0.9, "format": 1.0, "length": 30.0}
-    for seed in variants.SEEDS:
-        for name in ("ours", "rloo"):
-            rows = {field: [None, 0.5, 0.25 * seed + 0.5] for field in variants.FIELDS}
-            cell = {"models": {name: {"test": figures, "hard": figures}}, "rows": rows, "seconds": 10.0,
-                    "settings": {"seed": seed}}
-            if (name, seed) != ("rloo", 2):
-                (tmp_path / f"stress-{name}-{seed}.json").write_text(json.dumps(cell))
-    lines = variants.table("stress").splitlines()
-    start = "| `ours` | 90.0 ± 0.0 | 90.0 ± 0.0 | 100.0 ± 0.0 | 3, never, never |"
-    assert len(lines) == 3 and lines[2].startswith(start)
-    assert variants.table("default") == ""
-    (tmp_path / "stress-ours-1.json").write_text(json.dumps(cell | {"models": {}}))
-    assert "| `ours` | diverged in 1 of 3 runs, after 3 steps |" in variants.table("stress")
+def test_table_and_figure(tmp_path):
+    """The table must say that a variant diverged, and in how many runs."""
+    figures = {"pass@1": 0.9, "pass@1_se": 0.01, "format": 1.0, "length": 30.0}
+    found = [{"models": {"zero": {"test": figures, "hard": figures}}, "seconds": 10.0,
+              "rows": {"zero": {field: [None, 0.5, 0.25 * seed + 0.5] for field in cells.KEPT}}} for seed in range(3)]
+    names = [f"stress {name}" for name in VARIANTS]
+    k = tables.Known(dict.fromkeys(names, found) | {"stress gspo": [*found[:2], found[2] | {"models": {}}]})
+    lines = tables.variants_table(k, "stress")
+    assert len(lines) == len(VARIANTS) + 4
+    assert lines[3].startswith("| `ours` | 90.0 ± 1.0 | 90.0 ± 1.0 | 100.0 ± 0.0 | 3, never, never |")
+    assert "| `gspo` | diverged in 1 of 3 runs, after 3 steps |" in lines[3 + list(VARIANTS).index("gspo")]
+    rows = found[0]["rows"]["zero"] | {"a": [None] * 3, "b": [0.1, None, 0.3]}
+    assert tables.largest(rows, "b", "a") == 0.3 and tables.steps_to(rows["entropy"], 0.95) == math.inf
     pytest.importorskip("matplotlib")
-    variants.draw(tmp_path / "figure.png")
+    from plot import draw_variants
+    curves = {name: {"default": [[None, 0.5]], "stress": [[0.1, None]]} for name in VARIANTS}
+    draw_variants(curves, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
@@ -398,21 +378,6 @@ def code_lines(part) -> list[str]:
             node.body = node.body[1:] or [ast.Pass()]
     lines = [line.strip() for line in ast.unparse(tree).splitlines()]
     return [line for line in lines if line and not line.startswith(("def ", "class "))]
-
-
-def test_the_page_has_the_tables():
-    """docs/variants.md must show what is stored."""
-    page = (variants.ROOT / "docs" / "variants.md").read_text()
-    for regime in variants.REGIMES:
-        assert variants.table(regime) in page, f"python experiments/variants.py --table; {regime}"
-    assert all(f"| `{name}` |" in variants.table("stress") for name in VARIANTS)
-
-
-def test_steps_to():
-    """A variant that never reaches the accuracy must not count as quick."""
-    cell = {"rows": {"heldout_accuracy": [None, 0.5, None, 0.91], "kl": [0.1, None, 0.3, 0.2], "a": [None] * 4}}
-    assert variants.steps_to(cell, 0.9) == 4 and variants.steps_to(cell, 0.95) == math.inf
-    assert variants.largest(cell, "kl", "a") == 0.3
 
 
 def test_names():
