@@ -365,9 +365,11 @@ def draw(curves: dict[str, dict], path: Path, quiz: bool = False) -> list[str]:
     for i, (name, row) in enumerate(zip(names, axes.reshape(12, 3))):
         bug = BUGS[name]
         for ax, field in zip(row, ("reward", bug.field, bug.also)):
-            for key, colour, label in ((bug.control, "#8a8a8a", "correct"), (name, "#c8590b", "with the bug")):
-                values = [math.nan if v is None else float(v) for v in curves[f"{key}-0"]["rows"][field]]
-                ax.plot(range(1, len(values) + 1), values, color=colour, linewidth=1.2, label=label)
+            for run, colour, label in ((bug.control, "#8a8a8a", "correct"), (name, "#c8590b", "with the bug")):
+                for seed in (2, 1, 0) if f"{name}-1" in curves else (0,):
+                    values = [math.nan if v is None else float(v) for v in curves[f"{run}-{seed}"]["rows"][field]]
+                    ax.plot(range(1, len(values) + 1), values, color=colour, linewidth=0.4 if seed else 1.2,
+                            label=None if seed else label)
             if math.isnan(values[0]) and math.isnan(values[-1]):
                 ax.text(0.5, 0.5, "with the bug: NaN", color=colour, ha="center", transform=ax.transAxes)
             ax.set_yscale(SCALES.get(field, "linear"), **({"linthresh": 1e-5} if field == "kl" else {}))

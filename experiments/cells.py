@@ -1,5 +1,5 @@
-"""The cells of the findings and of docs/variants.md. A cell is a run of train.py, controls.py, variants.py or r1.py with
-some flags, repeated for the seeds 0, 1 and 2.
+"""The cells of the findings and of docs/variants.md. A cell is a run of train.py, controls.py, variants.py or r1.py
+with some flags, repeated for the seeds 0, 1 and 2.
 
 A cell that shares its first stages with another cell starts from the checkpoints of the other cell. Checkpoints and
 logs are in out/findings/. experiments/results/CELL-SEED.json holds what the tables and figures need, and the settings,
