@@ -303,7 +303,7 @@ def make_minibatch(rollout: Rollout, rows: Tensor, adv: Tensor, cfg, device: tor
 
     Completions with advantage 0 are skipped to save time: their only gradient is that of the KL penalty, and late in RL
     they are the majority. DeepSeekMath trains on all completions. To do so here, replace the line `live = ...` below by
-    `live = rows`; the accuracy was the same (experiments/findings.md, 9).
+    `live = rows`; the accuracy was the same (experiments/findings.md, 12).
 
     share is the number of tokens of the minibatch if normalize is "token", else its number of rows (see grpo_update).
     The skipped completions count, too.

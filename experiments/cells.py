@@ -4,8 +4,8 @@ with some flags, repeated for the seeds 0, 1 and 2.
 A cell that shares its first stages with another cell starts from the checkpoints of the other cell. Checkpoints and
 logs are in out/findings/. experiments/results/CELL-SEED.json holds what the tables and figures need, and the settings,
 the number type, the machine and the commit of the run. It is written as soon as the run is measured. A cell is run
-again if its settings, its controls or its number type have changed. findings.py is the command. There is no training
-loop in this file.
+again if its settings, its start, its controls or its number type have changed. findings.py is the command. There is no
+training loop in this file.
 """
 import json
 import os
@@ -23,10 +23,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 import r1  # noqa: E402
 import variants  # noqa: E402
-from bugs import rounded  # noqa: E402
+from bugs import rounded, write_curves  # noqa: E402
 from controls import CONTROLS  # noqa: E402
 from engine.arguments import Program, parse_args  # noqa: E402
-from engine.files import write_file  # noqa: E402
 from engine.settings import EVALUATION, names_of, settings_of, shaped_by  # noqa: E402
 from engine.tasks import make_task  # noqa: E402
 from engine.terminal import UsageError  # noqa: E402
@@ -34,7 +33,7 @@ from train import STAGES, Config  # noqa: E402
 
 SEEDS = (0, 1, 2)
 KEPT = ("accuracy", "format", "length", "length_wrong", "no_signal", "entropy", "kl", "clip_fraction_low",
-        "clip_fraction_high", "consistent", "heldout_accuracy")  # the metrics of RL that are stored for each step
+        "clip_fraction_high", "consistent", "heldout_accuracy")  # what is stored of each RL step, if it was logged
 
 
 @dataclass(frozen=True)
@@ -77,55 +76,52 @@ class Cell:
         return [f"--dtype={self.dtype}", *self.flags.split()]
 
 
-COUNTDOWN = "--task=countdown --max_number=10 --rl_max_new_tokens=104"
+COUNTDOWN = ("--task=countdown --max_number=10 --rl_max_new_tokens=104 --rl_steps=120 --rl_minibatches=2 "
+             "--kl_coef=0")  # of an earlier default
 REGIMES = {"default": "", "stress": "--rl_minibatches=16 --rl_lr=8e-4"}  # of docs/variants.md
 CELLS = {
-    # rows 1 to 10 and 12
+    # findings 1 to 10, 12 and 13
     "default": Cell(("base", "zero", "student_base", "student", "student_rl"),
                     measures=("conditional", "operations", "many_samples", "signal", "reflections", "distributions",
                               "divergence")),
-    # row 1
+    # finding 1
     "shuffled rewards": Cell(("zero",), "", "default", {"zero": "shuffled"}),
     "format alone": Cell(("zero",), "", "default", {"zero": "format_alone"}),
-    # row 3
+    # findings 3 and 9
     "sequence": Cell(("zero",), "--normalize=sequence", "default"),
     "constant": Cell(("zero",), "--normalize=constant", "default"),
-    # row 12
+    # finding 12
     "no KL": Cell(("zero",), "--kl_coef=0", "default", measures=("divergence",)),
     "KL 0.01": Cell(("zero",), "--kl_coef=0.01", "default", measures=("divergence",)),
     "KL 0.1": Cell(("zero",), "--kl_coef=0.1", "default", measures=("divergence",)),
     "all completions": Cell(("zero",), "", "default", {"zero": "all_completions"}, measures=("divergence",)),
-    # row 9
-    "two updates": Cell(("zero",), "--rl_steps=200 --rl_minibatches=2", "default"),
+    # finding 9
     "G 4": Cell(("zero",), "--rl_prompts=128 --rl_samples=4", "default"),
     "G 32": Cell(("zero",), "--rl_prompts=16 --rl_samples=32", "default"),
     "batch baseline": Cell(("zero",), "", "default", {"zero": "batch_baseline"}),
-    # row 7
+    # finding 7
     "tokens 1/4": Cell(("base", "zero"), "--base_tokens=1625000", measures=("signal",)),
-    "tokens 1/2": Cell(("base", "zero"), "--base_tokens=3250000", measures=("signal",)),
     "worked 0": Cell(("base", "zero"), "", None, {"base": "base_no_working", "zero": "zero_no_working"}, ("signal",)),
-    "worked 1/2": Cell(("base", "zero"), "", None, {"base": "base_half_working", "zero": "zero_half_working"},
-                       ("signal",)),
-    # row 4
+    # finding 4
     "countdown": Cell(("base", "zero"), COUNTDOWN, measures=("reflections",)),
     "countdown, no wait": Cell(("base", "zero"), COUNTDOWN, None, {"base": "base_no_wait", "zero": "zero_no_wait"},
                                ("reflections",)),
-    # row 6
+    # finding 6
     "short problems": Cell(("student",), "", "default", {"student": "student_short"}),
     "reverse": Cell(("student",), "--divergence=reverse", "default"),
     "jsd": Cell(("student",), "--divergence=jsd", "default"),
     "sft": Cell(("student",), "--divergence=sft", "default"),
     "on policy": Cell(("student",), "--on_policy=True", "default"),
-    # row 13
+    # finding 13, and the bases of all variants
     "float32": Cell(("base", "zero", "student_base", "student"), dtype="float32"),
-    # row 11
+    # finding 11
     "R1": Cell(("base", "zero", "dev1", "dev2", "dev3", "r1", "student_base", "student", "student_sft"),
                "--task=bilingual", is_r1=True),
     "no cold start": Cell(("dev2",), "--task=bilingual --cold_start=False", "R1", is_r1=True),
     "language 0": Cell(("dev2",), "--task=bilingual --language_weight=0", "R1", is_r1=True),
     "language 1/4": Cell(("dev2",), "--task=bilingual --language_weight=0.25", "R1", is_r1=True),
 }
-# rows 9 and 14, and docs/variants.md
+# findings 9 and 14, and docs/variants.md
 CELLS |= {f"{regime} {name}": Cell(("zero",), f"--rl_steps=60 --eval_every=5 --eval_problems=128 {flags}".rstrip(),
                                    "float32", {"zero": name}, dtype="float32", may_diverge=True)
           for regime, flags in REGIMES.items() for name in variants.VARIANTS}
@@ -134,7 +130,8 @@ CELLS |= {f"{regime} {name}": Cell(("zero",), f"--rl_steps=60 --eval_every=5 --e
 def settings(cell: Cell) -> dict:
     """The settings that shape a cell's models and their evaluation, except the seed."""
     cfg, _ = parse_args(Program(cell.table(), cell.config(), "", make_task, "findings.py"), cell.flags.split())
-    names = {name for stage in cell.stages() for name in shaped_by(cell.table(), stage)} | {*names_of(EVALUATION)}
+    names = {name for stage in cell.stages() for name in shaped_by(cell.table(), stage)}
+    names |= {*names_of(EVALUATION), "eval_every"}
     found = {name: getattr(cfg, name) for name in settings_of(cell.config()) if name in names and name != "seed"}
     for stage in cell.stages():
         if stage in variants.VARIANTS:
@@ -154,20 +151,22 @@ def slug(name: str) -> str:
 def folder(name: str, seed: int) -> Path:
     """The folder that a cell's run writes to. If the settings change, the folder changes."""
     cell = CELLS[name]
-    key = json.dumps([settings(cell), cell.controls, cell.dtype], sort_keys=True)
+    key = json.dumps([settings(cell), cell.start, cell.controls, cell.dtype], sort_keys=True)
     return OUT / f"{slug(name)}-{seed}-{zlib.crc32(key.encode()):08x}"
 
 
 def stored(name: str, seed: int) -> dict | None:
     """The stored results of a cell. None if the cell was not run, was not measured in full, or was run with other
-    settings, other controls or another number type. A setting that the file does not hold had its default."""
+    settings, another start, other controls or another number type. A setting that the file does not hold had its
+    default."""
     path = RESULTS / f"{slug(name)}-{seed}.json"
     if not path.exists():
         return None
     found, cell = json.loads(path.read_text()), CELLS[name]
     defaults = {key: setting.default for key, setting in settings_of(cell.config()).items()}
     same = all(found["settings"].get(key, defaults[key]) == value for key, value in settings(cell).items())
-    same = same and found["controls"] == cell.controls and found["machine"]["dtype"] == cell.dtype
+    same = same and (found["start"], found["controls"]) == (cell.start, cell.controls)
+    same = same and found["machine"]["dtype"] == cell.dtype
     complete = cell.may_diverge or set(found["models"]) >= set(cell.trains)
     return found if same and complete and set(found["measures"]) >= set(cell.measures) else None
 
@@ -176,6 +175,9 @@ def train(name: str, seed: int, threads: int) -> None:
     """Train a cell's models, from the checkpoints of its start. Raises UsageError if a program fails."""
     cell, out = CELLS[name], folder(name, seed)
     out.mkdir(parents=True, exist_ok=True)
+    if not (out / "commit").exists():
+        version = ["git", "describe", "--always", "--dirty"]
+        (out / "commit").write_text(subprocess.run(version, cwd=ROOT, capture_output=True, text=True).stdout)
     flags = [*cell.all_flags(), f"--seed={seed}", f"--threads={threads}", f"--out={out}"]
     if cell.start:
         parent = folder(cell.start, seed)
@@ -232,12 +234,13 @@ def collect(name: str, seed: int, threads: int) -> None:
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     cfg, made = cell.config()(**results["config"]), dict(zip(cell.trains, cell.stages()))
     of = {model: [row for row in rows if row["stage"] == stage] for model, stage in made.items()}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    seconds = [s for key, s in results["seconds"].items() if key.split()[-1] in made.values()]
+    if not seconds:  # the run diverged
+        seconds = [row["seconds"] for row in rows[-1:]]
     found = {
-        "cell": name, "seed": seed, "commit": commit.strip(),
+        "cell": name, "seed": seed, "commit": (out / "commit").read_text().strip(),
         "machine": {key: getattr(cfg, key) for key in ("device", "dtype", "compile", "threads")},
-        "settings": settings(cell), "controls": cell.controls,
-        "seconds": round(sum(s for key, s in results["seconds"].items() if key.split()[-1] in made.values())),
+        "settings": settings(cell), "start": cell.start, "controls": cell.controls, "seconds": round(sum(seconds)),
         "models": {model: results["models"][stage] for model, stage in made.items() if stage in results["models"]},
         "rows": {model: {key: [rounded(row.get(key)) for row in of[model]] for key in KEPT}
                  for model in ("zero", "dev2") if model in of},
@@ -246,7 +249,7 @@ def collect(name: str, seed: int, threads: int) -> None:
         "measures": measure(name, seed, threads),
     }
     RESULTS.mkdir(exist_ok=True)
-    write_file(RESULTS / f"{slug(name)}-{seed}.json", json.dumps(found, indent=1).encode())
+    write_curves(RESULTS / f"{slug(name)}-{seed}.json", found)
     print(f"{name}, seed {seed}: " + ", ".join(f"{k} {m['test']['pass@1']:.1%}" for k, m in found["models"].items()),
           flush=True)
 

@@ -8,9 +8,7 @@
     all_completions   zero, but the KL penalty acts on all completions, as in Algorithm 1 of DeepSeekMath (2402.03300)
     student_rl        RL on student_base instead of distillation, with as many updates on as many completions
     student_short     the student, but distilled on problems of the lengths that zero was trained on
-    student_rl_short  student_rl, but on problems of these lengths
     zero_no_working   zero from base_no_working, whose corpus has no answers with steps
-    zero_half_working zero from base_half_working, whose corpus has half as many answers with steps
     zero_no_wait      zero from base_no_wait, whose corpus has no "wait" (for --task=countdown)
 
 A control is saved as NAME.pt beside zero.pt. The stages of train.py never start from a control, but the report, --ask
@@ -126,11 +124,11 @@ def train_format_alone(run: Run, base: GPT) -> None:
     train.run_grpo(run, run.cfg, base, run.cfg.rl_steps, run.task.make_problem, reward_fn)
 
 
-def train_student_rl(run: Run, student_base: GPT, longer: bool = True) -> None:
+def train_student_rl(run: Run, student_base: GPT) -> None:
     """RL with as many updates as distillation, on as many completions per update, and with problems of the same
     lengths."""
     def make_problem(rng):
-        return run.task.make_problem(rng, longer)
+        return run.task.make_problem(rng, longer=True)
 
     updates = run.cfg.distill_steps * run.cfg.distill_epochs * run.cfg.distill_minibatches
     completions = run.cfg.distill_prompts / run.cfg.distill_minibatches  # per update
@@ -138,10 +136,6 @@ def train_student_rl(run: Run, student_base: GPT, longer: bool = True) -> None:
     cfg = replace(run.cfg, rl_prompts=prompts)
     n_steps = math.ceil(updates / cfg.rl_minibatches)
     train.run_grpo(run, cfg, student_base, n_steps, make_problem, train.reward_function(run))
-
-
-def train_student_rl_short(run: Run, student_base: GPT) -> None:
-    train_student_rl(run, student_base, longer=False)
 
 
 def train_student_short(run: Run, zero: GPT, student_base: GPT) -> None:
@@ -152,32 +146,25 @@ def train_student_short(run: Run, zero: GPT, student_base: GPT) -> None:
 # Another corpus. The class of a task has a table of response styles. A class that inherits from it has another table.
 
 
-def style_shares(styles: dict[str, float], worked: float = 1.0, wait: float = 1.0) -> dict[str, float]:
-    """The shares of the response styles after two changes. First the style "rechecked" keeps the fraction `wait` of its
-    share, and the rest goes to "worked". Then each style with steps keeps the fraction `worked`, and the rest goes to
-    "blurt".
+def without(styles: dict[str, float], gone: tuple[str, ...], instead: str) -> dict[str, float]:
+    """The shares of the response styles, if the style `instead` takes the place of the styles in `gone`.
 
-    >>> round(style_shares(arithmetic.STYLES, worked=0.0)["blurt"], 2)
+    >>> round(without(arithmetic.STYLES, arithmetic.WORKED, "blurt")["blurt"], 2)
     0.84
     """
-    styles = dict(styles)
-    for style, kept, instead in [("rechecked", wait, "worked"), *((w, worked, "blurt") for w in arithmetic.WORKED)]:
-        moved = styles[style] * (1 - kept)
-        styles[style] -= moved
-        styles[instead] += moved
-    return styles
+    shares = dict(styles)
+    for style in gone:
+        shares[instead] += shares[style]
+        shares[style] = 0.0
+    return shares
 
 
 class NoWorking(arithmetic.Arithmetic):
-    styles = style_shares(arithmetic.STYLES, worked=0.0)
-
-
-class HalfWorking(arithmetic.Arithmetic):
-    styles = style_shares(arithmetic.STYLES, worked=0.5)
+    styles = without(arithmetic.STYLES, arithmetic.WORKED, instead="blurt")
 
 
 class NoWait(countdown.Countdown):
-    styles = style_shares(countdown.STYLES, wait=0.0)
+    styles = without(countdown.STYLES, ("rechecked",), instead="worked")
 
 
 def make_task_of(kind: type) -> Callable:
@@ -206,16 +193,12 @@ CONTROLS = {
     "student_rl":        Stage(train_student_rl, starts=("student_base",), settings=STUDENT_RL),
     "student_short":     Stage(train_student_short, starts=("zero", "student_base"),
                                settings=(Questions, DistillConfig)),
-    "student_rl_short":  Stage(train_student_rl_short, starts=("student_base",), settings=STUDENT_RL),
     "base_no_working":   train.STAGES["base"],
     "zero_no_working":   Stage(train.train_zero, starts=("base_no_working",), settings=RL),
-    "base_half_working": train.STAGES["base"],
-    "zero_half_working": Stage(train.train_zero, starts=("base_half_working",), settings=RL),
     "base_no_wait":      train.STAGES["base"],
     "zero_no_wait":      Stage(train.train_zero, starts=("base_no_wait",), settings=RL),
 }
-FORUMS = {"base_no_working": NoWorking, "zero_no_working": NoWorking, "base_half_working": HalfWorking,
-          "zero_half_working": HalfWorking, "base_no_wait": NoWait, "zero_no_wait": NoWait}
+FORUMS = {"base_no_working": NoWorking, "zero_no_working": NoWorking, "base_no_wait": NoWait, "zero_no_wait": NoWait}
 
 
 def needed(name: str, stages: dict[str, Stage]) -> list[str]:

@@ -50,7 +50,8 @@ def complete(k: Known, key: str) -> bool:
     """Whether all cells of a finding, or of the variants, are stored. If not, say which are missing."""
     missing = [cell for cell in CELLS_OF[key] if cell not in k.cells]
     if missing:
-        print(f"{key} is left out: {', '.join(missing)} has not been run")
+        name = key if key == "variants" else f"finding {key}"
+        print(f"{name}: left out, because these have not been run: {', '.join(missing)}")
     return not missing
 
 
@@ -63,10 +64,12 @@ def blocks(k: Known) -> dict[str, list[str]]:
         measured, holds, tables = row.measure(k)
         rows.append([n, row.claim, row.bar, measured, "**holds**" if holds else "**does not hold**"])
         found |= tables
+        starts = [CELLS[cell].start for cell in row.cells if CELLS[cell].start]
+        cells = tuple(dict.fromkeys([*starts, *row.cells]))  # with the runs that others start from
         found[f"{n} runs"] = [
-            "", f"`python experiments/findings.py --only={n}` takes {minutes(k, row.cells):.0f} minutes of one thread, "
+            "", f"`python experiments/findings.py --only={n}` takes {minutes(k, cells):.0f} minutes of one thread, "
             "for these runs with seeds 0, 1 and 2:", "",
-            *(f"    {line}" for cell in row.cells for line in shown(CELLS[cell])), ""]
+            *(f"    {line}" for cell in cells for line in shown(CELLS[cell])), ""]
     machines = {"{device}, {dtype}".format(**cell["machine"]) for cells in k.cells.values() for cell in cells}
     found["summary"] = [*table(["#", "claim", "bar", "measured", "verdict"], rows),
                         f"All runs together took {minutes(k, tuple(k.cells)) / 60:.1f} hours of training and "
@@ -106,8 +109,10 @@ def main(argv: list[str]) -> int:
     try:
         options = parser.parse_args(argv)
         if options.figure:
-            from plot import draw_variants  # matplotlib is needed for this alone
             k = known()
+            if not complete(k, "variants"):
+                return 2
+            from plot import draw_variants  # matplotlib is needed for this alone
             curves = {name: {regime: k.values(f"{regime} {name}", "rows", "zero", "heldout_accuracy")
                              for regime in REGIMES} for name in VARIANTS}
             draw_variants(curves, ROOT / "experiments/variants.png")

@@ -40,7 +40,9 @@ run_train() {  # run_train NAME FLAGS..: train.py, its time and the GPU's memory
     if [ "$watcher" ]; then kill "$watcher" 2> /dev/null; fi
     if [ $code != 0 ]; then return $code; fi
     echo "from the command to the report: $((SECONDS - began)) s"
-    if [ "$watcher" ]; then echo "most memory of the GPU in use: $(sort -n "$WORK/memory" | tail -n 1) MiB"; fi
+    if [ "$watcher" ]; then
+        echo "most memory of the GPU in use, MiB: $(grep -xE '[0-9]+' "$WORK/memory" | sort -n | tail -n 1)"
+    fi
     cat "$WORK/$name/report.md" "$WORK/$name/results.json"
 }
 

@@ -31,7 +31,6 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
-import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import controls  # noqa: E402

@@ -80,7 +80,7 @@ def test_a_bug_is_short():
 
 # The page and the stored curves
 
-# Their curves with seed 0 differ little from the correct ones, so they have two seeds more.
+# One run does not tell their harm, so they have two seeds more.
 WITH_SEEDS = ("pad_is_stop", "temperature", "batch_baseline", "answer_in_thought", "gradients_kept")
 
 
@@ -121,6 +121,14 @@ def test_the_figure(tmp_path):
     assert sorted(names) == sorted(BUGS) != names and "A" in titles
     assert not any(bug.symptom in title for bug in BUGS.values() for title in titles)
     plt.close("all")
+
+
+def test_a_figure_of_some_seeds(tmp_path):
+    """A curve with another seed, whose control has none, must not keep the others from being drawn."""
+    pytest.importorskip("matplotlib")
+    curves = bugs.read_curves(CURVES)
+    bugs.draw(curves | {"k1-1": curves["k1-0"]}, tmp_path / "bugs.png")
+    assert (tmp_path / "bugs.png").exists()
 
 
 def test_stored_curves_are_read_again(tmp_path):

@@ -11,10 +11,10 @@ import torch
 
 import controls
 import train
-from controls import (CONTROLS, FORUMS, HalfWorking, NoWait, NoWorking, all_completions, batch_baseline, make_task_of,
-                      run_grpo_with, shuffled, style_shares, usual)
+from controls import (CONTROLS, FORUMS, NoWait, NoWorking, all_completions, batch_baseline, make_task_of,
+                      run_grpo_with, shuffled, usual, without)
 from data import countdown
-from data.arithmetic import STYLES, Arithmetic, parse
+from data.arithmetic import WORKED, Arithmetic, parse
 from data.countdown import Countdown
 from data.tokenizer import get_tokenizer
 from engine.command import run_command
@@ -255,8 +255,8 @@ def test_finished_run_may_gain_the_control(quick, tmp_path):
 
 
 def test_who_is_asked_longer_problems(quick, tmp_path, monkeypatch):
-    """student_rl must train on as many problems as the student, of the same lengths. student_short and student_rl_short
-    must not train on longer problems."""
+    """student_rl must train on as many problems as the student, of the same lengths. student_short must not
+    train on longer problems."""
     asked = {}
 
     def recorded(step, model_of):
@@ -270,7 +270,7 @@ def test_who_is_asked_longer_problems(quick, tmp_path, monkeypatch):
     copy_files(quick, tmp_path, "base.pt", "zero.pt", "student_base.pt", "results.json")
     few = [*QUICK, "--distill_steps=1", "--distill_epochs=4", f"--out={tmp_path}"]
     n = 4 * 64 // 8  # problems in RL: 4 epochs on 64 completions, with 8 completions of each problem
-    expected = {"student_rl": ("RL", n, 6), "student_short": ("distillation", 64, 4), "student_rl_short": ("RL", n, 4)}
+    expected = {"student_rl": ("RL", n, 6), "student_short": ("distillation", 64, 4)}
     for name, (how, n_problems, most) in expected.items():
         asked.clear()
         assert controls.main([name, *few]) == 0
@@ -281,33 +281,18 @@ def test_who_is_asked_longer_problems(quick, tmp_path, monkeypatch):
 # Another corpus
 
 
-@pytest.mark.parametrize("worked, wait", [(1.0, 1.0), (0.5, 0.0), (0.0, 1.0), (0.5, 0.5)])
-def test_styles_can_be_thinned_out(assert_frequencies, worked, wait):
+def test_styles_without_some():
     """The corpus of a control must lack the answers that it should lack, and the shares of the styles must still add up
     to 1."""
-    class Thinned(Arithmetic):
-        styles = style_shares(STYLES, worked, wait)
-
-    rng, task = random.Random(1), Thinned()
-    threads = [task.write_thread(rng) for _ in range(4_000)]
-    shares = dict(STYLES)
-    shares["worked"] += (1 - wait) * STYLES["rechecked"]
-    shares["rechecked"] *= wait
-    for style in ("plain working", "lost tag", "worked", "rechecked"):
-        shares["blurt"] += (1 - worked) * shares[style]
-        shares[style] *= worked
-    assert abs(sum(task.styles.values()) - 1) < 1e-9
-    assert list(task.styles) == list(STYLES) and task.styles == pytest.approx(shares)
-    assert_frequencies([sum(style == s for _, style, _ in threads) for s in STYLES], list(shares.values()))
-    assert any("=" in text for text, _, _ in threads) == (worked > 0)
-    assert any("wait" in text for text, _, _ in threads) == (worked * wait > 0)
-
-
-def test_a_corpus_without_waiting_has_none():
-    """The corpus of the control must not contain a "wait"."""
     class NoWorkingCountdown(Countdown):
-        styles = style_shares(countdown.STYLES, worked=0.0)
+        styles = without(countdown.STYLES, countdown.WORKED, instead="blurt")
 
+    for task, gone, instead in ((NoWorking(), WORKED, "blurt"), (NoWait(), ("rechecked",), "worked")):
+        styles = type(task).__base__.styles
+        assert abs(sum(task.styles.values()) - 1) < 1e-9 and list(task.styles) == list(styles)
+        for style, share in task.styles.items():
+            assert share == pytest.approx(0.0 if style in gone else styles[style] + (style == instead) * sum(
+                styles[other] for other in gone))
     for task in (NoWait(), NoWorkingCountdown()):
         text = get_tokenizer().decode(task.make_corpus(200_000, seed=0).tolist())
         assert "wait" not in text
@@ -316,8 +301,6 @@ def test_a_corpus_without_waiting_has_none():
 
 @pytest.mark.parametrize("task, checksums", [
     (Arithmetic(), (1355343497, 3262133460, 3565092883)), (NoWorking(), (90315686, 3266770397, 2727052250)),
-    (HalfWorking(), (3510444019, 1482379538, 1185826292)),
-    (HalfWorking(6, 99, 20, True), (1084972955, 1303766068, 2398379646)),
     (Countdown(), (2633002514, 3604116091, 4100066674)), (NoWait(), (2008780298, 2299350909, 1807971703))])
 def test_corpora_are_those_of_the_figures(task, checksums):
     """A change of a corpus must be noticed: README and the findings on countdown are about these."""
@@ -329,12 +312,12 @@ def test_a_control_makes_a_base_of_its_own_first(quick, tmp_path):
     """The base of the control must not be trained on train.py's corpus, which this process keeps from an earlier test.
     It must not replace train.py's base, and RL must start from it."""
     few = [*QUICK, "--base_tokens=10000", "--rl_steps=1", f"--out={tmp_path}"]
-    assert controls.main(["zero_half_working", *few]) == 0
-    assert {path.name for path in tmp_path.glob("*.pt")} == {"base_half_working.pt", "zero_half_working.pt"}
-    assert list(results(tmp_path)["models"]) == ["base_half_working", "zero_half_working"]
-    assert {type(task.task) for task, *_ in MADE if hasattr(task, "task")} >= {Arithmetic, HalfWorking}
-    assert list(dict.fromkeys(row["stage"] for row in rows(tmp_path))) == ["base_half_working", "zero_half_working"]
-    assert controls.main(["zero_half_working", *few]) == 0 and len(rows(tmp_path)) == 20, "nothing is made again"
+    assert controls.main(["zero_no_working", *few]) == 0
+    assert {path.name for path in tmp_path.glob("*.pt")} == {"base_no_working.pt", "zero_no_working.pt"}
+    assert list(results(tmp_path)["models"]) == ["base_no_working", "zero_no_working"]
+    assert {type(task.task) for task, *_ in MADE if hasattr(task, "task")} >= {Arithmetic, NoWorking}
+    assert list(dict.fromkeys(row["stage"] for row in rows(tmp_path))) == ["base_no_working", "zero_no_working"]
+    assert controls.main(["zero_no_working", *few]) == 0 and len(rows(tmp_path)) == 20, "nothing is made again"
 
 
 def test_what_a_control_starts_from():
@@ -346,7 +329,7 @@ def test_what_a_control_starts_from():
         if name.startswith("base_"):
             assert stage == train.STAGES["base"]
         assert name not in train.STAGES and all(start in train.STAGES | CONTROLS for start in stage.starts)
-    forums = {"no_working": NoWorking, "half_working": HalfWorking, "no_wait": NoWait}
+    forums = {"no_working": NoWorking, "no_wait": NoWait}
     assert FORUMS == {f"{model}_{kind}": forum for kind, forum in forums.items() for model in ("base", "zero")}
 
 

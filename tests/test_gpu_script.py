@@ -64,12 +64,12 @@ def test_all_parts_in_order_of_worth(tmp_path, fake):
 def test_the_memory_of_the_gpu_is_shown(tmp_path, fake):
     """nvidia-smi prints the memory in use each second, and the largest value counts."""
     tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/usr/bin/env bash\nprintf '%s\\n' 900 1200 1100\nsleep 60\n")
+    tool.write_text("#!/usr/bin/env bash\nprintf '%s\\n' 900 failed 1200 1100\nexec sleep 60\n")
     tool.chmod(0o755)
     fake.write_text(fake.read_text() + "sleep 1\n")  # the tool needs a moment
     path = f"{tmp_path}:{os.environ['PATH']}"
     assert run("--minutes=20", f"--out={tmp_path}/out", "default", python=fake, PATH=path).returncode == 0
-    assert "most memory of the GPU in use: 1200 MiB" in (tmp_path / "out" / "default.txt").read_text()
+    assert "most memory of the GPU in use, MiB: 1200\n" in (tmp_path / "out" / "default.txt").read_text()
 
 
 def test_a_part_that_does_not_fit_is_left_out(tmp_path, fake):
