@@ -365,10 +365,10 @@ def draw(curves: dict[str, dict], path: Path, quiz: bool = False) -> list[str]:
     names = random.Random(3).sample(list(BUGS), len(BUGS)) if quiz else list(BUGS)
     for i, (name, row) in enumerate(zip(names, axes.reshape(12, 3))):
         bug = BUGS[name]
+        more = [seed for seed in (2, 1) if {f"{name}-{seed}", f"{bug.control}-{seed}"} <= curves.keys()]
         for ax, field in zip(row, ("reward", bug.field, bug.also)):
-            seeds = [seed for seed in (2, 1) if not quiz and {f"{name}-{seed}", f"{bug.control}-{seed}"} <= curves.keys()]
             for run, colour, label in ((bug.control, "#8a8a8a", "correct"), (name, "#c8590b", "with the bug")):
-                for seed in (*seeds, 0):
+                for seed in (0,) if quiz else (*more, 0):
                     values = [math.nan if v is None else float(v) for v in curves[f"{run}-{seed}"]["rows"][field]]
                     ax.plot(range(1, len(values) + 1), values, color=colour, linewidth=0.4 if seed else 1.2,
                             label=None if seed else label)
