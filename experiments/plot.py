@@ -3,11 +3,13 @@
 Three panels show the answers to training problems over the RL steps, from OUT/log.jsonl: accuracy, format and length
 (in countdown, reflection instead of format). A dashed line shows the value of each model on test problems, from
 OUT/results.json. The fourth panel compares the models on hard problems. If OUT has the control student_rl, the figure
-shows it beside the student. The two figures in this folder are of seed 0:
+shows it beside the student. Two figures in this folder are of seed 0:
 
     arithmetic.png    python train.py && python experiments/controls.py student_rl --out=out
     countdown.png     python train.py --task=countdown --max_number=10 --rl_max_new_tokens=104 --rl_steps=120
                       --rl_minibatches=2 --kl_coef=0
+
+The third, variants.png, is drawn by python experiments/findings.py --figure.
 """
 import json
 import sys
