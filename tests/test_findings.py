@@ -79,6 +79,7 @@ def test_a_variant_that_diverges_is_a_result(small, monkeypatch):
     """A variant that diverges must be stored with the steps that it took, and must not be run again and again. Any
     other run that fails must not be stored."""
     flags = f"{FLAGS} --rl_lr=1e30"
+    cells.CELLS["first"] = Cell(("base",), FLAGS, dtype="float32")
     cells.CELLS["diverges"] = Cell(("zero",), flags, "first", {"zero": "rloo"}, dtype="float32", may_diverge=True)
     cells.run_cells(["diverges"], jobs=CORES)
     found = cells.stored("diverges", 0)
