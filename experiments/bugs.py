@@ -7,10 +7,9 @@
     python experiments/bugs.py --figure          experiments/bugs.png, from experiments/bugs.json
     python experiments/bugs.py --quiz            bugs_quiz.png, in another order, with letters for titles
 
-RL computes in float32, with --rl_minibatches=2, the other settings of the base and --seed=0 (or another). A bug that
-has seeds 1 and 2, as its control has, is drawn with all three. Each curve goes to
-out/bugs.json as soon as it is finished. --all leaves out the curves that are there already. With an --out, --table and
---figure read out/bugs.json.
+RL computes in float32, with --rl_minibatches=2, the other settings of the base and --seed=0 (or another). Each curve
+goes to out/bugs.json as soon as it is finished. --all leaves out the curves that are there already. With an --out,
+--table and --figure read out/bugs.json. The figure has the seeds 1 and 2, too, where a bug and its control have them.
 
 A bug is a patch: it replaces a public function by another, which is defined here. Most of these call the correct
 function and spoil what goes in or comes out. So a bug has a few lines, and repeats no code that may change.
@@ -301,9 +300,9 @@ def read_curves(path: Path) -> dict[str, dict]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def write_curves(path: Path, curves: dict[str, dict]) -> None:
+def write_json(path: Path, content: dict) -> None:
     """Write JSON with one line for each list."""
-    text = json.dumps(curves, indent=1)
+    text = json.dumps(content, indent=1)
     text = re.sub(r"\[[^\[\]]*\]", lambda found: " ".join(found[0].split()), text)
     write_file(path, (text + "\n").encode())
 
@@ -430,7 +429,7 @@ def main(argv: list[str]) -> int:
             if options.all and f"{name}-{options.seed}" in read_curves(path):
                 continue
             curve = train_with(name, out, options.seed, options.steps)
-            write_curves(path, read_curves(path) | {f"{name}-{options.seed}": curve})
+            write_json(path, read_curves(path) | {f"{name}-{options.seed}": curve})
     return 0
 
 

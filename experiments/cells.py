@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 import r1  # noqa: E402
 import variants  # noqa: E402
-from bugs import rounded, write_curves  # noqa: E402
+from bugs import rounded, write_json  # noqa: E402
 from controls import CONTROLS  # noqa: E402
 from engine.arguments import Program, parse_args  # noqa: E402
 from engine.settings import EVALUATION, names_of, settings_of, shaped_by  # noqa: E402
@@ -73,6 +73,7 @@ class Cell:
         return commands + [["experiments/variants.py", stage] for stage in self.stages() if stage in variants.STAGES]
 
     def all_flags(self) -> list[str]:
+        """The flags of each of these programs."""
         return [f"--dtype={self.dtype}", *self.flags.split()]
 
 
@@ -131,7 +132,7 @@ def settings(cell: Cell) -> dict:
     """The settings that shape a cell's models and their evaluation, except the seed."""
     cfg, _ = parse_args(Program(cell.table(), cell.config(), "", make_task, "findings.py"), cell.flags.split())
     names = {name for stage in cell.stages() for name in shaped_by(cell.table(), stage)}
-    names |= {*names_of(EVALUATION), "eval_every"}
+    names |= {*names_of(EVALUATION), "eval_every"}  # the tables have the quick evaluations, too
     found = {name: getattr(cfg, name) for name in settings_of(cell.config()) if name in names and name != "seed"}
     for stage in cell.stages():
         if stage in variants.VARIANTS:
@@ -249,7 +250,7 @@ def collect(name: str, seed: int, threads: int) -> None:
         "measures": measure(name, seed, threads),
     }
     RESULTS.mkdir(exist_ok=True)
-    write_curves(RESULTS / f"{slug(name)}-{seed}.json", found)
+    write_json(RESULTS / f"{slug(name)}-{seed}.json", found)
     print(f"{name}, seed {seed}: " + ", ".join(f"{k} {m['test']['pass@1']:.1%}" for k, m in found["models"].items()),
           flush=True)
 

@@ -401,16 +401,15 @@ def finding_11(k: Known) -> tuple[str, bool, Tables]:
 
 
 def finding_12(k: Known) -> tuple[str, bool, Tables]:
-    rows = [["(the base)", k.score("default", "base"), k.score("default", "base", "hard"),
-             k.score("default", "base", "hard", "maj@16"), "", ""]]
+    gains, rows = {}, [["(the base)", k.score("default", "base"), k.score("default", "base", "hard"),
+                        k.score("default", "base", "hard", "maj@16"), "", ""]]
     for name, cell in (("none", "no KL"), ("0.001 (the default)", "default"), ("0.01", "KL 0.01"), ("0.1", "KL 0.1"),
                        ("0.001, on all completions", "all completions")):
-        more = k.gain(("no KL", "zero", "hard"), (cell, "zero", "hard"))
+        gains[cell] = k.gain(("no KL", "zero", "hard"), (cell, "zero", "hard"))
         rows.append([name, k.score(cell), k.score(cell, kind="hard"), k.score(cell, kind="hard", what="maj@16"),
-                     "" if cell == "no KL" else differs(more),
+                     "" if cell == "no KL" else differs(gains[cell]),
                      f"{figure(k.values(cell, 'measures', 'divergence', 'kl')):.3f}"])
-    gain = k.gain(("no KL", "zero", "hard"), ("default", "zero", "hard"))
-    return f"{gain} points", gain.mean > gain.spread, {"12": table(
+    return f"{gains['default']} points", gains["default"].mean > gains["default"].spread, {"12": table(
         ["penalty", "pass@1 on test", "pass@1 on hard", "maj@16 on hard", "pass@1 on hard, compared with none",
          "KL divergence"], rows)}
 

@@ -134,8 +134,8 @@ def test_a_figure_of_some_seeds(tmp_path):
 def test_stored_curves_are_read_again(tmp_path):
     """JSON has no NaN, and a file with one could not be read elsewhere. A written curve must not remove another one."""
     curves = {"k1-0": {"rows": {"loss": [0.5, "nan", None]}, "pass@1": 0.25}}
-    bugs.write_curves(tmp_path / "bugs.json", curves)
-    bugs.write_curves(tmp_path / "bugs.json", bugs.read_curves(tmp_path / "bugs.json") | {"k1-1": curves["k1-0"]})
+    bugs.write_json(tmp_path / "bugs.json", curves)
+    bugs.write_json(tmp_path / "bugs.json", bugs.read_curves(tmp_path / "bugs.json") | {"k1-1": curves["k1-0"]})
     text = (tmp_path / "bugs.json").read_text()
     assert json.loads(text) == curves | {"k1-1": curves["k1-0"]} and '"loss": [ 0.5, "nan", null ]' in text
 
