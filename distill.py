@@ -19,9 +19,8 @@ A tau above 1 flattens P and Q, so that unlikely tokens count for more. It makes
 the derivative of logits / tau is tau times smaller, and so is, about, the difference of P and Q. So the loss is
 multiplied by tau^2 (Hinton et al., 1503.02531, section 2).
 
-The student learns from each completion in several epochs. RL cannot reuse samples like this, because its loss needs
-samples of the current policy, and the ratio corrects only for a few small updates. Here the target is the teacher's
-distribution. It does not depend on who sampled the tokens, so old samples stay valid.
+The student learns from each completion in several epochs. RL cannot reuse samples like this. Here the target, the
+teacher's distribution, does not depend on who sampled the tokens, so old samples stay valid.
 """
 import math
 from dataclasses import dataclass
@@ -76,10 +75,8 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 def distill_step(student: GPT, teacher: GPT, optimizer, problems: list, reward_fn, task, cfg,
                  generator: Generator | None = None, lr_scale: float = 1.0) -> Metrics:
-    """Sample one completion of each problem, then update the student on each minibatch, epoch by epoch -> metrics.
-
-    cfg is a DistillConfig, or has its fields. The other arguments are those of grpo.sample_rollout and grpo_update.
-    """
+    """Sample one completion of each problem, then update the student on each minibatch, epoch by epoch -> metrics. cfg
+    is a DistillConfig, or has its fields. The other arguments are those of grpo.sample_rollout and grpo_update."""
     # 1) sample one completion of each problem
     model = student if cfg.on_policy else teacher
     rollout = sample_rollout(model, problems, reward_fn, task, 1, cfg.rl_max_new_tokens, generator)

@@ -24,16 +24,12 @@ The loss is that of DeepSeekMath (arXiv 2402.03300), eq. 3, for token t of compl
 The functions on the right give the reasons for the 1e-4, for min and clip, and for this form of the KL. clip_low,
 clip_high and kl_coef are settings. The weights w_i, such as 1 / (number of tokens), make the sum an average.
 
-DeepSeek-R1 (2501.12948v2, eq. 1 to 3) writes one ratio for a whole completion instead, the product of the ratios of its
-tokens. (GSPO takes their geometric mean: docs/variants.md.) PPO (proximal policy optimisation), from which GRPO comes,
-trains a second network, the critic, to estimate advantages. GRPO uses the mean of the group instead.
+DeepSeek-R1 (2501.12948v2, eq. 1 to 3) writes one ratio for a whole completion. PPO (proximal policy optimisation), from
+which GRPO comes, estimates advantages with a second network, the critic. GRPO compares the completions of a group.
 
-Watch the reward, not the loss. On policy the ratio is 1 and, without the small KL term, the loss is minus a weighted
-mean of the advantages. The advantages of a group add up to 0, so this mean is near 0, for a good policy and for a bad
-one. Its gradient is not 0. The gradient of the ratio is ratio grad log pi_theta, and on policy the ratio is 1. So each
-token contributes -w_i A_i grad log pi_theta.
-
-docs/knobs.md says when to change which setting, and why. README lists the differences from the paper.
+Watch the reward, not the loss. The advantages of a group add up to 0, so the loss is near 0, for a good policy and for
+a bad one. But its gradient is not 0: on policy, each token contributes -w_i A_i grad log pi_theta. docs/knobs.md says
+more about each of these choices, and when to change a setting.
 """
 import math
 from collections import defaultdict
@@ -82,9 +78,8 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
 
     "std" divides by the standard deviation of the group, as R1 does. The 1e-4 avoids 0 / 0. If a prompt is nearly
     always or nearly never solved, the standard deviation is small. Dividing by it gives this prompt more weight than a
-    prompt that is solved half of the time. The paper on Dr. GRPO (2503.20783) calls this a bias: RL should maximise the
-    mean reward, where every prompt counts equally. So Dr. GRPO does not divide ("none"). Raises ValueError for another
-    scale, and for groups of one.
+    prompt that is solved half of the time. The paper on Dr. GRPO (2503.20783) calls this a bias, and does not divide
+    ("none"). Raises ValueError for another scale, and for groups of one.
 
     >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]]), scale="none").tolist()
     [[0.5, -0.5, -0.5, 0.5], [0.0, 0.0, 0.0, 0.0]]
@@ -108,7 +103,7 @@ def token_weights(lengths: Tensor, normalize: str, max_len: int) -> Tensor:
     more frequent (the length bias). The other two avoid this bias:
     "token" (DAPO, 2503.14476; the default) gives every token of a minibatch the same weight.
     "constant" (Dr. GRPO) gives every token the same weight in all minibatches. max_len is rl_max_new_tokens.
-    Dr. GRPO as a whole is --scale=none --normalize=constant. Raises ValueError for another name.
+    Raises ValueError for another name.
     """
     N = len(lengths)
     if normalize == "sequence":
@@ -154,9 +149,6 @@ def grpo_loss(logp: Tensor, logp_old: Tensor, logp_ref: Tensor | None, adv: Tens
         loss = loss + kl_coef * kl
         sums["kl"] = kl.detach().sum()
     return (loss * weight).sum(), sums
-
-
-# The data of a step
 
 
 @dataclass
@@ -206,16 +198,10 @@ def token_loss(logp: Tensor, batch: Batch, cfg) -> tuple[Tensor, dict[str, Tenso
                      clip_low=cfg.clip_low, clip_high=cfg.clip_high, kl_coef=cfg.kl_coef)
 
 
-# One step
-
-
 def grpo_step(policy: GPT, reference: GPT | None, optimizer, problems: list, reward_fn, task, cfg,
               generator: Generator | None = None, lr_scale: float = 1.0) -> tuple["Metrics", Rollout]:
-    """One step of GRPO on P problems -> (metrics, the rollout).
-
-    cfg is a GRPOConfig, or has its fields. lr_scale is the factor of the learning rate in this step. reward_fn and task
-    are explained in sample_rollout, the optimizer in grpo_update.
-    """
+    """One step of GRPO on P problems -> (metrics, the rollout). cfg is a GRPOConfig, or has its fields. lr_scale is the
+    factor of the learning rate in this step. sample_rollout explains reward_fn and task, grpo_update the optimizer."""
     # a) sample G completions of each prompt, and score them
     rollout = sample_rollout(policy, problems, reward_fn, task, cfg.rl_samples, cfg.rl_max_new_tokens, generator)
     # b) compare each completion with its group
@@ -255,8 +241,7 @@ def grpo_update(policy: GPT, reference: GPT | None, optimizer, rollout: Rollout,
     The optimizer is not torch's, but a small wrapper around it (docs/own.md has one of five lines). Its step(lr_scale,
     share, has_gradient) clips the gradient, updates the weights, clears the gradient, and returns the norm of the
     gradient before clipping. If has_gradient is False, it changes nothing. share matters only to several processes: it
-    is the weight of this process in the mean of their gradients. The reference may be None if kl_coef is 0. loss_fn is
-    a function like token_loss.
+    is the weight of this process in the mean of their gradients. The reference may be None if kl_coef is 0.
     """
     assert reference is not None or not cfg.kl_coef, "a KL penalty (kl_coef above 0) needs a reference"
     metrics = rollout_metrics(rollout)

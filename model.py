@@ -46,10 +46,8 @@ class GPTConfig:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (RoFormer, arXiv 2104.09864): rotate each pair (x[d], x[d + D/2]) by an angle.
-
-    x (B, H, T, D), cos and sin of the angles (T, D/2) -> (B, H, T, D).
-    """
+    """Rotary position embedding (RoFormer, arXiv 2104.09864): rotate each pair (x[d], x[d + D/2]) by an angle. x (B, H,
+    T, D), cos and sin of the angles (T, D/2) -> (B, H, T, D)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
@@ -101,19 +99,16 @@ class Block(nn.Module):
         return x + self.project(F.silu(gate) * up, "down")
 
     def project(self, x: Tensor, *names: str) -> Tensor:
-        """Apply the linear layers with these names to x, in one matrix product with their concatenated weights, which
-        is faster than several small ones. The weights are cast to the compute dtype here. As parameters they are
-        float32, because bfloat16 would round the small updates of the optimizer away."""
+        """Apply the linear layers with these names to x, in one matrix product, which is faster than several small
+        ones. As parameters the weights are float32, because bfloat16 would round small updates away."""
         weights = [getattr(self, name).weight for name in names]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         return F.linear(x, weight.to(x.dtype))
 
 
 class GPT(nn.Module):
-    """The language model: `GPT(config)(idx)` maps token ids (B, T) to logits (B, T, V).
-
-    dtype is the compute dtype (see Block). The logits have this dtype.
-    """
+    """The language model: `GPT(config)(idx)` maps token ids (B, T) to logits (B, T, V). They have the compute dtype (see
+    Block), which is `dtype`."""
     block_class = Block  # published models have other blocks (engine/pretrained/families.py)
 
     def __init__(self, config: GPTConfig, dtype: torch.dtype = torch.float32):

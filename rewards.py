@@ -22,11 +22,7 @@ rewards, because no rule can see whether a thought makes sense.
     (1.0, 1.0)
     >>> accuracy_reward("37", problem), format_reward("<think></think><answer>37</answer>")
     (0.0, 0.0)
-
-A completion without its last tag earns neither reward, even if its number is correct. ("reflection" is not rewarded. It
-says, for the log, whether the text has a word such as "wait".)
-
-    >>> rule_rewards("<think>8*7=56, 56-19=37</think><answer>37", problem)
+    >>> rule_rewards("<think>8*7=56, 56-19=37</think><answer>37", problem)  # the last tag is missing
     {'accuracy': 0.0, 'format': 0.0, 'reflection': 0.0}
 """
 import re

@@ -62,8 +62,7 @@ class StudentBase:
 @dataclass
 class Config(Machine, Files, Task, Text, Questions, Pretraining, Base, GRPOConfig, StudentBase,
              DistillConfig, Evaluation):
-    """All settings. Those of GRPO are declared in grpo.py, those of distillation in distill.py, the other imported ones
-    in engine/settings.py."""
+    """All settings. Those that this file does not declare are in grpo.py, distill.py and engine/settings.py."""
 
 
 # This file holds the stages. A stage is a function with a loop, `for step in run.steps(...)`. The lines inside the loop
@@ -125,16 +124,13 @@ def next_token_loss(model: GPT, idx: Tensor) -> Tensor:
 
 
 def train_zero(run: Run, base: GPT) -> None:
-    """Reinforcement learning from the base, by rewards alone. We make 4 updates from each of 100 rollouts. 200 rollouts
-    with 2 updates each take twice as long, because sampling is slow, and gain a point (docs/tried.md)."""
+    """Reinforcement learning from the base, by rewards alone."""
     run_grpo(run, run.cfg, base, run.cfg.rl_steps, run.task.make_problem, reward_function(run))
 
 
 def run_grpo(run: Run, cfg: Config, policy: GPT, n_steps: int, make_problem, reward_fn) -> None:
-    """Each step samples completions, scores them, compares those of a group, and updates the policy: see grpo.py.
-
-    cfg is run.cfg, or a copy with changes in r1.py. make_problem(rng) returns a random problem.
-    """
+    """Each step samples completions, scores them, compares those of a group, and updates the policy: see grpo.py. cfg is
+    run.cfg, or a copy with changes in r1.py. make_problem(rng) returns a random problem."""
     reference = run.frozen(policy) if cfg.kl_coef else None
     policy = run.fast(policy, training=True, sampling=True)
     # AdamW alone, because RL gradients are noisy. AdamW divides a mean gradient by the gradients' mean size (over 1,000
@@ -180,9 +176,7 @@ def train_student(run: Run, zero: GPT, student_base: GPT) -> None:
 def run_distillation(run: Run, cfg: Config, teacher: GPT, student: GPT, n_steps: int, make_problem,
                      reward_fn) -> None:
     """Each step samples completions of the teacher, and the student learns the teacher's probabilities: see distill.py.
-
-    cfg is run.cfg, or a copy with changes in r1.py. make_problem(rng) returns a random problem.
-    """
+    cfg and make_problem are as in run_grpo."""
     teacher = run.fast(teacher, training=cfg.divergence != "sft", sampling=not cfg.on_policy)
     student = run.fast(student, training=True, sampling=cfg.on_policy)
     optimizer = Optimizer(student, cfg.distill_adam_lr, cfg.distill_muon_lr)

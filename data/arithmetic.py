@@ -1,7 +1,7 @@
 """The default task, and the small "web" that the base model reads before RL.
 
 All problems are arithmetic expressions over + - *, and all answers are integers. By default a problem has 1 to 6
-operations, operands from 1 to 20, factors from 2 to 9, at most two factors in a product, and no parentheses.
+operations, operands from 1 to 20, factors from 2 to 9, and at most two factors in a product.
 
     User: 8*7-19
     Assistant: <think>8*7=56, 56-19=37</think><answer>37</answer>
@@ -87,65 +87,29 @@ def solve(question: str, write=write_step) -> tuple[list[str], int]:
     """Evaluate an expression from left to right, each term when it is reached -> (the texts of the steps, the value).
 
     `write` maps a step ("3*4") and its correct value to the step's text, and to the value that the next step uses.
-    Raises ValueError if the question is not an expression.
 
     >>> solve("20-3*4+1")
     (['3*4=12', '20-12=8', '8+1=9'], 9)
-    >>> solve("2-(3+4)*5")
-    (['3+4=7', '7*5=35', '2-35=-33'], -33)
     """
-    steps, unread = [], [""] + re.findall("[0-9]+|.", question)[::-1]  # the next token is the last in the list
+    steps = []
 
-    def factor() -> int:
-        if unread[-1] != "(":
-            return int(unread.pop())
-        unread.pop()
-        value = total()
-        if unread.pop() != ")":
-            raise ValueError("parentheses do not match")
+    def take_step(left: int, sign: str, right: int) -> int:
+        text, value = write(f"{left}{sign}{right}", OPERATIONS[sign](left, right))
+        steps.append(text)
         return value
 
-    def joined(signs: tuple[str, ...], operand) -> int:
-        value = operand()
-        while unread[-1] in signs:
-            sign, right = unread.pop(), operand()
-            text, value = write(f"{value}{sign}{right}", OPERATIONS[sign](value, right))
-            steps.append(text)
-        return value
-
-    def term() -> int:
-        return joined(("*",), factor)
-
-    def total() -> int:
-        return joined(("+", "-"), term)
-
-    value = total()
-    if unread != [""]:
-        raise ValueError("there is text after the expression")
-    return steps, value
+    total = 0
+    for sign, term in re.findall("([-+]?)([0-9*]+)", question):  # the first term has no sign
+        value, *factors = map(int, term.split("*"))
+        for factor in factors:
+            value = take_step(value, "*", factor)
+        total = take_step(total, sign, value) if sign else value
+    return steps, total
 
 
 def is_test(question: str) -> bool:
     """True for a tenth of all expressions. Neither the corpus nor RL ever asks these."""
     return zlib.crc32(question.encode()) % 10 == 0
-
-
-def parse(text: str, max_ops: int = 6, parentheses: bool = False) -> Problem:
-    """The problem of an expression such as "8*7-19". White space around numbers is ignored.
-
-    Raises ValueError unless the text is numbers of 1 to 3 digits (without leading zeros) joined by 1 to max_ops of + -
-    *, with parentheses only where they are allowed.
-    """
-    question = re.sub(r"\s*([-+*()])\s*", r"\1", text.strip())
-    token = r"(0|[1-9][0-9]{0,2})(?![0-9])|" + ("[-+*()]" if parentheses else "[-+*]")
-    try:
-        ops, depth = len(re.findall("[-+*]", question)), question.count("(")
-        if not (1 <= ops <= max_ops and depth <= max_ops and re.fullmatch(f"({token})+", question)):
-            raise ValueError
-        return Problem(question, str(solve(question)[1]))
-    except ValueError:
-        raise ValueError(f"{text[:60]!r} is no expression of 1 to {max_ops} operations + - * "
-                         "over numbers of 1 to 3 digits, such as 8*7-19") from None
 
 
 def near_miss(rng: random.Random, value: int) -> int:
@@ -190,10 +154,9 @@ def write_answer(rng: random.Random, question: str, style: str) -> tuple[str, in
 @dataclass(frozen=True)
 class Arithmetic:
     """The task: its prompts, reward, training problems, held-out problems and corpus (see docs/own.md)."""
-    max_ops: int = 4           # most operations in RL; the corpus and the hard problems have up to 2 more
-    max_number: int = 20       # largest number that is added or subtracted
-    max_factor: int = 9        # largest factor
-    parentheses: bool = False  # half of the problems with 2 or more operations have a sum in parentheses
+    max_ops: int = 4      # most operations in RL; the corpus and the hard problems have up to 2 more
+    max_number: int = 20  # largest number that is added or subtracted
+    max_factor: int = 9   # largest factor
 
     notes = ()                     # lines about the task to print when a run begins
     styles = STYLES                # the share of each response style in the forum
@@ -212,34 +175,31 @@ class Arithmetic:
 
     @property
     def max_prompt_tokens(self) -> int:
-        """Tokens of the longest prompt: the two speakers, the numbers, the operations, the parentheses."""
+        """Tokens of the longest prompt: the two speakers, the numbers, the operations."""
         digits = len(str(max(self.max_number, self.max_factor)))
-        parentheses = 2 if self.parentheses else 0
-        return 2 + digits * (self.max_ops + 3) + self.max_ops + 2 + parentheses
+        return 2 + digits * (self.max_ops + 3) + self.max_ops + 2
 
     def parse(self, text: str) -> Problem:
-        """The problem of an expression. Raises ValueError if it is not one of this task."""
-        return parse(text, self.max_ops + 2, self.parentheses)
-
-    def make_sum(self, rng: random.Random, n_ops: int, signs: str = "+-*") -> str:
-        """An expression without parentheses. A term is a number or a*b, never a longer product."""
-        ops = []
-        for _ in range(n_ops):
-            ops.append(rng.choice(signs.replace("*", "") if ops and ops[-1] == "*" else signs))
-        text, ops = "", ["", *ops, ""]
-        for before, after in zip(ops, ops[1:]):
-            text += before + str(rng.randint(2, self.max_factor) if "*" in (before, after)
-                                 else rng.randint(1, self.max_number))
-        return text
+        """The problem of an expression such as "8*7-19". White space around numbers is ignored. Raises ValueError
+        unless the text is numbers of 1 to 3 digits, without leading zeros, and 1 to max_ops + 2 operations."""
+        question, most = re.sub(r"\s*([-+*])\s*", r"\1", text.strip()), self.max_ops + 2
+        number = "(0|[1-9][0-9]{0,2})"
+        if not re.fullmatch(f"{number}([-+*]{number}){{1,{most}}}", question):
+            raise ValueError(f"{text[:60]!r} is no expression of 1 to {most} operations + - * "
+                             "over numbers of 1 to 3 digits, such as 8*7-19")
+        return Problem(question, str(solve(question)[1]))
 
     def make_question(self, rng: random.Random, n_ops: int) -> str:
-        """A random expression of n_ops operations, in which a sum in parentheses may replace a number."""
-        if not self.parentheses or n_ops < 2 or rng.random() < 0.5:
-            return self.make_sum(rng, n_ops)
-        inside = rng.randint(1, min(2, n_ops - 1))
-        outer, inner = self.make_sum(rng, n_ops - inside), self.make_sum(rng, inside, "+-")
-        number = rng.choice(list(re.finditer("[0-9]+", outer)))
-        return f"{outer[:number.start()]}({inner}){outer[number.end():]}"
+        """A random expression of n_ops operations. A term is a number or a*b, never a longer product."""
+        signs = []
+        for _ in range(n_ops):
+            signs.append(rng.choice("+-" if signs[-1:] == ["*"] else "+-*"))
+        text = ""
+        for before, after in zip(["", *signs], [*signs, ""]):
+            is_factor = "*" in (before, after)
+            number = rng.randint(2, self.max_factor) if is_factor else rng.randint(1, self.max_number)
+            text += f"{before}{number}"
+        return text
 
     def make_problem(self, rng: random.Random, longer: bool = False, *, n_ops: tuple[int, int] | None = None,
                      test: bool = False) -> Problem:
@@ -285,3 +245,4 @@ class Arithmetic:
 
 
 make_problem = Arithmetic().make_problem
+parse = Arithmetic().parse

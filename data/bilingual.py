@@ -45,7 +45,7 @@ def in_words(text: str) -> str:
     >>> in_words("8*7=56, 3-10=-7")
     '8 times 7 is 56, 3 minus 10 is -7'
     """
-    return re.sub("(?<=[0-9)])[-+*=]", lambda sign: WORDS[sign[0]], text)
+    return re.sub("(?<=[0-9])[-+*=]", lambda sign: WORDS[sign[0]], text)
 
 
 def in_symbols(text: str) -> str:

@@ -15,6 +15,8 @@ problems are disjoint: a hash of the target and the sorted numbers decides the s
 
     python experiments/styles.py countdown    prints each style with its share, how often it is correct, and an example
 """
+import ast
+import operator
 import random
 import re
 import zlib
@@ -23,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data import arithmetic
-from data.arithmetic import OPERATIONS, WORKED, Arithmetic, format_answer, solve
+from data.arithmetic import OPERATIONS, WORKED, Arithmetic, format_answer
 from data.corpus import write_corpus
 
 LARGEST = 99        # every value in an attempt is from 0 to LARGEST
@@ -42,6 +44,7 @@ STYLES = {          # share of each style among the forum's answers
     "rechecked": 0.10,     # <think>3+7=10, 10*4=40, 25?, wait, 3*7=21, 21+4=25, 25?</think><answer>3*7+4</answer>
 }
 
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 Attempt = tuple[tuple[str, int, int], ...]  # steps (sign, number, value reached); the first is ("", number, number)
 
 
@@ -84,9 +87,18 @@ def evaluate(expression: str, numbers: list[str]) -> int | None:
     if not re.fullmatch("[-+*()0-9]{1,100}", expression) or sorted(re.findall("[0-9]+", expression)) != sorted(numbers):
         return None
     try:
-        return solve(expression)[1]
-    except ValueError:
+        return value_of(ast.parse(expression, mode="eval").body)
+    except (SyntaxError, ValueError):
         return None
+
+
+def value_of(node: ast.expr) -> int:
+    """The value of Python's syntax tree of an expression. Raises ValueError unless it is numbers and + - * alone."""
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+        return OPERATORS[type(node.op)](value_of(node.left), value_of(node.right))
+    raise ValueError("this is no expression of numbers and + - *")
 
 
 def attempts(numbers: tuple[int, ...]) -> list[Attempt]:

@@ -1,24 +1,45 @@
-"""The batches of pretraining. The corpus is written in the background, and each rank gets its own rows of a batch."""
+"""The batches of pretraining. The corpus is written in the background and cut into rows. Each rank gets its own rows of
+a batch."""
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.corpus import corpus_rows
 from engine.parallel import rank, world_size
 
 MADE: dict = {}  # finished corpora: both bases read the same one, perhaps different numbers of its rows
 
 
 def rows_of(task, n_rows: int, length: int, seed: int, heldout: bool = False) -> tuple[Tensor, Tensor]:
-    """data.corpus.corpus_rows as tensors, kept in MADE."""
+    """corpus_rows as tensors, kept in MADE."""
     key = task, length, seed, heldout
     if key not in MADE or len(MADE[key][1]) < n_rows:
         corpus, starts = corpus_rows(task, n_rows, length, seed, heldout)
         MADE[key] = torch.from_numpy(corpus.astype(np.int32)), torch.from_numpy(starts)
     corpus, starts = MADE[key]
     return corpus, starts[:n_rows]
+
+
+def corpus_rows(task, n_rows: int, length: int, seed: int, heldout: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """The corpus, and the starts of its rows -> (token ids (n,), starts (n_rows,) of rows of `length` tokens).
+
+    A row starts with a document, so that the model sees prompts at position 0, as in RL. A row usually ends inside a
+    document. The rest of that document is skipped, unless it is long enough to fill another row.
+    """
+    n_tokens, starts = int(1.35 * n_rows * length), []  # about a quarter is skipped; if that is not enough, double it
+    while len(starts) < n_rows:
+        corpus = task.make_corpus(n_tokens, seed, heldout)
+        documents = np.append(0, np.flatnonzero(corpus == task.stop_ids[0]) + 1)  # starts of documents
+        starts, position = [], 0
+        while position + length <= len(corpus):
+            starts.append(position)
+            position += length
+            later = documents[documents.searchsorted(position):]  # those that start here or later
+            if len(later) and later[0] - position < length:  # the rest of this document does not fill a row
+                position = int(later[0])
+        n_tokens *= 2
+    return corpus, np.array(starts[:n_rows])
 
 
 class Corpus:

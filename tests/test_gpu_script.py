@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("tests", "default", "bench", "preset", "smollm2", "ranks")
+PARTS = ("tests", "default", "bench", "smollm2", "ranks")
 
 
 def run(*arguments, python=sys.executable, **environment):
@@ -53,10 +53,9 @@ def test_all_parts_in_order_of_worth(tmp_path, fake):
     assert {path.name for path in out.iterdir()} == {"summary.txt", *(f"{part}.txt" for part in PARTS)}
     calls = (tmp_path / "calls").read_text().splitlines()
     wanted = ("-m pytest -q tests/test_gpu.py", "train.py", "experiments/bench.py --only=sampling, 512 x 48",
-              "experiments/bench.py --only=grpo --dtype=bfloat16", "train.py", "experiments/smollm2.py",
+              "experiments/bench.py --only=grpo --dtype=bfloat16", "experiments/smollm2.py",
               "-m torch.distributed.run --standalone --nproc_per_node=2 train.py --preset=tiny")
     assert [call.startswith(start) for call, start in zip(calls[1:], wanted)] == [True] * len(wanted)
-    assert "--preset=gpu" in calls[5] and "--preset" not in calls[2]
     assert "report\nresults" in (out / "default.txt").read_text()
     assert "smollm2: exit code 2" in (out / "summary.txt").read_text()
 
@@ -75,10 +74,10 @@ def test_the_memory_of_the_gpu_is_shown(tmp_path, fake):
 def test_a_part_that_does_not_fit_is_left_out(tmp_path, fake):
     """A long part must not be begun and cut off, and shorter parts after it must still run."""
     out = tmp_path / "out"
-    assert run("--minutes=2", f"--out={out}", "preset", "ranks", python=fake).returncode == 0
-    preset, ranks = (out / "summary.txt").read_text().splitlines()
-    assert preset.startswith("preset: left out; it needs 5 minutes, and 1") and ranks.startswith("ranks: exit code 0")
-    assert not (out / "preset.txt").exists()
+    assert run("--minutes=2", f"--out={out}", "smollm2", "ranks", python=fake).returncode == 0
+    smollm2, ranks = (out / "summary.txt").read_text().splitlines()
+    assert smollm2.startswith("smollm2: left out; it needs 5 minutes, and 1") and ranks.startswith("ranks: exit code 0")
+    assert not (out / "smollm2.txt").exists()
 
 
 def test_a_wheel_in_pieces_is_put_together(tmp_path, fake):

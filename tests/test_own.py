@@ -10,10 +10,10 @@ import pytest
 import tiktoken
 
 from data.arithmetic import Arithmetic
-from data.corpus import corpus_rows
 from data.countdown import Countdown
 from data.own import OwnCorpus, OwnProblems, Problem, fingerprint, path_of
 from data.tokenizer import END_OF_TEXT, get_tokenizer
+from engine.corpus import corpus_rows
 from engine.evaluation import majority
 from rewards import accuracy_reward
 from tests.conftest import QUICK as SETTINGS

@@ -27,7 +27,7 @@ FOUR = "base zero student_base student"
 # the change makes stale.
 SHAPES = {
     "device dtype compile threads micro_batch save_every eval_every": "",
-    "seed task max_ops max_number max_factor parentheses init": f"{FOUR} evaluation",
+    "seed task max_ops max_number max_factor init": f"{FOUR} evaluation",
     "corpus corpus_share block_size base_muon_lr base_adam_lr": FOUR,
     "n_layer n_head n_embd base_tokens base_batch base": "base zero student",
     "student_n_layer student_n_head student_n_embd student_base_tokens student_base_batch student_init":
@@ -45,7 +45,7 @@ LATE = f"dev2 dev3 r1 {STUDENTS}"
 ALL_OF_R1 = f"base zero dev1 {LATE} student_base"
 SHAPES_OF_R1 = {
     "device dtype compile threads micro_batch save_every eval_every": "",
-    "seed task max_ops max_number max_factor parentheses init": f"{ALL_OF_R1} evaluation",
+    "seed task max_ops max_number max_factor init": f"{ALL_OF_R1} evaluation",
     "corpus corpus_share block_size base_muon_lr base_adam_lr": ALL_OF_R1,
     "n_layer n_head n_embd base_tokens base_batch base": f"base zero dev1 {LATE}",
     "student_n_layer student_n_head student_n_embd student_base_tokens student_base_batch student_init":

@@ -111,21 +111,6 @@ def test_reward_is_weighed_as_set():
         assert scores["reward"] == 10 * accuracy + 3 * well_formed
 
 
-def test_the_gpu_preset_takes_its_steps(tmp_path):
-    """Nobody can try the gpu preset on a laptop. Its prompts might not fit its rows, or its heads might not divide its
-    width. Here its full models take a few steps of each stage, on small batches."""
-    few = ["--base_batch=1", "--base_tokens=512", "--student_base_batch=1", "--student_base_tokens=256",
-           "--rl_steps=2", "--rl_prompts=2", "--rl_samples=2", "--distill_steps=1", "--distill_prompts=2",
-           "--distill_minibatches=1", "--on_policy=True", "--eval_problems=2", "--rl_max_new_tokens=7"]
-    cfg, _ = parse(["--preset=gpu"])
-    check(cfg), make_task(cfg)
-    args = ["--preset=gpu", "--device=cpu", "--dtype=float32", "--compile=off", "--threads=1", "--micro_batch=1024"]
-    assert main([*args, *few, f"--out={tmp_path}"]) == 0
-    params = {name: model["params"] for name, model in results(tmp_path)["models"].items()}
-    assert 10e6 < params["zero"] < 30e6 and params["student"] * 5 < params["zero"]
-    assert [row["stage"] for row in rows(tmp_path)] == ["base", "base", "zero", "zero", "student_base", "student"]
-
-
 def test_countdown_passes_through_every_stage(tmp_path, capsys):
     """The stages must fit another task than the default one, and --ask must use the parser of the model's own task."""
     few = ["--base_tokens=9000", "--student_base_tokens=9000", "--rl_steps=2", "--distill_steps=2", "--eval_problems=2"]
