@@ -18,8 +18,7 @@ and nothing is written outside a temporary folder. The groups of cases:
     grpo       32 prompts x 16 samples x 48 tokens, a reward, group advantages, the token-level loss with a KL penalty
                (k3), one AdamW update: our grpo_step, and a step of GRPOTrainer.train()
     distill    512 completions of 48 tokens sampled from the teacher, forward KL, one AdamW update: our distill_step,
-               and a step of GKDTrainer.train() with seq_kd (lmbda 0, beta 0). "Update alone" does not sample: both
-               sides get the completions, which our side still decodes and scores
+               and a step of GKDTrainer.train() with seq_kd (lmbda 0, beta 0)
 
 How it is measured
 1. Each side of each case runs in a process of its own, so the two sides share no memory, allocator or cache. They take
@@ -37,9 +36,6 @@ How it is measured
 4. A trainer's step is timed from the end of the previous step to its own end. So its data loading, callbacks and
    metrics count, as the metrics of grpo_step do.
 5. Peak memory is that of the whole process, including imported libraries. On a GPU it is what torch allocated there.
-6. The roof is the FLOP/s that this machine reaches in the model's matrix products alone, [rows, C] x [C, C] and so on,
-   with as many rows as our pass has. MFU (model FLOPs utilization) is the FLOP/s of our step as a share of the roof.
-   `forward_flops` counts the FLOPs of a step.
 """
 import argparse
 import dataclasses
@@ -105,12 +101,6 @@ def prompt_texts(n: int) -> list[str]:
 def prompt_ids(n: int) -> list[list[int]]:
     """The texts of prompt_texts as token ids: n lists of PROMPT ids."""
     return [ENCODING.encode_ordinary(text) for text in prompt_texts(n)]
-
-
-def given_rows() -> list[list[int]]:
-    """N rows of a prompt and a random completion, PROMPT + NEW token ids each."""
-    completions = torch.randint(VOCAB, (N, NEW), generator=torch.Generator().manual_seed(0))
-    return [prompt + completion for prompt, completion in zip(prompt_ids(N), completions.tolist())]
 
 
 def odd_characters(text: str) -> float:
@@ -220,14 +210,11 @@ def our_grpo(option: dict, turns: Turns) -> None:
     turns.take(step)
 
 
-def our_distillation(option: dict, turns: Turns, sampling: bool) -> None:
+def our_distillation(option: dict, turns: Turns) -> None:
     cfg = settings(option, rl_max_new_tokens=NEW, distill_minibatches=1, distill_epochs=1, distill_temperature=1.0)
     student = quick_model(STUDENT, option, cfg, training=True)
-    teacher = quick_model(TEACHER, option, cfg, training=True, sampling=sampling)
+    teacher = quick_model(TEACHER, option, cfg, training=True, sampling=True)
     optimizer = Optimizer(student, cfg.distill_adam_lr)
-    if not sampling:
-        completions, logp = [row[PROMPT:] for row in given_rows()], [[0.0] * NEW] * N
-        teacher.generate = lambda *_, **__: (completions, logp)
 
     def step():
         metrics = distill_step(student, teacher, optimizer, problems(N), our_reward, Endless(), cfg)
@@ -245,10 +232,12 @@ def llama(config: GPTConfig, attention: str = "sdpa"):
     from transformers import LlamaConfig, LlamaForCausalLM
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=config.vocab_size, max_position_embeddings=config.block_size, num_hidden_layers=config.n_layer,
-        num_attention_heads=config.n_head, num_key_value_heads=kv_heads(config), hidden_size=config.n_embd,
+        num_attention_heads=config.n_head, num_key_value_heads=getattr(config, "n_kv_head", config.n_head), hidden_size=config.n_embd,
         intermediate_size=config.n_hidden, rms_norm_eps=1e-5, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=None, attn_implementation=attention))
-    assert sum(p.numel() for p in model.parameters()) == n_params(config), "both models must have the same size"
+    with torch.device("meta"):  # our model without its memory, which would count in the peak of the process
+        ours = make_model(dataclasses.asdict(config))
+    assert sum(p.numel() for p in model.parameters()) == ours.n_params(), "both models must have the same size"
     return model
 
 
@@ -338,14 +327,15 @@ def peer_grpo(option: dict, turns: Turns) -> None:
         turns.train(GRPOTrainer(policy, reward, args, data, processing_class=peer_tokenizer()))
 
 
-def peer_distillation(option: dict, turns: Turns, sampling: bool) -> None:
+def peer_distillation(option: dict, turns: Turns) -> None:
     from datasets import Dataset
     from trl.experimental.gkd import GKDConfig, GKDTrainer
     student, teacher = llama(STUDENT, option["attention"]), llama(TEACHER, option["attention"])
-    data = Dataset.from_dict({"prompt": [spell(ids) for ids in prompt_ids(N)] * 32, "input_ids": given_rows() * 32,
+    rows = [ids + [0] * NEW for ids in prompt_ids(N)]  # the trainer replaces these completions by the teacher's
+    data = Dataset.from_dict({"prompt": [spell(ids) for ids in prompt_ids(N)] * 32, "input_ids": rows * 32,
                               "completion_mask": [[0] * PROMPT + [1] * NEW] * N * 32})
     with tempfile.TemporaryDirectory() as folder:
-        args = GKDConfig(**trainer_settings(option, folder, CFG.distill_adam_lr), lmbda=0.0, seq_kd=sampling, beta=0.0,
+        args = GKDConfig(**trainer_settings(option, folder, CFG.distill_adam_lr), lmbda=0.0, seq_kd=True, beta=0.0,
                          max_new_tokens=NEW)
         turns.train(GKDTrainer(student, teacher, args, train_dataset=data, processing_class=peer_tokenizer()))
 
@@ -355,35 +345,13 @@ def peer_distillation(option: dict, turns: Turns, sampling: bool) -> None:
 
 @dataclass
 class Case:
-    group: str                                # a name for --only
+    group: str                  # a name for --only
     ours: Callable[[dict, Turns], None]
     peer: Callable[[dict, Turns], None]
-    our_options: list[dict]                   # settings that each side tries, each in all compute dtypes
+    our_options: list[dict]     # settings that each side tries, each in all compute dtypes
     peer_options: list[dict]
-    work: list[tuple[GPTConfig, int, float]]  # shape of a model, rows of its products, FLOPs per step
-    tokens: int = 0                           # per step, if the table shows tokens/s instead of seconds
-    steps: int = 1                            # per turn, so that a turn is long enough to be timed
-
-
-def kv_heads(config: GPTConfig) -> int:
-    """The heads of keys and values."""
-    return getattr(config, "n_kv_head", config.n_head)
-
-
-def n_params(config: GPTConfig) -> int:
-    """The same number as GPT(config).n_params(), without making a model, whose memory would count in the peak of each
-    process."""
-    C, D = config.n_embd, config.head_size
-    attention = 2 * C * (config.n_head + kv_heads(config)) * D
-    layer = attention + 3 * C * config.n_hidden + 2 * C  # the last term is the gains of two norms
-    return config.vocab_size * C + config.n_layer * layer + C
-
-
-def forward_flops(config: GPTConfig, tokens: int, context: float) -> float:
-    """The FLOPs of a forward pass over `tokens` tokens that attend to `context` tokens on average. A parameter takes 2
-    FLOPs per token (the embedding is also the output projection). A multiplication of the two attention products takes
-    2 FLOPs too. A training pass takes three times as many FLOPs as a forward pass."""
-    return tokens * (2 * n_params(config) + 4 * config.n_layer * config.n_head * config.head_size * context)
+    tokens: int = 0  # per step, if the table shows tokens/s instead of seconds
+    steps: int = 1   # per turn, so that a turn is long enough to be timed
 
 
 ATTENTION = [dict(attention="sdpa"), dict(attention="eager")]
@@ -397,23 +365,16 @@ def sampling_case(rows: int, new: int, caches: tuple[str, ...] = ("growing cache
     group, options, steps = (("sampling", COMPILE, max(1, 8_192 // tokens)) if shape == TEACHER
                              else ("real", COMPILE[:1], 1))
     return Case(group, partial(our_sampling, **size), partial(peer_sampling, **size), options,
-                [dict(cache=cache) for cache in caches],
-                [(shape, rows, forward_flops(shape, tokens, PROMPT + new / 2))], tokens, steps)
+                [dict(cache=cache) for cache in caches], tokens, steps)
 
 
 def pretraining_case(compile: dict) -> Case:
     return Case("pretrain", our_pretraining, peer_pretraining, COMPILE, [option | compile for option in ATTENTION],
-                [(TEACHER, B * T, 3 * forward_flops(TEACHER, B * T, T / 2))], B * T, 8)
-
-
-def passes(config: GPTConfig, n: int) -> tuple[GPTConfig, int, float]:
-    """The work of n forward passes over all rows of a GRPO or distillation step."""
-    return config, CFG.micro_batch, n * forward_flops(config, N * (PROMPT + NEW), (PROMPT + NEW) / 2)
+                B * T, 8)
 
 
 TRAINER = [option | dict(rows=N) for option in ATTENTION] + [dict(attention="eager", rows=N // 4)]
-SIZES = [(16, 48), (64, 48), (256, 48), (512, 48), (1024, 48), (64, 32), (64, 64), (64, 128), (64, 256), (64, 512)]
-SAMPLED, DISTILLED = sampling_case(N, NEW).work, [passes(STUDENT, 3), passes(TEACHER, 1)]
+SIZES = [(16, 48), (64, 48), (512, 48), (1024, 48), (64, 256)]
 CASES = {f"sampling, {rows} x {new}": sampling_case(rows, new) for rows, new in SIZES} | {
     f"sampling, {rows} x {new}, peer compiled": sampling_case(rows, new, ("static cache, compiled",))
     for rows, new in ((512, 48), (64, 256))} | {
@@ -421,14 +382,8 @@ CASES = {f"sampling, {rows} x {new}": sampling_case(rows, new) for rows, new in 
     for rows, new in ((16, 48), (64, 48))} | {
     f"pretraining, {B} x {T}": pretraining_case(COMPILE[0]),
     f"pretraining, {B} x {T}, peer compiled": pretraining_case(COMPILE[1]),
-    # A training pass counts as 3 passes, the reference's as 1. With a single update, pi_old needs no pass.
-    f"GRPO iteration, {P} x {G} x {NEW}": Case("grpo", our_grpo, peer_grpo, COMPILE, TRAINER,
-                                               SAMPLED + [passes(TEACHER, 4)]),
-    f"distillation, {N} x {NEW}": Case("distill", partial(our_distillation, sampling=True),
-                                       partial(peer_distillation, sampling=True), COMPILE, TRAINER,
-                                       SAMPLED + DISTILLED),
-    "distillation, update alone": Case("distill", partial(our_distillation, sampling=False),
-                                       partial(peer_distillation, sampling=False), COMPILE, TRAINER, DISTILLED),
+    f"GRPO iteration, {P} x {G} x {NEW}": Case("grpo", our_grpo, peer_grpo, COMPILE, TRAINER),
+    f"distillation, {N} x {NEW}": Case("distill", our_distillation, peer_distillation, COMPILE, TRAINER),
 }
 
 
@@ -490,28 +445,9 @@ def quickest(side: str, name: str, dtypes: list[str], device: str) -> dict:
     return min(tried, key=lambda pair: pair[0])[1]
 
 
-def roof(config: GPTConfig, rows: int, dtype: str, device: str) -> float:
-    """The FLOP/s of the matrix products of all layers and of the output projection with this many rows: the best of a
-    few tries."""
-    C, H, D = config.n_embd, config.n_hidden, config.head_size
-    sizes = ([(C, C)] * 2 + [(C, kv_heads(config) * D)] * 2 + [(C, H)] * 2 + [(H, C)]) * config.n_layer
-    sizes.append((C, config.vocab_size))
-    make = partial(torch.randn, dtype=getattr(torch, dtype), device=device)
-    products = [(make(rows, k), make(n, k).t(), make(rows, n)) for k, n in sizes]
-    best, start = float("inf"), time.perf_counter()
-    while time.perf_counter() - start < 0.3:
-        before = time.perf_counter()
-        for x, weight, out in products:
-            torch.mm(x, weight, out=out)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - before)
-    return sum(2 * rows * k * n for k, n in sizes) / best
-
-
-def measure(name: str, sides: list[tuple[Path, str]], options: list[dict], reps: int, roofs: dict) -> list[float]:
-    """Run both sides of a case in turn, `reps` times, and print the row of the case -> the median seconds per step of
-    each side. A side is a checkout and "ours" or "peer": which functions of the checkout's bench.py to run."""
+def measure(name: str, sides: list[tuple[Path, str]], options: list[dict], reps: int) -> None:
+    """Run both sides of a case in turn, `reps` times, and print the row of the case. A side is a checkout and "ours" or
+    "peer": which functions of the checkout's bench.py to run."""
     case = CASES[name]
     pipes = [launch(checkout, side, name, [option]) for (checkout, side), option in zip(sides, options)]
     if None in [pipe.recv() for pipe in pipes]:
@@ -520,12 +456,10 @@ def measure(name: str, sides: list[tuple[Path, str]], options: list[dict], reps:
     peaks = [f"{ask(pipe, 0):,.0f}" for pipe in pipes]
     ratios, seconds = [peer / ours for ours, peer in pairs], [median(side) for side in zip(*pairs)]
     speeds = [f"{case.tokens / s:,.0f} tokens/s" if case.tokens else f"{s:.3f} s" for s in seconds]
-    ideal = sum(flops / roofs[config.n_embd, rows, options[0]["dtype"]] for config, rows, flops in case.work)
     settings = [", ".join(f"{value} rows" if key == "rows" else value for key, value in option.items()
                           if key != "device") for option in options]
     print(f"| {name} | {speeds[0]} | {speeds[1]} | {median(ratios):.2f} ({min(ratios):.2f}..{max(ratios):.2f}) | "
-          f"{' / '.join(settings)} | {ideal / seconds[0]:.0%} | {' / '.join(peaks)} MiB |", flush=True)
-    return seconds
+          f"{' / '.join(settings)} | {' / '.join(peaks)} MiB |", flush=True)
 
 
 # The command line
@@ -551,30 +485,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def compare(reps: int, only: str, dtype: str, device: str, beside: Path | None) -> None:
-    """Measure the chosen cases and print the tables."""
+    """Measure the chosen cases and print their rows."""
     dtypes = ["float32", "bfloat16"] if dtype == "best" else [dtype]
     chosen = [name for name, case in CASES.items()
               if only in ("", case.group, name) and not (beside and "peer" in name)]
     sides = [(ROOT, "ours"), (beside.resolve(), "ours") if beside else (ROOT, "peer")]
-    shapes = {(config.n_embd, rows): config for name in chosen for config, rows, _ in CASES[name].work}
-    keys = [(width, rows, dtype) for width, rows in sorted(shapes) for dtype in dtypes]
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        rates = pool.starmap(roof, [(shapes[width, rows], rows, dtype, device) for width, rows, dtype in keys])
-    roofs, seconds = dict(zip(keys, rates)), {}
-    columns = ("case", "ours", "peer", "ratio of speeds (min..max)", "settings, ours / peer", "our MFU",
+    columns = ("case", "ours", "peer", "ratio of speeds (min..max)", "settings, ours / peer",
                "peak memory, ours / peer")
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
     for name in chosen:
         options = [quickest("ours", name, dtypes, device)]
         options += options if beside else [quickest("peer", name, dtypes, device)]
-        seconds[name] = measure(name, sides, options, reps, roofs)
-        if name == "sampling, 64 x 512":
-            ours, peer = (f"{long / 512 / (short / 64):.2f} times"
-                          for long, short in zip(seconds[name], seconds["sampling, 64 x 64"]))
-            print(f"| time per token at length 512, relative to length 64 | {ours} | {peer} | | | | |", flush=True)
-    print("\n| the roof, GFLOP/s: width | rows |", " | ".join(dtypes), "|\n|---|---|" + "---|" * len(dtypes))
-    for width, rows in sorted(shapes):
-        print(f"| {width} | {rows:,} |", " | ".join(f"{roofs[width, rows, d] / 1e9:,.0f}" for d in dtypes), "|")
+        measure(name, sides, options, reps)
 
 
 def machine(device: str) -> str:

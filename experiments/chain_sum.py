@@ -24,12 +24,12 @@ from engine.terminal import UsageError
 PROBLEMS, TESTED, THREADS = 20_000, 1_000, 60_000
 
 
-def chain_sums(n: int) -> list[dict]:
+def chain_sums(n: int, max_digits: int) -> list[dict]:
     """n different entries of reasoning-gym's chain_sum, in random order. Raises UsageError if there are fewer."""
     import reasoning_gym
     found = {}
     for entry in reasoning_gym.create_dataset("chain_sum", seed=0, size=20 * n, min_terms=2, max_terms=4, min_digits=1,
-                                              max_digits=2):
+                                              max_digits=max_digits):
         found.setdefault(entry["question"], entry)
         if len(found) == n:
             return list(found.values())
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     try:
         if len(argv) != 1 or argv[0].startswith("-"):
             raise UsageError("it needs a folder to write into: python experiments/chain_sum.py DIR")
-        folder, entries = Path(argv[0]), chain_sums(PROBLEMS)
+        folder, entries = Path(argv[0]), chain_sums(PROBLEMS, max_digits=2)
         folder.mkdir(parents=True, exist_ok=True)
         problems = [{"prompt": entry["question"], "answer": entry["answer"], "split": "test" if i < TESTED else "train"}
                     for i, entry in enumerate(entries)]

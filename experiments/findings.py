@@ -8,11 +8,12 @@
 
 cells.py has the cells, which are the runs, and tables.py the tables. To resume an interrupted run, repeat the command.
 
-The sentences of the pages are written by hand. Their tables stand between the marks `<!-- NAME -->` and `<!-- end -->`.
+The sentences of the pages, claims and bars included, are written by hand. Their tables stand between the marks `<!-- NAME -->` and `<!-- end -->`.
 They are made from the stored results alone.
 """
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -21,11 +22,11 @@ from cells import CELLS, REGIMES, ROOT, SEEDS, Cell, run_cells, stored
 from engine.arguments import Parser, number
 from engine.files import write_file
 from engine.terminal import UsageError
-from tables import ROWS, Known, table, variants_table
+from tables import FINDINGS, Known, table, variants_table
 from variants import VARIANTS
 
-FINDINGS, VARIANTS_PAGE = ROOT / "experiments/findings.md", ROOT / "docs/variants.md"
-CELLS_OF = {str(n): row.cells for n, row in ROWS.items()} | {
+PAGE, VARIANTS_PAGE = ROOT / "experiments/findings.md", ROOT / "docs/variants.md"
+CELLS_OF = {str(n): finding.cells for n, finding in FINDINGS.items()} | {
     "variants": tuple(f"{regime} {name}" for regime in REGIMES for name in VARIANTS)}
 
 
@@ -55,17 +56,27 @@ def complete(k: Known, key: str) -> bool:
     return not missing
 
 
+def sections(text: str) -> dict[int, tuple[str, str]]:
+    """The claim and the bar of each section of findings.md: its heading, and the paragraph below it.
+
+    >>> sections("## 2. Votes help\\n\\n**Bar:** One point\\nor more.\\n\\nText")
+    {2: ('Votes help', 'One point or more')}
+    """
+    found = re.findall(r"^## (\d+)\. (.+)\n\n\*\*Bar:\*\* ([^*]+)\.\n\n", text, re.MULTILINE)
+    return {int(n): (claim, bar.replace("\n", " ")) for n, claim, bar in found}
+
+
 def blocks(k: Known) -> dict[str, list[str]]:
     """The tables of findings.md by their names, for the findings whose cells are all stored."""
-    found, rows = {}, []
-    for n, row in ROWS.items():
+    found, rows, written = {}, [], sections(PAGE.read_text(encoding="utf-8"))
+    for n, finding in FINDINGS.items():
         if not complete(k, str(n)):
             continue
-        measured, holds, tables = row.measure(k)
-        rows.append([n, row.claim, row.bar, measured, "**holds**" if holds else "**does not hold**"])
+        measured, holds, tables = finding.measure(k)
+        rows.append([n, *written[n], measured, "**holds**" if holds else "**does not hold**"])
         found |= tables
-        starts = [CELLS[cell].start for cell in row.cells if CELLS[cell].start]
-        cells = tuple(dict.fromkeys([*starts, *row.cells]))  # with the runs that others start from
+        starts = [CELLS[cell].start for cell in finding.cells if CELLS[cell].start]
+        cells = tuple(dict.fromkeys([*starts, *finding.cells]))  # with the runs that others start from
         found[f"{n} runs"] = [
             "", f"`python experiments/findings.py --only={n}` takes {minutes(k, cells):.0f} minutes of one thread, "
             "for these runs with seeds 0, 1 and 2:", "",
@@ -96,7 +107,7 @@ def renewed(path: Path, blocks: dict[str, list[str]]) -> str:
 
 def pages(k: Known) -> dict[Path, str]:
     """The pages with the tables of the stored cells."""
-    return {FINDINGS: renewed(FINDINGS, blocks(k)), VARIANTS_PAGE: renewed(VARIANTS_PAGE, blocks_of_variants(k))}
+    return {PAGE: renewed(PAGE, blocks(k)), VARIANTS_PAGE: renewed(VARIANTS_PAGE, blocks_of_variants(k))}
 
 
 def main(argv: list[str]) -> int:

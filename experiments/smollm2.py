@@ -17,8 +17,10 @@ import random
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
+from chain_sum import chain_sums
 from data.arithmetic import solve
 from engine.files import write_file
 from engine.terminal import UsageError
@@ -49,15 +51,13 @@ def sums(seed: int = 0) -> list[dict]:
     return rows
 
 
-def chain_sums(n: int = 2_000) -> list[dict]:
-    """n different problems of reasoning-gym's chain_sum, as rows of a problem file."""
-    import reasoning_gym
-    rows = {}
-    for entry in reasoning_gym.create_dataset("chain_sum", seed=0, size=10 * n, min_terms=2, max_terms=4, min_digits=1,
-                                              max_digits=1):
+def one_digit_chain_sums(n: int = 2_000) -> list[dict]:
+    """n different problems of chain_sum with numbers of one digit, as rows of a problem file."""
+    rows = []
+    for entry in chain_sums(n, max_digits=1):
         steps, _ = solve(entry["metadata"]["expression"].replace(" ", ""))
-        rows[entry["question"]] = {"prompt": entry["question"], "answer": entry["answer"], "solution": ", ".join(steps)}
-    return list(rows.values())[:n]
+        rows.append({"prompt": entry["question"], "answer": entry["answer"], "solution": ", ".join(steps)})
+    return rows
 
 
 def main(argv: list[str]) -> int:
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
             raise UsageError("it needs a folder to write to: python experiments/smollm2.py out/smollm2")
         folder = Path(argv[0])
         folder.mkdir(parents=True, exist_ok=True)
-        for name, rows in (("sums", sums()), ("chain_sum", chain_sums())):
+        for name, rows in (("sums", sums()), ("chain_sum", one_digit_chain_sums())):
             write_file(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
         write_model(folder / "model")
         print(f"{folder} holds model/, sums.jsonl and chain_sum.jsonl")

@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from variants import VARIANTS  # cells.py sets the path
 
@@ -101,14 +102,6 @@ def differs(gain: Figure) -> str:
 # names that they have in findings.md.
 
 Tables = dict[str, list[str]]
-
-
-@dataclass(frozen=True)
-class Row:
-    claim: str
-    bar: str                # what the figure that decides must reach
-    cells: tuple[str, ...]  # the cells that the function reads
-    measure: Callable[[Known], tuple[str, bool, Tables]]
 
 
 def finding_1(k: Known) -> tuple[str, bool, Tables]:
@@ -486,45 +479,26 @@ def variants_table(k: Known, regime: str) -> list[str]:
     return table(head, lines)
 
 
-ROWS = {
-    1: Row("RL alone raises pass@1",
-           "Zero's pass@1 on test is at least 50 points above the base's; both controls meet the bars in section 1",
-           ("default", "shuffled rewards", "format alone"), finding_1),
-    2: Row("A majority vote beats a single answer",
-           "Wherever zero's pass@1 is below 95 %, its maj@16 is at least 3 points higher", ("default",), finding_2),
-    3: Row("Answers get longer although length is not rewarded",
-           "Zero's answers to test problems are at least 1.3 times as long as the base's",
-           ("default", "format alone", "sequence", "constant"), finding_3),
-    4: Row("Reflection becomes more frequent",
-           "In countdown, zero reflects in at least 3 times as many answers as the base; the control meets the bar in "
-           "section 4", ("default", "countdown", "countdown, no wait"), finding_4),
-    5: Row("Hard problems gain most",
-           "Pass@1 gains more points at 6 operations than at 1, by more than the spread", ("default",), finding_5),
-    6: Row("Distillation beats RL on the small model",
-           "The student's pass@1, averaged over test and hard, is at least 10 points above student_rl's",
-           ("default", "short problems", "reverse", "jsd", "sft", "on policy"), finding_6),
-    7: Row("RL needs a base that sometimes succeeds",
-           "From the weakest base, zero's pass@1 ends at least 20 points lower than from the default base",
-           ("default", "tokens 1/4", "worked 0"), finding_7),
-    8: Row("With many attempts, the base beats zero",
-           "At some k up to 256, the base's pass@k is above zero's by more than the spread", ("default",), finding_8),
-    9: Row("Some details of GRPO matter",
-           "At least one of 16 changes moves pass@1 on test by more than twice the spread",
-           ("default", "sequence", "constant", "G 4", "G 32", "batch baseline",
-            *(f"default {name}" for name in VARIANTS)), finding_9),
-    10: Row("On unfamiliar problems, a student loses more than its teacher",
-            "On hard problems and on larger numbers, the student's pass@1 drops by more points than its teacher's; "
-            "both differences are larger than their spread", ("default",), finding_10),
-    11: Row("Each stage of R1 does what the paper says", "All six parts of the claim hold; section 11 lists them",
-            ("R1", "language 0", "language 1/4", "no cold start"), finding_11),
-    12: Row("A KL penalty keeps what RL does not train",
-            "Zero's pass@1 on hard problems is higher with the default's penalty than without it, by more than the "
-            "spread", ("default", "no KL", "KL 0.01", "KL 0.1", "all completions"), finding_12),
-    13: Row("bfloat16 learns as well as float32",
-            "Zero's and the student's pass@1, on test and on hard, is not lower in bfloat16 by more than the spread",
-            ("default", "float32"), finding_13),
-    14: Row("Many updates on a rollout need the clip",
-            "With 16 large updates on a rollout, zero's pass@1 on test is at least 30 points lower without the clip, "
-            "with each seed", tuple(f"{regime} {name}" for regime in ("default", "stress")
-                                    for name in ("ours", "no_clip")), finding_14),
+class Finding(NamedTuple):
+    cells: tuple[str, ...]  # the cells that the function reads
+    measure: Callable[[Known], tuple[str, bool, Tables]]
+
+
+PAIRS = tuple(f"{regime} {name}" for regime in ("default", "stress") for name in ("ours", "no_clip"))
+FINDINGS = {
+    1: Finding(("default", "shuffled rewards", "format alone"), finding_1),
+    2: Finding(("default",), finding_2),
+    3: Finding(("default", "format alone", "sequence", "constant"), finding_3),
+    4: Finding(("default", "countdown", "countdown, no wait"), finding_4),
+    5: Finding(("default",), finding_5),
+    6: Finding(("default", "short problems", "reverse", "jsd", "sft", "on policy"), finding_6),
+    7: Finding(("default", "tokens 1/4", "worked 0"), finding_7),
+    8: Finding(("default",), finding_8),
+    9: Finding(("default", "sequence", "constant", "G 4", "G 32", "batch baseline",
+                *(f"default {name}" for name in VARIANTS)), finding_9),
+    10: Finding(("default",), finding_10),
+    11: Finding(("R1", "language 0", "language 1/4", "no cold start"), finding_11),
+    12: Finding(("default", "no KL", "KL 0.01", "KL 0.1", "all completions"), finding_12),
+    13: Finding(("default", "float32"), finding_13),
+    14: Finding(PAIRS, finding_14),
 }

@@ -6,15 +6,12 @@ import importlib.util
 import io
 from collections import deque
 from functools import partial
-from multiprocessing.pool import ThreadPool
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import bench
-from engine.pretrained.families import FamilyConfig, FamilyGPT
-from model import GPT, GPTConfig
+from model import GPTConfig
 
 TINY = GPTConfig(bench.VOCAB, 64, n_layer=1, n_head=2, n_embd=16)
 
@@ -47,11 +44,10 @@ def test_another_checkout_is_run_by_its_own_code(tmp_path, capsys):
             "from speed import SECONDS\ndef serve(pipe, side, name, options):\n    pipe.send(9.0)\n"
             "    while pipe.recv():\n        pipe.send(SECONDS)\n    pipe.send(100 * SECONDS)\n")
     case, option = "pretraining, 32 x 128", {"dtype": "float32", "compile": "compiled", "device": "cpu"}
-    roofs = {(config.n_embd, rows, "float32"): 1e9 for config, rows, _ in bench.CASES[case].work}
     sides = [(tmp_path / name, "ours") for name in ("ours", "other")]
-    assert bench.measure(case, sides, [option, option], 3, roofs) == [2.0, 3.0]
+    bench.measure(case, sides, [option, option], 3)
     row = capsys.readouterr().out
-    assert "1.50 (1.50..1.50)" in row and "200 / 300 MiB" in row
+    assert "| 2,048 tokens/s | 1,365 tokens/s | 1.50 (1.50..1.50) |" in row and "200 / 300 MiB" in row
 
 
 class End:
@@ -86,22 +82,7 @@ def test_every_group_prints_its_rows(group, monkeypatch, capsys):
         cases[name] = dataclasses.replace(case, ours=ours, our_options=bench.COMPILE[:1], steps=1)
     monkeypatch.setattr(bench, "CASES", cases)
     monkeypatch.setattr(bench, "launch", served_here)
-    monkeypatch.setattr(bench, "roof", lambda *_: 1e9)
-    monkeypatch.setattr(bench.multiprocessing, "get_context", lambda method: SimpleNamespace(Pool=ThreadPool))
     bench.compare(1, group, "float32", "cpu", bench.ROOT)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.endswith(" MiB |")]
     names = [name for name, case in cases.items() if case.group == group and "peer" not in name]
     assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in names]
-
-
-def test_flops_are_those_of_the_products():
-    """Without a factor of 2, or without attention, the MFU would be wrong."""
-    config = GPTConfig(11, n_layer=2, n_head=2, n_embd=32)
-    C, H, V = 32, config.n_hidden, 11
-    products = config.n_layer * (4 * C * C + 3 * C * H) + C * V  # multiplications per token
-    attention = config.n_layer * 2 * 7 * C                       # q k^T and the sum over v, for 7 tokens to attend to
-    gains = (2 * config.n_layer + 1) * C                         # of the norms, one multiplication each
-    assert GPT(config).n_params() == bench.n_params(config) == products + gains
-    other = FamilyConfig(7, n_layer=3, n_head=4, n_embd=24, n_hidden=40, n_kv_head=2, head_size=10)
-    assert FamilyGPT(other).n_params() == bench.n_params(other)
-    assert bench.forward_flops(config, 5, 7) == 5 * 2 * (products + gains + attention)

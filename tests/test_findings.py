@@ -149,7 +149,12 @@ def test_the_tables_need_stored_results_alone(small, capsys):
     assert findings.blocks_of_variants(findings.known()) == {}
     assert findings.main(["--figure"]) == 2
     said = capsys.readouterr().out
-    assert all(f"finding {n}: left out" in said for n in findings.ROWS) and "variants: left out" in said
+    assert all(f"finding {n}: left out" in said for n in findings.FINDINGS) and "variants: left out" in said
+
+
+def test_each_finding_has_a_claim_and_a_bar():
+    """The summary must not lack a finding because its section is written differently."""
+    assert list(findings.sections(findings.PAGE.read_text(encoding="utf-8"))) == list(findings.FINDINGS)
 
 
 def test_the_committed_pages_are_what_is_stored():
@@ -171,12 +176,13 @@ def test_only_what_stands_between_the_marks_is_replaced(tmp_path):
         findings.renewed(page, blocks)
 
 
-@pytest.mark.parametrize("number", findings.ROWS)
+@pytest.mark.parametrize("number", findings.FINDINGS)
 def test_findings_name_the_cells_that_they_need(number):
     """A finding must not read a cell that --only does not run, or have more than one figure in the summary. The lines of
     a table must have the same number of columns."""
-    row = findings.ROWS[number]
-    measured, holds, found = row.measure(Known({name: [kept(name, seed) for seed in SEEDS] for name in row.cells}))
+    finding = findings.FINDINGS[number]
+    measured, holds, found = finding.measure(
+        Known({name: [kept(name, seed) for seed in SEEDS] for name in finding.cells}))
     for name, lines in found.items():
         assert name == str(number) or name.startswith(f"{number} ")
         assert len({text.replace("\\|", "").count("|") for text in lines if text}) == 1
@@ -189,7 +195,7 @@ def test_a_finding_with_a_run_that_diverged(number, cell):
     k = findings.known()
     first, *others = k.cells[cell]
     k = Known(k.cells | {cell: [first | {"models": {}}, *others]})
-    measured, _, found = findings.ROWS[number].measure(k)
+    measured, _, found = findings.FINDINGS[number].measure(k)
     assert any("| diverged |" in line for lines in found.values() for line in lines)
 
 

@@ -15,9 +15,7 @@ from data import arithmetic
 from data.arithmetic import Arithmetic
 from engine.corpus import MADE, Corpus, rows_of
 from engine.loop import Step
-from engine.settings import check
-from engine.tasks import make_task
-from tests.conftest import NAMES, QUICK, ROOT, Descent, copy, main, parse, results, rows, weights_equal
+from tests.conftest import NAMES, QUICK, ROOT, Descent, copy, main, results, rows, weights_equal
 from train import Config, pretrain, reward_function
 
 
