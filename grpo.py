@@ -24,8 +24,8 @@ The loss is that of DeepSeekMath (arXiv 2402.03300), eq. 3, for token t of compl
 The functions on the right give the reasons for the 1e-4, for min and clip, and for this form of the KL. clip_low,
 clip_high and kl_coef are settings. The weights w_i, such as 1 / (number of tokens), make the sum an average.
 
-DeepSeek-R1 (2501.12948v2, eq. 1 to 3) writes one ratio for a whole completion. PPO (proximal policy optimisation), from
-which GRPO comes, estimates advantages with a second network, the critic. GRPO compares the completions of a group.
+DeepSeek-R1 (2501.12948v2, eq. 1 to 3) and GSPO have one ratio for a whole completion: see docs/variants.md. PPO
+(proximal policy optimisation), from which GRPO comes, estimates advantages with a second network, the critic.
 
 Watch the reward, not the loss. The advantages of a group add up to 0, so the loss is near 0, for a good policy and for
 a bad one. But its gradient is not 0: on policy, each token contributes -w_i A_i grad log pi_theta. docs/knobs.md says
@@ -103,7 +103,7 @@ def token_weights(lengths: Tensor, normalize: str, max_len: int) -> Tensor:
     more frequent (the length bias). The other two avoid this bias:
     "token" (DAPO, 2503.14476; the default) gives every token of a minibatch the same weight.
     "constant" (Dr. GRPO) gives every token the same weight in all minibatches. max_len is rl_max_new_tokens.
-    Raises ValueError for another name.
+    Dr. GRPO as a whole is --scale=none --normalize=constant. Raises ValueError for another name.
     """
     N = len(lengths)
     if normalize == "sequence":

@@ -12,16 +12,16 @@ MADE: dict = {}  # finished corpora: both bases read the same one, perhaps diffe
 
 
 def rows_of(task, n_rows: int, length: int, seed: int, heldout: bool = False) -> tuple[Tensor, Tensor]:
-    """corpus_rows as tensors, kept in MADE."""
+    """What cut_rows returns, as tensors, kept in MADE."""
     key = task, length, seed, heldout
     if key not in MADE or len(MADE[key][1]) < n_rows:
-        corpus, starts = corpus_rows(task, n_rows, length, seed, heldout)
+        corpus, starts = cut_rows(task, n_rows, length, seed, heldout)
         MADE[key] = torch.from_numpy(corpus.astype(np.int32)), torch.from_numpy(starts)
     corpus, starts = MADE[key]
     return corpus, starts[:n_rows]
 
 
-def corpus_rows(task, n_rows: int, length: int, seed: int, heldout: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def cut_rows(task, n_rows: int, length: int, seed: int, heldout: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """The corpus, and the starts of its rows -> (token ids (n,), starts (n_rows,) of rows of `length` tokens).
 
     A row starts with a document, so that the model sees prompts at position 0, as in RL. A row usually ends inside a

@@ -14,7 +14,7 @@ from data.bilingual import Bilingual
 from data.corpus import PAGE_SHARE
 from data.countdown import Countdown
 from data.tokenizer import END_OF_TEXT, PIECES, get_tokenizer
-from engine.corpus import corpus_rows
+from engine.corpus import cut_rows
 from rewards import accuracy_reward, format_reward, rule_rewards
 
 TASK = Arithmetic()
@@ -277,8 +277,8 @@ def test_working_ends_in_the_answer_it_gives(threads):
 def test_a_longer_corpus_begins_with_the_shorter_one(task):
     """base_tokens must not shape the student's base. Both bases read the same corpus from its beginning, and a run with
     another base_tokens reuses the checkpoint of the student's base."""
-    short, starts = corpus_rows(task, 40, 129, 0)
-    long, more = corpus_rows(task, 90, 129, 0)
+    short, starts = cut_rows(task, 40, 129, 0)
+    long, more = cut_rows(task, 90, 129, 0)
     assert len(starts) == 40 and len(more) == 90 and np.array_equal(more[:40], starts)
     end = int(starts[-1]) + 129
     assert np.array_equal(short[:end], long[:end])

@@ -13,7 +13,7 @@ from data.arithmetic import Arithmetic
 from data.countdown import Countdown
 from data.own import OwnCorpus, OwnProblems, Problem, fingerprint, path_of
 from data.tokenizer import END_OF_TEXT, get_tokenizer
-from engine.corpus import corpus_rows
+from engine.corpus import cut_rows
 from engine.evaluation import majority
 from rewards import accuracy_reward
 from tests.conftest import QUICK as SETTINGS
@@ -291,7 +291,7 @@ def test_long_documents_fill_many_rows(tmp_path):
     """A book is one document. A run must read more of it than its first row."""
     (tmp_path / "book.txt").write_text("\n".join(f"{i} is a number, and so is {i + 1}." for i in range(3000)))
     task = OwnCorpus(Arithmetic(), str(tmp_path / "book.txt"), 1.0)
-    tokens, starts = corpus_rows(task, 240, 129, 0)
+    tokens, starts = cut_rows(task, 240, 129, 0)
     assert starts[:3].tolist() == [0, 129, 258] and len(starts) == 240
     assert len(task.tokens[False]) > 240 * 129 and len(set(tokens[starts].tolist())) > 10
 
@@ -302,13 +302,13 @@ def test_most_of_the_text_is_read(tmp_path, length):
     rng = random.Random(0)
     texts = ["".join(rng.choices("abcdefgh ", k=length)) for _ in range(60_000 // length)]
     task = OwnCorpus(Arithmetic(), write(tmp_path / "t.jsonl", [{"text": text} for text in texts]), 1.0)
-    tokens, starts = corpus_rows(task, 200, 129, 0)
+    tokens, starts = cut_rows(task, 200, 129, 0)
     read = np.zeros(len(tokens), dtype=bool)
     for start in starts.tolist():
         assert not read[start:start + 129].any(), "nothing is read twice"
         read[start:start + 129] = True
     assert read[:starts.max()].mean() > 0.5
-    more = corpus_rows(task, 900, 129, 0)[1]
+    more = cut_rows(task, 900, 129, 0)[1]
     assert len(more) == 900 and np.array_equal(more[:200], starts)
 
 
