@@ -19,8 +19,8 @@ A tau above 1 flattens P and Q, so that unlikely tokens count for more. It makes
 the derivative of logits / tau is tau times smaller, and so is, about, the difference of P and Q. So the loss is
 multiplied by tau^2 (Hinton et al., 1503.02531, section 2).
 
-The student learns from each completion in several epochs. RL cannot, because its loss needs samples of the current
-policy. Here the target is the teacher's distribution, which does not depend on who sampled the tokens.
+The student learns from each completion in several epochs. RL cannot, because its ratio corrects only for a few small
+updates. Here the target is the teacher's distribution, which does not depend on who sampled the tokens.
 """
 import math
 from dataclasses import dataclass

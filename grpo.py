@@ -13,7 +13,7 @@ Terms, for readers who know PyTorch but not RL:
     pi_ref      the reference, a frozen copy of the model that RL began with. A penalty on the Kullback-Leibler (KL)
                 divergence between policy and reference keeps the policy near the reference
 
-The loss is that of DeepSeekMath (arXiv 2402.03300), eq. 3, for token t of completion i:
+The loss is that of DeepSeekMath (arXiv 2402.03300), eq. 3, but for the weights w_i. For token t of completion i:
 
     A_i      = (r_i - mean(r)) / (std(r) + 1e-4), over the rewards r of the group        group_advantages
     ratio    = pi_theta(o_{i,t} | q, o_{i,<t}) / pi_old(o_{i,t} | q, o_{i,<t})
@@ -27,9 +27,9 @@ clip_high and kl_coef are settings. The weights w_i, such as 1 / (number of toke
 DeepSeek-R1 (2501.12948v2, eq. 1 to 3) and GSPO have one ratio for a whole completion: see docs/variants.md. PPO
 (proximal policy optimisation), from which GRPO comes, estimates advantages with a second network, the critic.
 
-Watch the reward, not the loss. The advantages of a group add up to 0, so the loss is near 0, for a good policy and for
-a bad one. But its gradient is not 0: on policy, each token contributes -w_i A_i grad log pi_theta. docs/knobs.md says
-more about each of these choices, and when to change a setting.
+Watch the reward, not the loss. The advantages of a group add up to 0, so their weighted mean, the loss, is near 0, for
+a good policy and for a bad one. Its gradient is not 0: on policy, each token contributes -w_i A_i grad log pi_theta.
+docs/knobs.md says more about each of these choices, and when to change a setting.
 """
 import math
 from collections import defaultdict
@@ -47,7 +47,7 @@ from model import GPT, token_logprobs
 class Budget:
     """The settings that GRPO and distillation share."""
     rl_max_new_tokens: int = 80   # longest completion, in tokens, in all stages
-    micro_batch: int = 0          # most tokens in a forward pass; 0: no limit (a run sets one)
+    micro_batch: int = 0          # most tokens in a forward pass; 0: no limit (a run chooses one for its device)
 
 
 @dataclass
@@ -65,7 +65,7 @@ class GRPOConfig(Budget):
     clip_low: float = 0.2         # the ratio is clipped at 1 - clip_low
     clip_high: float = 0.2        # the ratio is clipped at 1 + clip_high
     kl_coef: float = 0.001        # weight of the KL penalty; with 0 there is no reference
-    ref_every: int = 0            # steps until the reference becomes the policy; 0: never
+    ref_every: int = 0            # every so many steps, the policy is copied into the reference; 0: never
 
 
 def no_signal(rewards: Tensor) -> Tensor:
@@ -193,7 +193,7 @@ class Batch:
 
 def token_loss(logp: Tensor, batch: Batch, cfg) -> tuple[Tensor, dict[str, Tensor]]:
     """grpo_loss of a batch: logp (M,) -> (scalar loss, sums). To try another loss, write a function with these
-    arguments, and pass it to grpo_update as loss_fn. (grpo_step shows how grpo_update is called.)"""
+    arguments, and pass it to grpo_update as loss_fn, as run_grpo_with in experiments/controls.py does."""
     return grpo_loss(logp, batch.logp_old, batch.logp_ref, batch.adv, batch.weight,
                      clip_low=cfg.clip_low, clip_high=cfg.clip_high, kl_coef=cfg.kl_coef)
 
@@ -240,8 +240,8 @@ def grpo_update(policy: GPT, reference: GPT | None, optimizer, rollout: Rollout,
 
     The optimizer is not torch's, but a small wrapper around it (docs/own.md has one of five lines). Its step(lr_scale,
     share, has_gradient) clips the gradient, updates the weights, clears the gradient, and returns the norm of the
-    gradient before clipping. If has_gradient is False, it changes nothing. share matters only to several processes: it
-    is the weight of this process in the mean of their gradients. The reference may be None if kl_coef is 0.
+    gradient before clipping. If has_gradient is False, it changes nothing. If there are several processes, share is the
+    weight of this process in the mean of their gradients. The reference may be None if kl_coef is 0.
     """
     assert reference is not None or not cfg.kl_coef, "a KL penalty (kl_coef above 0) needs a reference"
     metrics = rollout_metrics(rollout)
@@ -253,9 +253,9 @@ def grpo_update(policy: GPT, reference: GPT | None, optimizer, rollout: Rollout,
     device = policy.embedding.weight.device
     split = random_minibatches(len(adv), cfg.rl_minibatches, generator)
     minibatches = [make_minibatch(rollout, rows, adv, cfg, device) for rows in split]
-    # 2) log-probabilities under pi_old and pi_ref. We do not use those of the sampler for pi_old: they are rounded
-    #    differently, and the first ratio would not be exactly 1. For the same reason we call detach() instead of
-    #    no_grad(), under which torch.compile generates code that rounds differently
+    # 2) log-probabilities under pi_old and pi_ref. Those of the sampler have a different rounding, so the first ratio
+    #    would not be 1. So we compute pi_old as the update computes pi_theta, with detach(): under no_grad(),
+    #    torch.compile would round differently
     for batches, _ in minibatches[1:]:  # the first minibatch gets its logp_old in step 3
         for batch in batches:
             batch.logp_old = token_logprobs(policy, batch.idx, batch.mask).detach()

@@ -8,7 +8,7 @@ output matrix. Shapes: B batch, T tokens, V vocabulary, H heads, D head size, C 
 
 Reinforcement learning (grpo.py) divides the probability that a token has now by the probability with which it was
 sampled. So `generate` must sample from the distribution that `token_logprobs` computes, without top-k or top-p. (In
-bfloat16 the two are rounded differently, because their matrices have other sizes. grpo.py logs the difference.)
+bfloat16 they differ a little, because they multiply matrices of different sizes. grpo.py logs the difference.)
 """
 from dataclasses import dataclass
 
@@ -100,15 +100,15 @@ class Block(nn.Module):
 
     def project(self, x: Tensor, *names: str) -> Tensor:
         """Apply the linear layers with these names to x, in one matrix product, which is faster than several small
-        ones. As parameters the weights are float32, because bfloat16 would round small updates away."""
+        ones. The weights are stored in float32, because small updates would be lost to rounding in bfloat16."""
         weights = [getattr(self, name).weight for name in names]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         return F.linear(x, weight.to(x.dtype))
 
 
 class GPT(nn.Module):
-    """The language model: `GPT(config)(idx)` maps token ids (B, T) to logits (B, T, V). They have the compute dtype (see
-    Block), which is `dtype`."""
+    """The language model: `GPT(config)(idx)` maps token ids (B, T) to logits (B, T, V). `dtype` is the compute dtype
+    (see Block), and the logits have it, too."""
     block_class = Block  # published models have other blocks (engine/pretrained/families.py)
 
     def __init__(self, config: GPTConfig, dtype: torch.dtype = torch.float32):

@@ -129,12 +129,12 @@ def train_zero(run: Run, base: GPT) -> None:
 
 
 def run_grpo(run: Run, cfg: Config, policy: GPT, n_steps: int, make_problem, reward_fn) -> None:
-    """Each step samples completions, scores them, compares those of a group, and updates the policy: see grpo.py. cfg is
-    run.cfg, or a copy with changes in r1.py. make_problem(rng) returns a random problem."""
+    """Each step samples completions, scores them, compares those of a group, and updates the policy: see grpo.py.
+    cfg is run.cfg, or a copy with changes in r1.py. make_problem(rng) returns a random problem."""
     reference = run.frozen(policy) if cfg.kl_coef else None
     policy = run.fast(policy, training=True, sampling=True)
-    # AdamW alone, because RL gradients are noisy. AdamW divides a mean gradient by the gradients' mean size (over 1,000
-    # updates with beta2=0.999), so noise makes its steps smaller. All steps of Muon have the same size.
+    # AdamW alone, because RL gradients are noisy. It divides a mean gradient by the gradients' mean size (over 1,000
+    # updates with beta2=0.999), so noise makes its steps small. All steps of Muon have the same size.
     optimizer = Optimizer(policy, cfg.rl_lr, beta2=0.999)
     state = {"model": policy, "optimizer": optimizer}  # what resume.pt saves
     if cfg.ref_every:
