@@ -193,22 +193,23 @@ class Batch:
 
 def token_loss(logp: Tensor, batch: Batch, cfg) -> tuple[Tensor, dict[str, Tensor]]:
     """grpo_loss of a batch: logp (M,) -> (scalar loss, sums). To try another loss, write a function with these
-    arguments, and pass it to grpo_update as loss_fn, as run_grpo_with in experiments/controls.py does."""
+    arguments, and pass it to grpo_step as loss_fn."""
     return grpo_loss(logp, batch.logp_old, batch.logp_ref, batch.adv, batch.weight,
                      clip_low=cfg.clip_low, clip_high=cfg.clip_high, kl_coef=cfg.kl_coef)
 
 
 def grpo_step(policy: GPT, reference: GPT | None, optimizer, problems: list, reward_fn, task, cfg,
-              generator: Generator | None = None, lr_scale: float = 1.0) -> tuple["Metrics", Rollout]:
-    """One step of GRPO on P problems -> (metrics, the rollout). cfg is a GRPOConfig, or has its fields. lr_scale is the
-    factor of the learning rate in this step. sample_rollout explains reward_fn and task, grpo_update the optimizer."""
+              generator: Generator | None = None, lr_scale: float = 1.0,
+              loss_fn=token_loss) -> tuple["Metrics", Rollout]:
+    """One step of GRPO on P problems -> (metrics, the rollout). cfg is a GRPOConfig, or has its fields. The learning
+    rate is multiplied by lr_scale. sample_rollout explains reward_fn and task, grpo_update the other arguments."""
     # a) sample G completions of each prompt, and score them
     rollout = sample_rollout(policy, problems, reward_fn, task, cfg.rl_samples, cfg.rl_max_new_tokens, generator)
     # b) compare each completion with its group
     rewards = rollout.column("reward").view(-1, cfg.rl_samples)  # (P, G)
     adv = group_advantages(rewards, cfg.scale).flatten()         # (N,)
     # c) update the policy
-    metrics = grpo_update(policy, reference, optimizer, rollout, adv, cfg, generator, lr_scale)
+    metrics = grpo_update(policy, reference, optimizer, rollout, adv, cfg, generator, lr_scale, loss_fn)
     return metrics, rollout
 
 

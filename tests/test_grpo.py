@@ -14,7 +14,7 @@ from data.arithmetic import Arithmetic, parse
 from engine.optimizer import Optimizer
 from engine.speed.fast import RoundedHidden
 from grpo import (GRPOConfig, Metrics, Rollout, group_advantages, grpo_loss, grpo_step, grpo_update, make_batch,
-                  make_minibatch, micro_batches, random_minibatches, sample_rollout, token_weights)
+                  make_minibatch, micro_batches, random_minibatches, sample_rollout, token_loss, token_weights)
 from model import GPT, token_logprobs
 from tests.conftest import Descent
 
@@ -546,12 +546,23 @@ STEP = GRPOConfig(rl_samples=8, rl_max_new_tokens=6, rl_minibatches=1, clip_low=
 QUESTIONS = ("1+2", "3*4", "20-7")
 
 
-def step(model, reward_fn, reference=None, seed=0, optimizer=None, lr_scale=1.0, **options):
+def step(model, reward_fn, reference=None, seed=0, optimizer=None, lr_scale=1.0, loss_fn=token_loss, **options):
     """grpo_step with the settings of STEP, changed by the options -> (the logged means, the rollout)."""
     metrics, rollout = grpo_step(model, reference, optimizer or Optimizer(model, adam_lr=0.01, muon_lr=0.02),
                                  [parse(q) for q in QUESTIONS], reward_fn, TASK, dataclasses.replace(STEP, **options),
-                                 torch.Generator().manual_seed(seed), lr_scale)
+                                 torch.Generator().manual_seed(seed), lr_scale, loss_fn)
     return metrics.means(), rollout
+
+
+def test_a_step_takes_a_loss_of_ones_own(make_gpt):
+    """A fork gives its loss to grpo_step. It must not be dropped on the way."""
+    def doubled(logp, batch, cfg):
+        loss, sums = token_loss(logp, batch, cfg)
+        return 2 * loss, sums
+
+    once, twice = (step(chatty(make_gpt), wordy, loss_fn=loss_fn)[0]["grad_norm"]
+                   for loss_fn in (token_loss, doubled))
+    assert once > 0 and twice == pytest.approx(2 * once)
 
 
 def wordy(text, problem):
