@@ -284,6 +284,9 @@ def grpo_update(policy: GPT, reference: GPT | None, optimizer, rollout: Rollout,
     return metrics
 
 
+# Minibatches, and what is logged
+
+
 def make_minibatch(rollout: Rollout, rows: Tensor, adv: Tensor, cfg, device: torch.device) -> tuple[list[Batch], int]:
     """These rows of a rollout as batches with advantages and weights -> (batches, share).
 
@@ -305,9 +308,6 @@ def make_minibatch(rollout: Rollout, rows: Tensor, adv: Tensor, cfg, device: tor
         batch.weight = weight[batch.row]  # (M,)
     share = int(lengths.sum()) if cfg.normalize == "token" else len(rows)
     return batches, share
-
-
-# Minibatches, and what is logged
 
 
 def random_minibatches(n: int, n_minibatches: int, generator: Generator | None) -> list[Tensor]:

@@ -1,9 +1,10 @@
 """A small Llama: the network, the log-probabilities of tokens, and sampling. This file is the whole model.
 
     x = x + attention(rmsnorm(x))
-    x = x + (silu(h Wg) * (h Wu)) Wd,  h = rmsnorm(x)
+    h = rmsnorm(x)
+    x = x + (silu(h gate) * (h up)) down
 
-As in Llama, positions are rotary and there are no biases. The second line is called SwiGLU. The embedding is also the
+As in Llama, positions are rotary and there are no biases. The last line is called SwiGLU. The embedding is also the
 output matrix. Shapes: B batch, T tokens, V vocabulary, H heads, D head size, C width (n_embd).
 
 Reinforcement learning (grpo.py) divides the probability that a token has now by the probability with which it was
