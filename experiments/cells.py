@@ -77,8 +77,7 @@ class Cell:
         return [f"--dtype={self.dtype}", *self.flags.split()]
 
 
-COUNTDOWN = ("--task=countdown --max_number=10 --rl_max_new_tokens=104 --rl_steps=120 --rl_minibatches=2 "
-             "--kl_coef=0")  # of an earlier default
+COUNTDOWN = "--task=countdown --max_number=10 --rl_max_new_tokens=104"
 REGIMES = {"default": "", "stress": "--rl_minibatches=16 --rl_lr=8e-4"}  # of docs/variants.md
 CELLS = {
     # findings 1 to 10, 12 and 13

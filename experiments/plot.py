@@ -6,8 +6,8 @@ OUT/results.json. The fourth panel compares the models on hard problems. If OUT 
 shows it beside the student. Two figures in this folder are of seed 0:
 
     arithmetic.png    python train.py && python experiments/controls.py student_rl --out=out
-    countdown.png     python train.py --task=countdown --max_number=10 --rl_max_new_tokens=104 --rl_steps=120
-                      --rl_minibatches=2 --kl_coef=0
+    countdown.png     python train.py --stage=base --task=countdown --max_number=10 --rl_max_new_tokens=104
+                      and the same with --stage=zero
 
 The third, variants.png, is drawn by python experiments/findings.py --figure.
 """
