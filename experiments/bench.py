@@ -3,7 +3,7 @@
     pip install -r experiments/requirements.txt
     python experiments/bench.py                           all cases; each row is printed as soon as it is measured
     python experiments/bench.py --only=grpo --reps=3      one group of cases: sampling, real, pretrain, grpo, distill
-    python experiments/bench.py --dtype=float32           float32 alone; by default each side takes the faster dtype
+    python experiments/bench.py --dtype=float32           by default bfloat16, if the machine has it
     python experiments/bench.py --device=cpu              cpu or cuda; by default a GPU if there is one
     python experiments/bench.py --beside=../old           the peer is another checkout of nanoR1; needs no installation
 
@@ -25,13 +25,13 @@ How it is measured
    turns: ours, peer, ours, peer. A turn is one step, or several if a step is short. While one process runs, the other
    sleeps. The ratio of speeds is computed for each pair of turns, because a slow moment of the machine slows both
    turns of a pair.
-2. Before that, each side tries its settings and keeps the fastest. Both sides try float32 and bfloat16. Our side tries
-   with and without torch.compile (the table does not count the seconds of compiling). The peer tries several kinds of
-   cache in sampling, and of attention and micro-batch in training. (In sampling, the attention "sdpa" is always the
-   faster one.) In training both sides keep float32 weights. In sampling the peer's weights have the compute dtype, as
-   is usual. The compiled peer has rows of its own, in pretraining and at two sizes of sampling, because by default
-   generate compiles on GPUs only. TRL's trainers are not compiled, because their model also generates. With --beside,
-   the other checkout runs its own experiments/bench.py, with the settings that are the fastest for our side.
+2. Both sides compute in the same dtype. Our side is compiled, as in a run. (The table does not count the seconds of
+   compiling.) The peer first tries its settings and keeps the fastest: several kinds of cache in sampling, and of
+   attention and micro-batch in training. (In sampling, the attention "sdpa" is always the faster one.) In training both
+   sides keep float32 weights. In sampling the peer's weights have the compute dtype, as is usual. The compiled peer has
+   rows of its own, in pretraining and at two sizes of sampling, because by default generate compiles on GPUs only.
+   TRL's trainers are not compiled, because their model also generates. With --beside, the other checkout runs its own
+   experiments/bench.py.
 3. Our processes configure torch's libraries as train.py does. The peers' processes keep the defaults.
 4. A trainer's step is timed from the end of the previous step to its own end. So its data loading, callbacks and
    metrics count, as the metrics of grpo_step do.
@@ -70,7 +70,7 @@ from data.arithmetic import Arithmetic
 from data.tokenizer import get_tokenizer
 from distill import distill_step
 from engine.arguments import Parser, number
-from engine.machine import tune_libraries
+from engine.machine import has_bfloat16, tune_libraries
 from engine.optimizer import Optimizer
 from engine.speed.fast import frozen, make_fast
 from engine.terminal import UsageError
@@ -79,7 +79,8 @@ from engine.pretrained.families import FamilyConfig, make_model
 from model import GPT, GPTConfig
 from train import Config, next_token_loss
 
-CFG, ENCODING = Config(micro_batch=65_536 if torch.cuda.is_available() else 4_096), get_tokenizer()
+CFG = Config(micro_batch=65_536 if torch.cuda.is_available() else 4_096, compile="on")
+ENCODING = get_tokenizer()
 VOCAB = ENCODING.n_vocab
 TEACHER = GPTConfig(VOCAB, CFG.block_size, CFG.n_layer, CFG.n_head, CFG.n_embd)
 STUDENT = GPTConfig(VOCAB, CFG.block_size, CFG.student_n_layer, CFG.student_n_head, CFG.student_n_embd)
@@ -163,9 +164,8 @@ def our_reward(completion: str, problem) -> dict[str, float]:
 
 
 def settings(option: dict, **changes) -> Config:
-    """The settings of a run on the option's device, compiled if the option says so."""
-    compile = "on" if option["compile"] == "compiled" else "off"
-    return dataclasses.replace(CFG, device=option["device"], compile=compile, **changes)
+    """The settings of a run on the option's device."""
+    return dataclasses.replace(CFG, device=option["device"], **changes)
 
 
 def quick_model(shape: GPTConfig, option: dict, cfg: Config, **passes: bool) -> GPT:
@@ -348,29 +348,25 @@ class Case:
     group: str                  # a name for --only
     ours: Callable[[dict, Turns], None]
     peer: Callable[[dict, Turns], None]
-    our_options: list[dict]     # settings that each side tries, each in all compute dtypes
-    peer_options: list[dict]
+    peer_options: list[dict]    # settings that the peer tries
     tokens: int = 0  # per step, if the table shows tokens/s instead of seconds
     steps: int = 1   # per turn, so that a turn is long enough to be timed
 
 
 ATTENTION = [dict(attention="sdpa"), dict(attention="eager")]
-COMPILE = [dict(compile="not compiled"), dict(compile="compiled")]
 
 
 def sampling_case(rows: int, new: int, caches: tuple[str, ...] = ("growing cache", "static cache"),
                   shape: GPTConfig = TEACHER) -> Case:
     size, tokens = dict(shape=shape, rows=rows, new=new), rows * new
-    # on a CPU a deep model's sampling is never compiled: see DEEP in engine/speed/fast.py
-    group, options, steps = (("sampling", COMPILE, max(1, 8_192 // tokens)) if shape == TEACHER
-                             else ("real", COMPILE[:1], 1))
-    return Case(group, partial(our_sampling, **size), partial(peer_sampling, **size), options,
+    group, steps = ("sampling", max(1, 8_192 // tokens)) if shape == TEACHER else ("real", 1)
+    return Case(group, partial(our_sampling, **size), partial(peer_sampling, **size),
                 [dict(cache=cache) for cache in caches], tokens, steps)
 
 
-def pretraining_case(compile: dict) -> Case:
-    return Case("pretrain", our_pretraining, peer_pretraining, COMPILE, [option | compile for option in ATTENTION],
-                B * T, 8)
+def pretraining_case(compile: str) -> Case:
+    options = [option | dict(compile=compile) for option in ATTENTION]
+    return Case("pretrain", our_pretraining, peer_pretraining, options, B * T, 8)
 
 
 TRAINER = [option | dict(rows=N) for option in ATTENTION] + [dict(attention="eager", rows=N // 4)]
@@ -380,10 +376,10 @@ CASES = {f"sampling, {rows} x {new}": sampling_case(rows, new) for rows, new in 
     for rows, new in ((512, 48), (64, 256))} | {
     f"sampling by SmolLM2-135M, {rows} x {new}": sampling_case(rows, new, shape=SMOLLM2)
     for rows, new in ((16, 48), (64, 48))} | {
-    f"pretraining, {B} x {T}": pretraining_case(COMPILE[0]),
-    f"pretraining, {B} x {T}, peer compiled": pretraining_case(COMPILE[1]),
-    f"GRPO iteration, {P} x {G} x {NEW}": Case("grpo", our_grpo, peer_grpo, COMPILE, TRAINER),
-    f"distillation, {N} x {NEW}": Case("distill", our_distillation, peer_distillation, COMPILE, TRAINER),
+    f"pretraining, {B} x {T}": pretraining_case("not compiled"),
+    f"pretraining, {B} x {T}, peer compiled": pretraining_case("compiled"),
+    f"GRPO iteration, {P} x {G} x {NEW}": Case("grpo", our_grpo, peer_grpo, TRAINER),
+    f"distillation, {N} x {NEW}": Case("distill", our_distillation, peer_distillation, TRAINER),
 }
 
 
@@ -431,17 +427,16 @@ def ask(pipe, steps: int) -> float | None:
     return pipe.recv()
 
 
-def quickest(side: str, name: str, dtypes: list[str], device: str) -> dict:
-    """Try a side's options for a case -> the fastest option. Raises UsageError if none works."""
-    options = [dict(device=device, dtype=dtype) | option for dtype in dtypes
-               for option in (CASES[name].peer_options if side == "peer" else CASES[name].our_options)]
-    pipe, tried = launch(ROOT, side, name, options), []
+def quickest(name: str, dtype: str, device: str) -> dict:
+    """Try the peer's options for a case -> the fastest option. Raises UsageError if none works."""
+    options = [dict(device=device, dtype=dtype) | option for option in CASES[name].peer_options]
+    pipe, tried = launch(ROOT, "peer", name, options), []
     for option in options:
         seconds = pipe.recv() and ask(pipe, CASES[name].steps)  # recv waits for the first turn, which warms up
         if seconds and ask(pipe, 0):
             tried.append((seconds, option))
     if not tried:
-        raise UsageError(f"{name}: {side} failed: the error is above")
+        raise UsageError(f"{name}: the peer failed: the error is above")
     return min(tried, key=lambda pair: pair[0])[1]
 
 
@@ -456,10 +451,10 @@ def measure(name: str, sides: list[tuple[Path, str]], options: list[dict], reps:
     peaks = [f"{ask(pipe, 0):,.0f}" for pipe in pipes]
     ratios, seconds = [peer / ours for ours, peer in pairs], [median(side) for side in zip(*pairs)]
     speeds = [f"{case.tokens / s:,.0f} tokens/s" if case.tokens else f"{s:.3f} s" for s in seconds]
-    settings = [", ".join(f"{value} rows" if key == "rows" else value for key, value in option.items()
-                          if key != "device") for option in options]
+    settings = [f"{value} rows" if key == "rows" else value for key, value in options[1].items()
+                if key not in ("device", "dtype")]
     print(f"| {name} | {speeds[0]} | {speeds[1]} | {median(ratios):.2f} ({min(ratios):.2f}..{max(ratios):.2f}) | "
-          f"{' / '.join(settings)} | {' / '.join(peaks)} MiB |", flush=True)
+          f"{', '.join(settings)} | {' / '.join(peaks)} MiB |", flush=True)
 
 
 # The command line
@@ -472,8 +467,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--reps", type=number(int, None, None), default=5, help="turns of each side")
     parser.add_argument("--only", choices=(*dict.fromkeys(case.group for case in CASES.values()), *CASES), default="",
                         help="a group of cases, or one case")
-    parser.add_argument("--dtype", choices=("best", "float32", "bfloat16"), default="best")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = "bfloat16" if has_bfloat16(device) else "float32"
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=dtype)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
     parser.add_argument("--beside", metavar="PATH", type=Path, help="another checkout of nanoR1 as the peer")
     flags = parser.parse_args(argv)
     if flags.beside and not (flags.beside / "experiments" / "bench.py").exists():
@@ -486,17 +483,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def compare(reps: int, only: str, dtype: str, device: str, beside: Path | None) -> None:
     """Measure the chosen cases and print their rows."""
-    dtypes = ["float32", "bfloat16"] if dtype == "best" else [dtype]
     chosen = [name for name, case in CASES.items()
               if only in ("", case.group, name) and not (beside and "peer" in name)]
     sides = [(ROOT, "ours"), (beside.resolve(), "ours") if beside else (ROOT, "peer")]
-    columns = ("case", "ours", "peer", "ratio of speeds (min..max)", "settings, ours / peer",
-               "peak memory, ours / peer")
+    columns = ("case", "ours", "peer", "ratio of speeds (min..max)", "the peer's settings", "peak memory, ours / peer")
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
     for name in chosen:
-        options = [quickest("ours", name, dtypes, device)]
-        options += options if beside else [quickest("peer", name, dtypes, device)]
-        measure(name, sides, options, reps)
+        ours = dict(device=device, dtype=dtype)
+        measure(name, sides, [ours, ours if beside else quickest(name, dtype, device)], reps)
 
 
 def machine(device: str) -> str:

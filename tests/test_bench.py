@@ -43,7 +43,7 @@ def test_another_checkout_is_run_by_its_own_code(tmp_path, capsys):
         (tmp_path / name / "experiments" / "bench.py").write_text(
             "from speed import SECONDS\ndef serve(pipe, side, name, options):\n    pipe.send(9.0)\n"
             "    while pipe.recv():\n        pipe.send(SECONDS)\n    pipe.send(100 * SECONDS)\n")
-    case, option = "pretraining, 32 x 128", {"dtype": "float32", "compile": "compiled", "device": "cpu"}
+    case, option = "pretraining, 32 x 128", {"dtype": "float32", "device": "cpu"}
     sides = [(tmp_path / name, "ours") for name in ("ours", "other")]
     bench.measure(case, sides, [option, option], 3)
     row = capsys.readouterr().out
@@ -79,8 +79,9 @@ def test_every_group_prints_its_rows(group, monkeypatch, capsys):
         if case.group in ("sampling", "real"):
             shape = dataclasses.replace(case.ours.keywords["shape"], vocab_size=bench.VOCAB, n_layer=1)
             ours = partial(bench.our_sampling, shape=shape, rows=16, new=3)
-        cases[name] = dataclasses.replace(case, ours=ours, our_options=bench.COMPILE[:1], steps=1)
+        cases[name] = dataclasses.replace(case, ours=ours, steps=1)
     monkeypatch.setattr(bench, "CASES", cases)
+    monkeypatch.setattr(bench.CFG, "compile", "off")
     monkeypatch.setattr(bench, "launch", served_here)
     bench.compare(1, group, "float32", "cpu", bench.ROOT)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.endswith(" MiB |")]
