@@ -24,12 +24,12 @@ The loss is that of DeepSeekMath (arXiv 2402.03300), eq. 3, but for the weights 
 The functions on the right give the reasons for the 1e-4, for min and clip, and for this form of the KL. clip_low,
 clip_high and kl_coef are settings. The weights w_i, such as 1 / (number of tokens), make the sum an average.
 
-DeepSeek-R1 (2501.12948v2, eq. 1 to 3) and GSPO have one ratio for a whole completion: see docs/variants.md. PPO
-(proximal policy optimisation), from which GRPO comes, estimates advantages with a second network, the critic.
+DeepSeek-R1 (2501.12948v2, eq. 1 to 3) has one ratio for a completion, the product of those of its tokens. PPO (proximal
+policy optimisation), from which GRPO comes, estimates advantages with a second network, the critic.
 
-Watch the reward, not the loss. The advantages of a group add up to 0, so their weighted mean, the loss, is near 0, for
-a good policy and for a bad one. Its gradient is not 0: on policy, each token contributes -w_i A_i grad log pi_theta.
-docs/knobs.md says more about each of these choices, and when to change a setting.
+Watch the reward, not the loss. On policy, the loss is minus a weighted mean of the advantages. Those of a group add up
+to 0, so the loss is near 0, for a good policy and for a bad one. Its gradient is not 0: each token contributes
+-w_i A_i grad log pi_theta. docs/knobs.md says more, and when to change a setting.
 """
 import math
 from collections import defaultdict
@@ -239,10 +239,10 @@ def grpo_update(policy: GPT, reference: GPT | None, optimizer, rollout: Rollout,
                 generator: Generator | None = None, lr_scale: float = 1.0, loss_fn=token_loss) -> "Metrics":
     """Update the policy, once for each minibatch of the rollout, given the advantages (N,) -> metrics.
 
-    The optimizer is not torch's, but a small wrapper around it (docs/own.md has one of five lines). Its step(lr_scale,
-    share, has_gradient) clips the gradient, updates the weights, clears the gradient, and returns the norm of the
-    gradient before clipping. If has_gradient is False, it changes nothing. If there are several processes, share is the
-    weight of this process in the mean of their gradients. The reference may be None if kl_coef is 0.
+    The optimizer is a small wrapper around torch's (docs/own.md has one of five lines). Its step(lr_scale, share,
+    has_gradient) clips the gradient, updates the weights, clears the gradient, and returns the norm of the gradient
+    before clipping. If has_gradient is False, it changes nothing. If there are several processes, share is the weight
+    of this process in the mean of their gradients. The reference may be None if kl_coef is 0. loss_fn: see token_loss.
     """
     assert reference is not None or not cfg.kl_coef, "a KL penalty (kl_coef above 0) needs a reference"
     metrics = rollout_metrics(rollout)

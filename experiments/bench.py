@@ -72,7 +72,7 @@ from distill import distill_step
 from engine.arguments import Parser, number
 from engine.machine import has_bfloat16, tune_libraries
 from engine.optimizer import Optimizer
-from engine.speed.fast import frozen, make_fast
+from engine.speed.fast import frozen, graphed, make_fast
 from engine.terminal import UsageError
 from grpo import grpo_step
 from engine.pretrained.families import FamilyConfig, make_model
@@ -188,6 +188,7 @@ def our_sampling(option: dict, turns: Turns, shape: GPTConfig, rows: int, new: i
 def our_pretraining(option: dict, turns: Turns) -> None:
     model = quick_model(TEACHER, option, settings(option), training=True)
     optimizer = Optimizer(model, CFG.base_adam_lr, CFG.base_muon_lr)
+    graphed(optimizer, settings(option))
     idx = torch.randint(VOCAB, (B, T + 1), device=option["device"])
 
     def step():
@@ -232,7 +233,8 @@ def llama(config: GPTConfig, attention: str = "sdpa"):
     from transformers import LlamaConfig, LlamaForCausalLM
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=config.vocab_size, max_position_embeddings=config.block_size, num_hidden_layers=config.n_layer,
-        num_attention_heads=config.n_head, num_key_value_heads=getattr(config, "n_kv_head", config.n_head), hidden_size=config.n_embd,
+        num_attention_heads=config.n_head, hidden_size=config.n_embd,
+        num_key_value_heads=getattr(config, "n_kv_head", config.n_head),
         intermediate_size=config.n_hidden, rms_norm_eps=1e-5, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=None, attn_implementation=attention))
     with torch.device("meta"):  # our model without its memory, which would count in the peak of the process
@@ -345,12 +347,12 @@ def peer_distillation(option: dict, turns: Turns) -> None:
 
 @dataclass
 class Case:
-    group: str                  # a name for --only
+    group: str                # a name for --only
     ours: Callable[[dict, Turns], None]
     peer: Callable[[dict, Turns], None]
-    peer_options: list[dict]    # settings that the peer tries
-    tokens: int = 0  # per step, if the table shows tokens/s instead of seconds
-    steps: int = 1   # per turn, so that a turn is long enough to be timed
+    peer_options: list[dict]  # settings that the peer tries
+    tokens: int = 0           # per step, if the table shows tokens/s instead of seconds
+    steps: int = 1            # per turn, so that a turn is long enough to be timed
 
 
 ATTENTION = [dict(attention="sdpa"), dict(attention="eager")]
@@ -467,12 +469,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--reps", type=number(int, None, None), default=5, help="turns of each side")
     parser.add_argument("--only", choices=(*dict.fromkeys(case.group for case in CASES.values()), *CASES), default="",
                         help="a group of cases, or one case")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = "bfloat16" if has_bfloat16(device) else "float32"
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=dtype)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--beside", metavar="PATH", type=Path, help="another checkout of nanoR1 as the peer")
     flags = parser.parse_args(argv)
+    flags.dtype = flags.dtype or ("bfloat16" if has_bfloat16(flags.device) else "float32")
     if flags.beside and not (flags.beside / "experiments" / "bench.py").exists():
         raise UsageError(f"--beside={flags.beside} is no checkout of nanoR1")
     for package in () if flags.beside else ("transformers", "trl", "datasets", "accelerate"):
@@ -489,7 +490,7 @@ def compare(reps: int, only: str, dtype: str, device: str, beside: Path | None) 
     columns = ("case", "ours", "peer", "ratio of speeds (min..max)", "the peer's settings", "peak memory, ours / peer")
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
     for name in chosen:
-        ours = dict(device=device, dtype=dtype)
+        ours = dict(device=device, dtype=dtype, compile="compiled")  # "compile" is for an older bench.py
         measure(name, sides, [ours, ours if beside else quickest(name, dtype, device)], reps)
 
 

@@ -37,6 +37,7 @@ import grpo  # noqa: E402
 import rewards  # noqa: E402
 import train  # noqa: E402
 from data.tokenizer import END_OF_TEXT_ID  # noqa: E402
+from engine.ask import stored_config  # noqa: E402
 from engine.evaluation import evaluate  # noqa: E402
 from engine.files import load_checkpoint, write_file  # noqa: E402
 from engine.loop import Run, lr_schedule  # noqa: E402
@@ -239,8 +240,8 @@ RUNS = ({name: ("", settings) for name, settings in CONTROLS.items()} | OTHERS
 def make_run(out: Path, seed: int, steps: int, settings: dict) -> tuple[Run, GPT]:
     """A run with the settings of out/base.pt, and the base, in float32. Raises UsageError if there is no base."""
     content = load_checkpoint(out / "base.pt", "base")
-    cfg = replace(train.Config(**content["config"]), seed=seed, rl_steps=steps, rl_minibatches=2, dtype="float32",
-                  **settings)
+    cfg = replace(stored_config(train.Config, content["config"]), seed=seed, rl_steps=steps, rl_minibatches=2,
+                  dtype="float32", **settings)
     torch.set_num_threads(cfg.threads)
     run = Run(cfg, make_task(cfg), out, {}, train.STAGES)
     return run, run.build(content)

@@ -8,8 +8,8 @@
 
 cells.py has the cells, which are the runs, and tables.py the tables. To resume an interrupted run, repeat the command.
 
-The sentences of the pages, claims and bars included, are written by hand. Their tables stand between the marks `<!-- NAME -->` and `<!-- end -->`.
-They are made from the stored results alone.
+The sentences of the pages, claims and bars included, are written by hand. Their tables stand between the marks
+`<!-- NAME -->` and `<!-- end -->`. They are made from the stored results alone.
 """
 import argparse
 import os
@@ -72,6 +72,8 @@ def blocks(k: Known) -> dict[str, list[str]]:
     for n, finding in FINDINGS.items():
         if not complete(k, str(n)):
             continue
+        if n not in written:
+            raise UsageError(f"{PAGE.name} has no section {n} with a claim and a **Bar:**")
         measured, holds, tables = finding.measure(k)
         rows.append([n, *written[n], measured, "**holds**" if holds else "**does not hold**"])
         found |= tables

@@ -21,6 +21,7 @@ import torch  # noqa: E402
 
 from data import countdown  # noqa: E402
 from data.arithmetic import OPERATIONS  # noqa: E402
+from engine.ask import stored_config  # noqa: E402
 from engine.files import build_model, load_checkpoint  # noqa: E402
 from engine.loop import Run  # noqa: E402
 from engine.machine import tune_libraries  # noqa: E402
@@ -39,7 +40,7 @@ class Measured(Run):
 
     def __init__(self, out: Path, measure: str, controls: dict[str, str]):
         results = json.loads((out / "results.json").read_text())
-        cfg = Config(**results["config"])
+        cfg = stored_config(Config, results["config"])
         super().__init__(cfg, make_task(cfg), out, results, STAGES)
         self.measure, self.controls = measure, controls
 

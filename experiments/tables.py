@@ -348,9 +348,9 @@ def parts_of_r1(of: dict, without: dict) -> dict[str, tuple[str, bool]]:
     parts["(b)"] = (f"consistent: {consistent} %; the reward costs {cost} points",
                     consistent.mean >= 0.97 and cost.mean <= 0.03)
 
-    well_formed, dev1, solved = (figure(of["dev1"][what]) for what in ("format", "consistent", "pass@1 on test"))
+    well_formed, pure, solved = (figure(of["dev1"][what]) for what in ("format", "consistent", "pass@1 on test"))
     cold = [gain(of["base"], of["dev1"], what).mean for what in ("format", "consistent")]
-    parts["(c)"] = (f"dev1: format {well_formed} %, consistent {dev1} %, pass@1 {solved} %",
+    parts["(c)"] = (f"dev1: format {well_formed} %, consistent {pure} %, pass@1 {solved} %",
                     min(cold) > 0 and gain(of["dev1"], of["zero"], "pass@1 on test").mean > 0)
 
     behind = gain(of["dev2"], of["zero"], "pass@1 on test")

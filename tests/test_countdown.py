@@ -1,4 +1,4 @@
-"""Countdown: the verifier is compared with Python's grammar, and the corpus with its documentation."""
+"""Countdown: the verifier is compared with a table and with known attempts, the corpus with its documentation."""
 import random
 import re
 from collections import Counter
