@@ -186,7 +186,7 @@ def test_findings_name_the_cells_that_they_need(number):
     for name, lines in found.items():
         assert name == str(number) or name.startswith(f"{number} ")
         assert len({text.replace("\\|", "").count("|") for text in lines if text}) == 1
-    assert holds in (True, False) and (measured.count("±") == 1 or measured == "5 of 6 parts")
+    assert holds in (True, False) and (measured.count("±") == 1 or measured.endswith(" of 6 parts"))
 
 
 @pytest.mark.parametrize("number, cell", ((9, "default rloo"), (14, "stress no_clip")))
