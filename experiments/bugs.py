@@ -20,7 +20,7 @@ import math
 import random
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,7 +40,7 @@ from data.tokenizer import END_OF_TEXT_ID  # noqa: E402
 from engine.ask import stored_config  # noqa: E402
 from engine.evaluation import evaluate  # noqa: E402
 from engine.files import load_checkpoint, write_file  # noqa: E402
-from engine.loop import Run, lr_schedule  # noqa: E402
+from engine.loop import Run, Step, lr_schedule  # noqa: E402
 from engine.machine import tune_libraries  # noqa: E402
 from engine.optimizer import Optimizer  # noqa: E402
 from engine.tasks import make_task  # noqa: E402
@@ -237,32 +237,28 @@ RUNS = ({name: ("", settings) for name, settings in CONTROLS.items()} | OTHERS
 # The curves
 
 
-def make_run(out: Path, seed: int, steps: int, settings: dict) -> tuple[Run, GPT]:
+class Curve(Run):
+    """A run that writes no files. It goes on after a loss that is not a number, at which train.py stops."""
+
+    def steps(self, n: int, *, hold: float, watch, **parts) -> Iterator[Step]:
+        self.rows = []  # the metrics of each step
+        for number in range(1, n + 1):
+            step = Step(number, number == n, *self.seeded(number, "zero"), lr_schedule(number, n, hold))
+            yield step
+            row = step.metrics.means()
+            self.rows.append(row)
+            print(f"{number}/{n}", *(f"{key} {row[key]:.3g}" for key in ("reward", "accuracy", "length")),
+                  repr(step.rollout.texts[0])[:60], flush=True)
+
+
+def make_run(out: Path, seed: int, steps: int, settings: dict) -> tuple[Curve, GPT]:
     """A run with the settings of out/base.pt, and the base, in float32. Raises UsageError if there is no base."""
     content = load_checkpoint(out / "base.pt", "base")
     cfg = replace(stored_config(train.Config, content["config"]), seed=seed, rl_steps=steps, rl_minibatches=2,
                   dtype="float32", **settings)
     torch.set_num_threads(cfg.threads)
-    run = Run(cfg, make_task(cfg), out, {}, train.STAGES)
+    run = Curve(cfg, make_task(cfg), out, {}, train.STAGES)
     return run, run.build(content)
-
-
-def learn(run: Run, policy: GPT) -> list[dict]:
-    """train.run_grpo without its files -> a row for each step. train.py stops at a loss that is not a number, and this
-    goes on."""
-    cfg, reward_fn, rows = run.cfg, train.reward_function(run), []
-    reference = run.frozen(policy)
-    policy = run.fast(policy, training=True, sampling=True)
-    optimizer = Optimizer(policy, cfg.rl_lr, beta2=0.999)
-    for number in range(1, cfg.rl_steps + 1):
-        rng, generator = run.seeded(number, "zero")
-        problems = [run.task.make_problem(rng) for _ in range(cfg.rl_prompts)]
-        metrics, rollout = train.grpo_step(policy, reference, optimizer, problems, reward_fn, run.task, cfg, generator,
-                                           lr_schedule(number, cfg.rl_steps, hold=0.0))
-        rows.append(metrics.means())
-        print(f"{number}/{cfg.rl_steps}", *(f"{key} {rows[-1][key]:.3g}" for key in ("reward", "accuracy", "length")),
-              repr(rollout.texts[0])[:60], flush=True)
-    return rows
 
 
 def train_with(name: str, out: Path, seed: int, steps: int) -> dict:
@@ -275,13 +271,13 @@ def train_with(name: str, out: Path, seed: int, steps: int) -> dict:
     run, policy = make_run(out, seed, steps, settings)
     print(f"{name}, seed {seed}", flush=True)
     with patched(patches):
-        rows = learn(run, policy)
+        train.train_zero(run, policy)
     problems = run.task.heldout_problems(HELD_OUT, "test", 0)
     found = evaluate(policy, problems, run.task, max_new_tokens=run.cfg.rl_max_new_tokens,
                      generator=torch.Generator().manual_seed(0))
     print(f"{name}, seed {seed}: pass@1 on {HELD_OUT} test problems {found['pass@1']:.3f}", flush=True)
     return {"settings": settings,
-            "rows": {field: [rounded(row[field]) for row in rows] for field in rows[0] if field != "tokens"},
+            "rows": {field: [rounded(row[field]) for row in run.rows] for field in run.rows[0] if field != "tokens"},
             **{key: rounded(found[key]) for key in ("pass@1", "pass@1_se", "format", "length")}}
 
 

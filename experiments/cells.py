@@ -80,41 +80,30 @@ class Cell:
 COUNTDOWN = "--task=countdown --max_number=10 --rl_max_new_tokens=104"
 REGIMES = {"default": "", "stress": "--rl_minibatches=16 --rl_lr=8e-4"}  # of docs/variants.md
 CELLS = {
-    # findings 1 to 10, 12 and 13
     "default": Cell(("base", "zero", "student_base", "student", "student_rl"),
-                    measures=("conditional", "operations", "many_samples", "signal", "reflections", "distributions",
-                              "divergence")),
-    # finding 1
+                    measures=("operations", "many_samples", "signal", "distributions", "divergence")),
     "shuffled rewards": Cell(("zero",), "", "default", {"zero": "shuffled"}),
     "format alone": Cell(("zero",), "", "default", {"zero": "format_alone"}),
-    # findings 3 and 9
     "sequence": Cell(("zero",), "--normalize=sequence", "default"),
     "constant": Cell(("zero",), "--normalize=constant", "default"),
-    # finding 12
     "no KL": Cell(("zero",), "--kl_coef=0", "default", measures=("divergence",)),
     "KL 0.01": Cell(("zero",), "--kl_coef=0.01", "default", measures=("divergence",)),
     "KL 0.1": Cell(("zero",), "--kl_coef=0.1", "default", measures=("divergence",)),
     "all completions": Cell(("zero",), "", "default", {"zero": "all_completions"}, measures=("divergence",)),
-    # finding 9
     "G 4": Cell(("zero",), "--rl_prompts=128 --rl_samples=4", "default"),
     "G 32": Cell(("zero",), "--rl_prompts=16 --rl_samples=32", "default"),
     "batch baseline": Cell(("zero",), "", "default", {"zero": "batch_baseline"}),
-    # finding 7
     "tokens 1/4": Cell(("base", "zero"), "--base_tokens=1625000", measures=("signal",)),
     "worked 0": Cell(("base", "zero"), "", None, {"base": "base_no_working", "zero": "zero_no_working"}, ("signal",)),
-    # finding 4
     "countdown": Cell(("base", "zero"), COUNTDOWN, measures=("reflections",)),
     "countdown, no wait": Cell(("base", "zero"), COUNTDOWN, None, {"base": "base_no_wait", "zero": "zero_no_wait"},
                                ("reflections",)),
-    # finding 6
     "short problems": Cell(("student",), "", "default", {"student": "student_short"}),
     "reverse": Cell(("student",), "--divergence=reverse", "default"),
     "jsd": Cell(("student",), "--divergence=jsd", "default"),
     "sft": Cell(("student",), "--divergence=sft", "default"),
     "on policy": Cell(("student",), "--on_policy=True", "default"),
-    # finding 13, and the bases of all variants
     "float32": Cell(("base", "zero", "student_base", "student"), dtype="float32"),
-    # finding 11
     "R1": Cell(("base", "zero", "dev1", "dev2", "dev3", "r1", "student_base", "student", "student_sft"),
                "--task=bilingual", is_r1=True),
     "no cold start": Cell(("dev2",), "--task=bilingual --cold_start=False", "R1", is_r1=True),

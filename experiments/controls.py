@@ -19,6 +19,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -74,16 +75,9 @@ def all_completions(rollout: Rollout, cfg: train.Config, generator: torch.Genera
     return adv.where(adv != 0, 1e-30)
 
 
-def train_shuffled(run: Run, base: GPT) -> None:
-    run_grpo_with(run, run.cfg, base, shuffled)
-
-
-def train_batch_baseline(run: Run, base: GPT) -> None:
-    run_grpo_with(run, run.cfg, base, batch_baseline)
-
-
-def train_all_completions(run: Run, base: GPT) -> None:
-    run_grpo_with(run, run.cfg, base, all_completions)
+def train_with(advantages: Callable, run: Run, base: GPT) -> None:
+    """A stage: zero, but with these advantages."""
+    run_grpo_with(run, run.cfg, base, advantages)
 
 
 def sample_groups(run: Run, cfg: train.Config, step: Step, policy: GPT) -> Rollout:
@@ -186,10 +180,10 @@ def make_task_of(kind: type) -> Callable:
 RL = (Questions, GRPOConfig)
 STUDENT_RL = (*RL, "distill_steps", "distill_prompts", "distill_minibatches", "distill_epochs")
 CONTROLS = {
-    "shuffled":          Stage(train_shuffled, starts=("base",), settings=RL),
+    "shuffled":          Stage(partial(train_with, shuffled), starts=("base",), settings=RL),
     "format_alone":      Stage(train_format_alone, starts=("base",), settings=RL),
-    "batch_baseline":    Stage(train_batch_baseline, starts=("base",), settings=RL),
-    "all_completions":   Stage(train_all_completions, starts=("base",), settings=RL),
+    "batch_baseline":    Stage(partial(train_with, batch_baseline), starts=("base",), settings=RL),
+    "all_completions":   Stage(partial(train_with, all_completions), starts=("base",), settings=RL),
     "student_rl":        Stage(train_student_rl, starts=("student_base",), settings=STUDENT_RL),
     "student_short":     Stage(train_student_short, starts=("zero", "student_base"),
                                settings=(Questions, DistillConfig)),

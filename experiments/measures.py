@@ -29,10 +29,10 @@ from engine.speed.sampler import Sampler  # noqa: E402
 from engine.tasks import make_task  # noqa: E402
 from grpo import micro_batches, sample_rollout  # noqa: E402
 from model import GPT, token_logprobs  # noqa: E402
-from rewards import format_reward  # noqa: E402
 from train import STAGES, Config  # noqa: E402
 
 CHUNK = 1024  # completions sampled at a time
+TURNS = ("wrong to right", "right to wrong", "wrong to wrong", "right to right")  # what a "wait" may do to an attempt
 
 
 class Measured(Run):
@@ -98,13 +98,6 @@ def mixed(n: int, c: int, G: int) -> float:
     return pass_at_k(n, c, G) + pass_at_k(n, n - c, G) - 1
 
 
-def conditional(run: Measured) -> dict:
-    """The share of correct answers among the base's well-formed answers to test problems."""
-    problems = run.task.heldout_problems(256, "test", run.cfg.seed)
-    rows = [row for group in run.sample(run.model("base"), problems, 16) for row in group]
-    return {"right if well formed": share(right for text, right in rows if format_reward(text))}
-
-
 def operations(run: Measured) -> dict:
     """pass@1 of base and zero for each number of operations, on 256 problems of the test side. Fewer than 256 problems
     have one operation, so some of these repeat. Textbook pages of the corpus state their results as facts."""
@@ -129,18 +122,13 @@ def many_samples(run: Measured) -> dict:
 
 
 def distributions(run: Measured) -> dict:
-    """pass@1 on problems of distillation's last step, on unseen problems with as many operations (test), on unseen
-    problems with more operations (hard), and on unseen problems with larger numbers."""
-    rng, _ = run.seeded(run.cfg.distill_steps, "student")
-    asked = [run.task.make_problem(rng, longer=True) for _ in range(run.cfg.distill_prompts)]
-    trained = {problem.question: problem for problem in asked
-               if 2 <= len(re.findall("[-+*]", problem.question)) <= run.cfg.max_ops}
+    """pass@1 of zero and student on unseen problems with as many operations as in RL (test), with more operations
+    (hard), and with larger numbers."""
     larger = dataclasses.replace(run.task, max_number=99)
-    problems = {"trained on": list(trained.values())[:256],
-                "larger numbers": larger.heldout_problems(256, "test", run.cfg.seed)}
+    problems = {"larger numbers": larger.heldout_problems(256, "test", run.cfg.seed)}
     problems |= {kind: run.task.heldout_problems(256, kind, run.cfg.seed) for kind in run.task.held_out}
     return {name: {kind: run.accuracy(run.model(name), problems[kind]) for kind in problems}
-            for name in ("zero", "student", "student_rl")}
+            for name in ("zero", "student")}
 
 
 def signal(run: Measured) -> dict:
@@ -164,68 +152,41 @@ def signal(run: Measured) -> dict:
 
 
 def reflections(run: Measured) -> dict:
-    """The effect of a reflection in base and zero, over the answers to test problems that show steps inside a thought.
-
-    A reflection is a "wait" in a thought. turns_of says whether it turns a wrong attempt into a correct one, and so on.
-    In countdown an author looks again only after an attempt that missed. Answers with and without a reflection are
-    therefore compared only if their first attempt missed.
-    """
+    """The effect of each "wait" in base's and zero's answers to test problems of countdown: how often it turns a wrong
+    attempt into a correct one, and so on."""
     problems, found = run.task.heldout_problems(256, "test", run.cfg.seed), {}
     for name in ("base", "zero"):
-        rows = [(problem, parts_of(text), right)
-                for problem, group in zip(problems, run.sample(run.model(name), problems, 16)) for text, right in group]
-        worked = [row for row in rows if "=" in row[1][0]]
-        searches = run.cfg.task == "countdown"
-        missed = [row for row in worked if not (searches and hits(row[0], row[1][0]))]
-        turns = Counter(turn for problem, parts, _ in worked for turn in turns_of(problem, parts))
-        found[name] = {
-            "looks again": share(len(parts) > 1 for _, parts, _ in worked),
-            "right, looking again": share(right for _, parts, right in missed if len(parts) > 1),
-            "right, not looking again": share(right for _, parts, right in missed if len(parts) == 1),
-            "first attempt right": share(hits(problem, parts[0]) for problem, parts, _ in worked) if searches else None,
-            **{turn: turns[turn] for turn in ("wrong to right", "right to wrong", "wrong to wrong", "right to right")},
-        }
+        asked = zip(problems, run.sample(run.model(name), problems, 16))
+        counts = Counter(turn for problem, group in asked for text, _ in group for turn in turns_of(problem, text))
+        found[name] = {turn: counts[turn] for turn in TURNS}
     return found
 
 
-def parts_of(text: str) -> list[str]:
-    """The thought of an answer, split at each "wait".
+def turns_of(problem: countdown.Problem, text: str) -> list[str]:
+    """The effect of each "wait" in the thought of an answer. An attempt is right if it reaches the target. An answer
+    whose first attempt has no step does not count.
 
-    >>> parts_of("<think>8*7=54, wait, 8*7=56</think><answer>56</answer>"), parts_of("56")
-    (['8*7=54', '8*7=56'], [''])
+    >>> turns_of(countdown.parse("3 4 7 = 25"), "<think>3*7=21, 21+4=25, 25?, wait, 3+4=7, wait, 3*7=25</think>")
+    ['right to wrong', 'wrong to wrong']
     """
-    return re.split("</think>|<answer>", text.partition("<think>")[2])[0].split(", wait, ")
+    thought = re.split("</think>|<answer>", text.partition("<think>")[2])[0]
+    attempts = thought.split(", wait, ")
+    if "=" not in attempts[0]:
+        return []
+    right = ["right" if hits(problem, attempt) else "wrong" for attempt in attempts]
+    return [f"{before} to {after}" for before, after in zip(right, right[1:])]
+
+
+def hits(problem: countdown.Problem, attempt: str) -> bool:
+    """Does an attempt reach the target, with true steps only?"""
+    steps = [step for step in attempt.split(", ") if "=" in step]
+    return bool(steps) and all(map(true_step, steps)) and steps[-1].endswith(f"={problem.target}")
 
 
 def true_step(text: str) -> bool:
     """Is this text an equation that holds, such as 3*4=12?"""
     found = re.fullmatch(r"(-?[0-9]+)([-+*])([0-9]+)=(-?[0-9]+)", text)
     return bool(found) and OPERATIONS[found[2]](int(found[1]), int(found[3])) == int(found[4])
-
-
-def hits(problem: countdown.Problem, attempt: str) -> bool:
-    """Does an attempt at a countdown problem reach the target, with true steps only?"""
-    steps = [step for step in attempt.split(", ") if "=" in step]
-    return bool(steps) and all(map(true_step, steps)) and steps[-1].endswith(f"={problem.target}")
-
-
-def turns_of(problem, parts: list[str]) -> list[str]:
-    """The effect of each "wait" between the parts of a thought. In countdown the parts are attempts, which are right if
-    they hit the target. In arithmetic the last step before the "wait" is compared with the first step after it.
-
-    >>> from data import arithmetic
-    >>> turns_of(arithmetic.parse("13-8"), ["13-8=6", "13-8=5"])
-    ['wrong to right']
-    >>> turns_of(countdown.parse("3 4 7 = 25"), ["3*7=21, 21+4=25, 25?", "3+4=7, 7+7=14", "3*7=25"])
-    ['right to wrong', 'wrong to wrong']
-    """
-    if isinstance(problem, countdown.Problem):
-        right = [hits(problem, part) for part in parts]
-        pairs = list(zip(right, right[1:]))
-    else:
-        pairs = [(true_step(a.split(", ")[-1]), true_step(b.split(", ")[0])) for a, b in zip(parts, parts[1:])]
-    word = {True: "right", False: "wrong"}
-    return [f"{word[before]} to {word[after]}" for before, after in pairs]
 
 
 def divergence(run: Measured) -> dict:
@@ -244,7 +205,7 @@ def divergence(run: Measured) -> dict:
     return {"kl": round(total / tokens, 5)}
 
 
-MEASURES = {f.__name__: f for f in (conditional, operations, many_samples, distributions, signal, reflections,
+MEASURES = {f.__name__: f for f in (operations, many_samples, distributions, signal, reflections,
                                     divergence)}
 
 if __name__ == "__main__":

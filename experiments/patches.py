@@ -1,19 +1,12 @@
 """Patches: functions of the project are replaced while tests run, and put back at the end.
 
-    patch = without("grpo", "group_advantages")                 the function without its body
-    run_tests(["tests/test_grpo.py"], [patch], "advantages")    {test: "" or the name of its exception}
-
-tests/test_exercises.py proves the exercises of docs/exercises.md with it.
+    with patched([(grpo, "group_advantages", other)]): ..
+    run_tests(["tests/test_grpo.py"], [(grpo, "group_advantages", other)], "advantages")    {test: "" or its exception}
 """
-import ast
 import contextlib
-import importlib
-import inspect
 import io
 import sys
-import textwrap
 from collections.abc import Iterator
-from operator import attrgetter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,31 +37,6 @@ def swap(patches) -> None:
             dicts = [value for key, value in vars(module).items() if type(value) is dict and key != "__builtins__"]
             for names in [vars(module), *dicts]:
                 names.update({key: new for key, value in names.items() if value is old})
-
-
-def without(module: str, name: str, first: str = "", last: str = "") -> tuple:
-    """A patch that deletes statements from a function or method: ("model", "GPT.generate", "length +=", "if ended") ->
-    (owner, name, the function without them).
-
-    They are the statements from the one that begins with `first` to the one that begins with `last`; by default all but
-    the docstring. Raises ValueError if a beginning does not occur exactly once. So a change of the code is noticed.
-    """
-    home = importlib.import_module(module)
-    source = textwrap.dedent(inspect.getsource(attrgetter(name)(home)))
-    function, lines, namespace = ast.parse(source).body[0], source.splitlines(), {}
-
-    def statement(beginning: str) -> ast.stmt:
-        found = [node for node in ast.walk(function) if isinstance(node, ast.stmt)
-                 and lines[node.lineno - 1].strip().startswith(beginning)]
-        if len(found) != 1:
-            raise ValueError(f"{module}.{name} has {len(found)} statements that begin with {beginning!r}, not one")
-        return found[0]
-
-    start = statement(first).lineno if first else function.body[1].lineno
-    end = statement(last or first).end_lineno if first else function.end_lineno
-    exec("\n".join(lines[:start - 1] + lines[end:]), vars(home), namespace)  # its globals are those of its module
-    owner, _, last_name = name.rpartition(".")
-    return attrgetter(owner)(home) if owner else home, last_name, namespace[last_name]
 
 
 class Outcomes:

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from variants import VARIANTS  # cells.py sets the path
+from measures import TURNS  # cells.py sets the path
+from variants import VARIANTS
 
 
 # Means and spreads
@@ -82,11 +83,6 @@ def table(head: list[str], rows: list[list]) -> list[str]:
             *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
 
 
-def listed(figures: dict) -> list[str]:
-    """A table of single figures."""
-    return table(["", "measured"], [[name, value] for name, value in figures.items()])
-
-
 def diverged(k: Known, cell: str) -> list[int]:
     """The steps that the diverged runs of a variant took."""
     runs = zip(k.values(cell, "models"), k.values(cell, "rows", "zero", "accuracy"))
@@ -109,22 +105,15 @@ def finding_1(k: Known) -> tuple[str, bool, Tables]:
     gain = k.gain(base, zero)
     shuffled = k.gain(base, ("shuffled rewards", "zero", "test"))
     behind = k.gain(("format alone", "zero", "test"), zero)
-    predicted = figure(k.values("default", "measures", "conditional", "right if well formed"))
-    best = figure([max(curve) for curve in k.tenths("format alone", "zero", "accuracy")])
-    more = listed({
-        "pass@1 on test, zero minus the base": f"{gain} points",
-        "the same after RL with shuffled rewards": f"{shuffled} points",
-        "pass@1 on test, zero minus RL with the format reward alone": f"{behind} points",
-        "correct answers in the best tenth of RL with the format reward alone": f"{best} %",
-        "correct among the base's well-formed answers": f"{predicted} %"})
-    details = table(["RL from the base with", "pass@1 on test", "pass@1 on hard", "format", "length"], [
-        [name, k.score(cell, model), k.score(cell, model, "hard"), k.score(cell, model, what="format"),
-         f"{k.score(cell, model, what='length'):.1f}"]
-        for name, cell, model in (("(the base)", "default", "base"), ("both rewards", "default", "zero"),
-                                  ("rewards shuffled in each group", "shuffled rewards", "zero"),
-                                  ("the format reward alone", "format alone", "zero"))])
+    rows = [["(the base)", k.score("default", "base"), k.score("default", "base", "hard"),
+             k.score("default", "base", what="format"), ""]]
+    for name, cell in (("both rewards", "default"), ("rewards shuffled in each group", "shuffled rewards"),
+                       ("the format reward alone", "format alone")):
+        best = figure([max(curve) for curve in k.tenths(cell, "zero", "accuracy")])
+        rows.append([name, k.score(cell), k.score(cell, kind="hard"), k.score(cell, what="format"), best])
     holds = gain.mean >= 0.5 and shuffled.mean <= 0.05 and behind.mean >= 0.2
-    return f"{gain} points", holds, {"1": details, "1 more": more}
+    head = ["RL from the base with", "pass@1 on test", "pass@1 on hard", "format", "correct in the best tenth of RL"]
+    return f"{gain} points", holds, {"1": table(head, rows)}
 
 
 def finding_2(k: Known) -> tuple[str, bool, Tables]:
@@ -145,50 +134,30 @@ def finding_2(k: Known) -> tuple[str, bool, Tables]:
 def finding_3(k: Known) -> tuple[str, bool, Tables]:
     pairs = [k.values("default", "models", model, "test", "length") for model in ("base", "zero")]
     ratio = figure([b / a for a, b in zip(*pairs)])
-    rows = []
+    rows = [["(the base)", k.score("default", "base"), f"{k.score('default', 'base', what='length'):.1f}", ""]]
     for name, cell in (("sequence: each token weighs 1/\\|o_i\\|", "sequence"), ("token", "default"),
-                       ("constant", "constant")):
-        tail = {key: figure([statistics.fmean(v for v in tenths[7:] if v is not None)
-                             for tenths in k.tenths(cell, "zero", key)]) for key in ("length", "length_wrong")}
-        rows.append([name, k.score(cell), f"{k.score(cell, what='length'):.1f}", f"{tail['length']:.1f}",
-                     f"{tail['length_wrong']:.1f}"])
-    before, after = (k.values(cell, "models", model, "test", "length")
-                     for cell, model in (("default", "base"), ("format alone", "zero")))
-    alone = figure([b / a for a, b in zip(before, after)])
-    return f"{ratio:.2f} times", ratio.mean >= 1.3, {
-        "3": table(["average in the loss", "pass@1 on test", "length on test", "length late in RL",
-                    "length of wrong answers late in RL"], rows),
-        "3 more": listed({
-            "tokens of the base's answers to test problems": f"{k.score('default', 'base', what='length'):.1f}",
-            "of zero's answers": f"{k.score('default', what='length'):.1f}",
-            "zero's length divided by the base's": f"{ratio:.2f}",
-            "the same with the format reward alone": f"{alone:.2f}"})}
+                       ("constant", "constant"), ("token, and the format reward alone", "format alone")):
+        late = figure([statistics.fmean(v for v in tenths[7:] if v is not None)
+                       for tenths in k.tenths(cell, "zero", "length_wrong")])
+        rows.append([name, k.score(cell), f"{k.score(cell, what='length'):.1f}", f"{late:.1f}"])
+    return f"{ratio:.2f} times", ratio.mean >= 1.3, {"3": table(
+        ["average in the loss", "pass@1 on test", "length on test", "length of wrong answers late in RL"], rows)}
 
 
 def finding_4(k: Known) -> tuple[str, bool, Tables]:
     rate = [k.values("countdown", "models", model, "test", "reflection") for model in ("base", "zero")]
     ratio = figure([b / a for a, b in zip(*rate)])
     without = k.score("countdown, no wait", what="reflection")
-    turns = ("wrong to right", "right to wrong", "wrong to wrong", "right to right")
-    waits = sum(sum(k.values("countdown", "measures", "reflections", "zero", turn)) for turn in turns)
     rows = []
-    for cell in ("countdown", "countdown, no wait", "default"):
+    for cell in ("countdown", "countdown, no wait"):
         for model in ("base", "zero"):
             found = k.values(cell, "measures", "reflections", model)
-            all_turns = sum(f[turn] for f in found for turn in turns)
-            shares = ([f[key] for f in found] for key in ("looks again", "right, looking again",
-                                                          "right, not looking again", "first attempt right"))
-            row = [figure(share) if None not in share else "none" for share in shares]
-            row += [f"{sum(f[turn] for f in found) / all_turns:.0%}" if all_turns else "none"
-                    for turn in ("wrong to right", "right to wrong")]
-            rows.append(["arithmetic" if cell == "default" else cell, model, k.score(cell, model),
-                         k.score(cell, model, what="reflection"), *row])
-    details = table(["task", "model", "pass@1 on test", "answers that reflect", "answers with steps: look again",
-                     "correct, if they look again", "correct, if they do not", "first attempt correct",
-                     "\"wait\": wrong to correct", "\"wait\": correct to wrong"], rows)
-    more = listed({"zero's share of answers that reflect, divided by the base's (countdown)": f"{ratio:.1f}",
-                   "\"wait\" in zero's thoughts (countdown)": f"{waits:,}"})
-    return f"{ratio:.1f} times", ratio.mean >= 3 and without.mean < 0.01, {"4": details, "4 more": more}
+            counts = [sum(f[turn] for f in found) for turn in TURNS]
+            shares = [f"{count / sum(counts):.0%}" if sum(counts) else "none" for count in counts[:2]]
+            rows.append([cell, model, k.score(cell, model), k.score(cell, model, what="reflection"), *shares])
+    return f"{ratio:.1f} times", ratio.mean >= 3 and without.mean < 0.01, {"4": table(
+        ["task", "model", "pass@1 on test", "answers that reflect", "\"wait\": wrong to correct",
+         "\"wait\": correct to wrong"], rows)}
 
 
 def logit(p: float) -> float:
@@ -211,15 +180,13 @@ def finding_5(k: Known) -> tuple[str, bool, Tables]:
 
 
 def finding_6(k: Known) -> tuple[str, bool, Tables]:
-    ahead = {kind: k.gain(("default", "student_rl", kind), ("default", "student", kind)) for kind in ("test", "hard")}
     pairs = [k.values("default", "models", model) for model in ("student_rl", "student")]
-    # the mean of the two gains; its standard error is half the root of the sum of the four squared errors
-    mean = figure([statistics.fmean(after[kind]["pass@1"] - before[kind]["pass@1"] for kind in ahead)
+    # the mean of the gains on test and on hard; its standard error is half the root of the sum of four squared errors
+    kinds = ("test", "hard")
+    mean = figure([statistics.fmean(after[kind]["pass@1"] - before[kind]["pass@1"] for kind in kinds)
                    for before, after in zip(*pairs)],
-                  [math.hypot(*(model[kind]["pass@1_se"] for model in pair for kind in ahead)) / 2
+                  [math.hypot(*(model[kind]["pass@1_se"] for model in pair for kind in kinds)) / 2
                    for pair in zip(*pairs)])
-    on_hard = (k.values("default", "models", model, "hard", "pass@1") for model in ("student", "zero"))
-    inherited = figure([student / teacher for student, teacher in zip(*on_hard)])
     work, params = k.values("default", "work"), k.values("default", "models")
     of_student = figure([w["student_rl"]["student"] / w["student"]["student"] for w in work])
     of_both = figure([(w["student"]["student"] + w["student"]["teacher"] * m["zero"]["params"] / m["student"]["params"])
@@ -232,13 +199,11 @@ def finding_6(k: Known) -> tuple[str, bool, Tables]:
                differs(k.gain(("default", "student", "test"), (cell, "student", "test")))]
               for name, cell in (("forward KL", "default"), ("reverse KL", "reverse"), ("JSD", "jsd"),
                                  ("SFT on the teacher's answers", "sft"), ("forward KL, on policy", "on policy"))]
-    gains = {f"student minus student_rl on {kind}": differs(gain) for kind, gain in ahead.items()}
     return f"{mean} points", mean.mean >= 0.1, {
         "6": table(["the small model is trained by", "pass@1 on test", "pass@1 on hard", "format on hard"], rows),
-        "6 more": listed(gains | {
-            "the student's pass@1 on hard, in % of its teacher's": inherited,
-            "FLOPs of the small model, RL divided by distillation": f"{of_student:.2f}",
-            "FLOPs with those of the teacher, distillation divided by RL": f"{of_both:.1f}"}),
+        "6 more": table(["", "measured"], [
+            ["FLOPs of the small model, RL divided by distillation", f"{of_student:.2f}"],
+            ["FLOPs with those of the teacher, distillation divided by RL", f"{of_both:.1f}"]]),
         "6 losses": table(["loss", "pass@1 on test", "pass@1 on hard", "test, compared with forward KL"], losses)}
 
 
@@ -303,18 +268,14 @@ def finding_9(k: Known) -> tuple[str, bool, Tables]:
 
 def finding_10(k: Known) -> tuple[str, bool, Tables]:
     found = k.values("default", "measures", "distributions")
-    rows = [[model, *(figure([f[model][kind] for f in found]) for kind in found[0][model])] for model in found[0]]
-    drop = lambda f, model, kind: f[model]["test"] - f[model][kind]
-    kinds = ("trained on", "hard", "larger numbers")
-    drops = {model: {kind: figure([drop(f, model, kind) for f in found]) for kind in kinds}
-             for model in ("student", "zero")}
-    more = {kind: figure([drop(f, "student", kind) - drop(f, "zero", kind) for f in found]) for kind in kinds}
-    least = min(("hard", "larger numbers"), key=lambda kind: more[kind].mean - more[kind].spread)
-    return f"{more[least]} points ({least})", more[least].mean > more[least].spread, {
-        "10": table(["drop", *kinds], [["student", *drops["student"].values()],
-                                       ["zero, its teacher", *drops["zero"].values()],
-                                       ["student minus zero", *more.values()]]),
-        "10 models": table(["model", *found[0]["student"]], rows)}
+    kinds, models = ("hard", "larger numbers"), {"student": "student", "zero": "zero, its teacher"}
+    drops = {model: [[f[model]["test"] - f[model][kind] for f in found] for kind in kinds] for model in models}
+    more = {kind: figure([student - zero for student, zero in zip(*pair)])
+            for kind, *pair in zip(kinds, drops["student"], drops["zero"])}
+    least = min(kinds, key=lambda kind: more[kind].mean - more[kind].spread)
+    return f"{more[least]} points ({least})", more[least].mean > more[least].spread, {"10": table(
+        ["drop", *kinds], [*([name, *map(figure, drops[model])] for model, name in models.items()),
+                           ["student minus zero", *more.values()]])}
 
 
 PIPELINE = ("base", "zero", "dev1", "dev2", "dev3", "r1", "student", "student_sft")
@@ -491,7 +452,7 @@ FINDINGS = {
     1: Finding(("default", "shuffled rewards", "format alone"), finding_1),
     2: Finding(("default",), finding_2),
     3: Finding(("default", "format alone", "sequence", "constant"), finding_3),
-    4: Finding(("default", "countdown", "countdown, no wait"), finding_4),
+    4: Finding(("countdown", "countdown, no wait"), finding_4),
     5: Finding(("default",), finding_5),
     6: Finding(("default", "short problems", "reverse", "jsd", "sft", "on policy"), finding_6),
     7: Finding(("default", "tokens 1/4", "worked 0"), finding_7),

@@ -1,10 +1,15 @@
 """The exercises of docs/exercises.md: without the lines that a reader deletes, the tests fail. With them, they pass."""
+import ast
+import importlib
+import inspect
 import re
 import shlex
+import textwrap
+from operator import attrgetter
 
 import pytest
 
-from patches import run_tests, without
+from patches import run_tests
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs" / "exercises.md").read_text(encoding="utf-8")
@@ -12,6 +17,31 @@ SECTIONS = re.split(r"^## ", PAGE.split("\n## Six questions")[0], flags=re.MULTI
 SHAPE = re.compile(r"(\d+)\. [^`\n]+: `([\w.]+)`\n\n\*\*Delete\*\* (.+?)\.\n\n\*\*Read first\*\* .+?\n\n<details>"
                    r"<summary>Hint 1<.+?</details>\n<details><summary>Hint 2<.+?</details>\n\n```sh\n(.+?)\n```\n+",
                    re.DOTALL)
+
+
+def without(module: str, name: str, first: str = "", last: str = "") -> tuple:
+    """A patch that deletes statements from a function or method: ("model", "GPT.generate", "length +=", "if ended") ->
+    (owner, name, the function without them).
+
+    They are the statements from the one that begins with `first` to the one that begins with `last`; by default all but
+    the docstring. Raises ValueError if a beginning does not occur exactly once. So a change of the code is noticed.
+    """
+    home = importlib.import_module(module)
+    source = textwrap.dedent(inspect.getsource(attrgetter(name)(home)))
+    function, lines, namespace = ast.parse(source).body[0], source.splitlines(), {}
+
+    def statement(beginning: str) -> ast.stmt:
+        found = [node for node in ast.walk(function) if isinstance(node, ast.stmt)
+                 and lines[node.lineno - 1].strip().startswith(beginning)]
+        if len(found) != 1:
+            raise ValueError(f"{module}.{name} has {len(found)} statements that begin with {beginning!r}, not one")
+        return found[0]
+
+    start = statement(first).lineno if first else function.body[1].lineno
+    end = statement(last or first).end_lineno if first else function.end_lineno
+    exec("\n".join(lines[:start - 1] + lines[end:]), vars(home), namespace)  # its globals are those of its module
+    owner, _, last_name = name.rpartition(".")
+    return attrgetter(owner)(home) if owner else home, last_name, namespace[last_name]
 
 
 def lines_of(deleted):
