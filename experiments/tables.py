@@ -247,23 +247,14 @@ def finding_9(k: Known) -> tuple[str, bool, Tables]:
                "G 32": "16 prompts x 32 answers", "batch baseline": "the batch's mean as the baseline"}
     for cell, name in changes.items():
         gains[name] = k.gain(("default", "zero", "test"), (cell, "zero", "test"))
-        rows.append([name, k.score(cell), k.score(cell, kind="hard"), "" if cell == "default" else differs(gains[name]),
-                     figure([statistics.fmean(curve) for curve in k.values(cell, "rows", "zero", "accuracy")]),
-                     figure([tenths[9] for tenths in k.tenths(cell, "zero", "no_signal")])])
-    forks = []
+        compared = "" if cell == "default" else differs(gains[name])
+        rows.append([name, k.score(cell), k.score(cell, kind="hard"), compared])
     for name in VARIANTS:
-        cell = f"default {name}"
-        if diverged(k, cell):
-            forks.append([f"`{name}`", "diverged", "", ""])
-            continue
-        gains[name] = k.gain(("default ours", "zero", "test"), (cell, "zero", "test"))
-        forks.append([f"`{name}`", k.score(cell), k.score(cell, kind="hard"),
-                      "" if name == "ours" else differs(gains[name])])
+        if not diverged(k, f"default {name}"):
+            gains[name] = k.gain(("default ours", "zero", "test"), (f"default {name}", "zero", "test"))
     most = max(gains, key=lambda name: abs(gains[name].mean) / gains[name].spread)
-    return f"{gains[most]} points ({most})", abs(gains[most].mean) > 2 * gains[most].spread, {
-        "9": table(["change", "pass@1 on test", "pass@1 on hard", "test, compared with no change",
-                    "training accuracy, mean over the run", "groups without a signal, last tenth of RL"], rows),
-        "9 variants": table(["variant", "pass@1 on test", "pass@1 on hard", "test, compared with `ours`"], forks)}
+    return f"{gains[most]} points ({most})", abs(gains[most].mean) > 2 * gains[most].spread, {"9": table(
+        ["change", "pass@1 on test", "pass@1 on hard", "test, compared with no change"], rows)}
 
 
 def finding_10(k: Known) -> tuple[str, bool, Tables]:
@@ -279,17 +270,16 @@ def finding_10(k: Known) -> tuple[str, bool, Tables]:
 
 
 PIPELINE = ("base", "zero", "dev1", "dev2", "dev3", "r1", "student", "student_sft")
-SHOWN = ("pass@1 on test", "pass@1 on hard", "format", "language", "consistent", "everyday", "length")
+SHOWN = ("pass@1 on test", "pass@1 on hard", "format", "language", "consistent", "everyday")
 
 
 def pipeline_values(k: Known, model: str, cell: str = "R1") -> dict[str, list[float]]:
-    """The measures that row 11 compares, for each seed. Language and consistency are of well-formed answers."""
+    """The measures that finding 11 compares, for each seed. Language and consistency are of well-formed answers."""
     value = lambda kind, what: k.values(cell, "models", model, kind, what)
     of_well_formed = lambda what: [x / n if n else 0.0 for x, n in zip(value("test", what), value("test", "format"))]
     return {"pass@1 on test": value("test", "pass@1"), "pass@1 on hard": value("hard", "pass@1"),
             "format": value("test", "format"), "language": of_well_formed("language"),
-            "consistent": of_well_formed("consistent"), "everyday": value("everyday", "pass@1"),
-            "length": value("test", "length")}
+            "consistent": of_well_formed("consistent"), "everyday": value("everyday", "pass@1")}
 
 
 def gain(before: dict, after: dict, what: str) -> Figure:
@@ -302,8 +292,9 @@ def parts_of_r1(of: dict, without: dict) -> dict[str, tuple[str, bool]]:
     `without` those of the variants of dev2."""
     parts = {}
     mixing, learnt = (gain(of["base"], of["zero"], what) for what in ("consistent", "pass@1 on test"))
-    parts["(a)"] = (f"consistent: base {figure(of['base']['consistent'])} %, zero {figure(of['zero']['consistent'])} %; "
-                    f"pass@1 rises by {learnt} points", mixing.mean <= 0.1 and learnt.mean > 0.5)
+    before, after = (figure(of[model]["consistent"]) for model in ("base", "zero"))
+    parts["(a)"] = (f"consistent: base {before} %, zero {after} %; pass@1 rises by {learnt} points",
+                    mixing.mean <= 0.1 and learnt.mean > 0.5)
 
     consistent, cost = figure(of["dev2"]["consistent"]), gain(of["dev2"], without["language 0"], "pass@1 on test")
     parts["(b)"] = (f"consistent: {consistent} %; the reward costs {cost} points",
@@ -322,7 +313,7 @@ def parts_of_r1(of: dict, without: dict) -> dict[str, tuple[str, bool]]:
                     min(zero.mean - zero.spread, dev2.mean - dev2.spread) > 0 and dev3.mean <= dev3.spread)
 
     below = []  # the columns in which r1 is below the best model by more than the spread
-    for what in SHOWN[:-1]:
+    for what in SHOWN:
         best = max(PIPELINE[:6], key=lambda model: statistics.fmean(of[model][what]))
         short = gain(of["r1"], of[best], what)
         if short.mean > max(short.spread, 0.001):
@@ -341,17 +332,14 @@ def finding_11(k: Known) -> tuple[str, bool, Tables]:
     n_hold = sum(holds for _, holds in parts.values())
     judged = [[part, measured, "holds" if holds else "does not hold"] for part, (measured, holds) in parts.items()]
 
-    def cells(values: dict) -> list:
-        return [format(figure(values[what]), ".1f" if what == "length" else "") for what in SHOWN]
-
+    names = ("dev2", *(f"dev2, {name}" for name in ablations.values()))
+    rows = [[model, *(figure(of[model][what]) for what in SHOWN)] for model in PIPELINE]
+    rows += [[name, *(figure(values[what]) for what in SHOWN)] for name, values in zip(names[1:], without.values())]
     tenths = [k.tenths(cell, "dev2", "consistent") for cell in ("R1", *ablations)]
-    names = ("dev2", *ablations.values())
     return f"{n_hold} of {len(parts)} parts", n_hold == len(parts), {
         "11": table(["part", "measured", "verdict"], judged),
-        "11 models": table(["model", *SHOWN], [[model, *cells(of[model])] for model in PIPELINE]),
-        "11 dev2": table(["dev2", *SHOWN], [[name, *cells(values)] for name, values in
-                                            zip(names, (of["dev2"], *without.values()))]),
-        "11 tenths": table(["dev2", *(f"{10 * (i + 1)}" for i in range(10))],
+        "11 models": table(["model", *SHOWN], rows),
+        "11 tenths": table(["RL steps", *(f"{10 * i + 1} to {10 * (i + 1)}" for i in range(10))],
                            [[name, *(f"{100 * statistics.fmean(values):.0f}" for values in zip(*curves))]
                             for name, curves in zip(names, tenths)])}
 
@@ -420,7 +408,8 @@ def largest(rows: dict[str, list], *fields: str) -> float:
 
 def variants_table(k: Known, regime: str) -> list[str]:
     """A row for each variant, with means over the seeds."""
-    head = ["variant", "test", "hard", "format", "steps to 90 %", "length", "entropy", "largest KL", "clipped, most"]
+    head = ["variant", "test", "minus `ours`", "hard", "format", "steps to 90 %", "length", "entropy", "largest KL",
+            "clipped, most"]
     lines = []
     for name in VARIANTS:
         cell = f"{regime} {name}"
@@ -432,8 +421,10 @@ def variants_table(k: Known, regime: str) -> list[str]:
             continue
         ninety = sorted(steps_to(r["heldout_accuracy"], 0.9) for r in rows)
         clipped = [largest(r, "clip_fraction_low", "clip_fraction_high") for r in rows]
+        gain = k.gain((f"{regime} ours", "zero", "test"), (cell, "zero", "test"))
         lines.append([
-            f"`{name}`", k.score(cell), k.score(cell, kind="hard"), k.score(cell, what="format"),
+            f"`{name}`", k.score(cell), "" if name == "ours" else gain,
+            k.score(cell, kind="hard"), k.score(cell, what="format"),
             ", ".join("never" if step == math.inf else str(step) for step in ninety),
             f"{k.score(cell, what='length').mean:.1f}",
             f"{statistics.fmean(r['entropy'][-1] for r in rows):.3f}",

@@ -196,7 +196,8 @@ def test_a_finding_with_a_run_that_diverged(number, cell):
     first, *others = k.cells[cell]
     k = Known(k.cells | {cell: [first | {"models": {}}, *others]})
     measured, _, found = findings.FINDINGS[number].measure(k)
-    assert any("| diverged |" in line for lines in found.values() for line in lines)
+    assert any("| diverged |" in line for lines in found.values() for line in lines) == (number == 14)
+    assert "±" in measured
 
 
 def test_spreads():
