@@ -351,7 +351,8 @@ def test_table_and_figure(tmp_path):
     k = tables.Known(dict.fromkeys(names, found) | {"stress gspo": [*found[:2], found[2] | {"models": {}}]})
     lines = tables.variants_table(k, "stress")
     assert len(lines) == len(VARIANTS) + 4
-    assert lines[3].startswith("| `ours` | 90.0 ± 1.0 | 90.0 ± 1.0 | 100.0 ± 0.0 | 3, never, never |")
+    assert lines[3].startswith("| `ours` | 90.0 ± 1.0 |  | 90.0 ± 1.0 | 100.0 ± 0.0 | 3, never, never |")
+    assert lines[4].startswith("| `no_clip` | 90.0 ± 1.0 | 0.0 ± 1.4 | 90.0 ± 1.0 |")
     assert "| `gspo` | diverged in 1 of 3 runs, after 3 steps |" in lines[3 + list(VARIANTS).index("gspo")]
     rows = found[0]["rows"]["zero"] | {"a": [None] * 3, "b": [0.1, None, 0.3]}
     assert tables.largest(rows, "b", "a") == 0.3 and tables.steps_to(rows["entropy"], 0.95) == math.inf
