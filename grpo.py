@@ -27,9 +27,9 @@ clip_high and kl_coef are settings. The weights w_i, such as 1 / (number of toke
 DeepSeek-R1 (2501.12948v2, eq. 1 to 3) has one ratio for a completion, the product of those of its tokens. PPO (proximal
 policy optimisation), from which GRPO comes, estimates advantages with a second network, the critic.
 
-Watch the reward, not the loss. On policy, the loss is minus a weighted mean of the advantages. Those of a group add up
-to 0, so the loss is near 0, for a good policy and for a bad one. Its gradient is not 0: each token contributes
--w_i A_i grad log pi_theta. docs/knobs.md says more, and when to change a setting.
+Watch the reward, not the loss. On policy, and without the small KL term, the loss is minus a weighted mean of the
+advantages. Those of a group add up to 0, so the loss is near 0, for a good policy and for a bad one. Its gradient is
+not 0: each token contributes -w_i A_i grad log pi_theta. docs/knobs.md says more, and when to change a setting.
 """
 import math
 from collections import defaultdict
