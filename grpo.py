@@ -254,9 +254,8 @@ def grpo_update(policy: GPT, reference: GPT | None, optimizer, rollout: Rollout,
     device = policy.embedding.weight.device
     split = random_minibatches(len(adv), cfg.rl_minibatches, generator)
     minibatches = [make_minibatch(rollout, rows, adv, cfg, device) for rows in split]
-    # 2) log-probabilities under pi_old and pi_ref. Those of the sampler have a different rounding, so the first ratio
-    #    would not be 1. So we compute pi_old as the update computes pi_theta, with detach(): under no_grad(),
-    #    torch.compile would round differently
+    # 2) log-probabilities under pi_old and pi_ref. The sampler rounds them differently, and so does the code that
+    #    torch.compile makes under no_grad(). With either, the first ratio would not be 1. So we call detach()
     for batches, _ in minibatches[1:]:  # the first minibatch gets its logp_old in step 3
         for batch in batches:
             batch.logp_old = token_logprobs(policy, batch.idx, batch.mask).detach()

@@ -84,7 +84,7 @@ def write_step(step: str, value: int) -> tuple[str, int]:
 
 
 def solve(question: str, write=write_step) -> tuple[list[str], int]:
-    """Evaluate an expression from left to right, each term when it is reached -> (the texts of the steps, the value).
+    """Evaluate a valid expression from left to right, term by term -> (the texts of the steps, the value).
 
     `write` maps a step ("3*4") and its correct value to the step's text, and to the value that the next step uses.
 
@@ -182,8 +182,9 @@ class Arithmetic:
     def parse(self, text: str) -> Problem:
         """The problem of an expression such as "8*7-19". White space around numbers is ignored. Raises ValueError
         unless the text is numbers of 1 to 3 digits, without leading zeros, and 1 to max_ops + 2 operations."""
-        question, most = re.sub(r"\s*([-+*])\s*", r"\1", text.strip()), self.max_ops + 2
+        question = re.sub(r"\s*([-+*])\s*", r"\1", text.strip())
         number = "(0|[1-9][0-9]{0,2})"
+        most = self.max_ops + 2
         if not re.fullmatch(f"{number}([-+*]{number}){{1,{most}}}", question):
             raise ValueError(f"{text[:60]!r} is no expression of 1 to {most} operations + - * "
                              "over numbers of 1 to 3 digits, such as 8*7-19")

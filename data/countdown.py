@@ -16,7 +16,6 @@ problems are disjoint: a hash of the target and the sorted numbers decides the s
     python experiments/styles.py countdown    prints each style with its share, how often it is correct, and an example
 """
 import ast
-import operator
 import random
 import re
 import zlib
@@ -44,7 +43,7 @@ STYLES = {          # share of each style among the forum's answers
     "rechecked": 0.10,     # <think>3+7=10, 10*4=40, 25?, wait, 3*7=21, 21+4=25, 25?</think><answer>3*7+4</answer>
 }
 
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*"}  # of Python's syntax tree
 Attempt = tuple[tuple[str, int, int], ...]  # steps (sign, number, value reached); the first is ("", number, number)
 
 
@@ -96,8 +95,9 @@ def value_of(node: ast.expr) -> int:
     """The value of Python's syntax tree of an expression. Raises ValueError unless it is numbers and + - * alone."""
     if isinstance(node, ast.Constant):
         return node.value
-    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-        return OPERATORS[type(node.op)](value_of(node.left), value_of(node.right))
+    if isinstance(node, ast.BinOp) and type(node.op) in SIGNS:
+        apply = OPERATIONS[SIGNS[type(node.op)]]
+        return apply(value_of(node.left), value_of(node.right))
     raise ValueError("this is no expression of numbers and + - *")
 
 

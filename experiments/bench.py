@@ -186,9 +186,10 @@ def our_sampling(option: dict, turns: Turns, shape: GPTConfig, rows: int, new: i
 
 
 def our_pretraining(option: dict, turns: Turns) -> None:
-    model = quick_model(TEACHER, option, settings(option), training=True)
-    optimizer = Optimizer(model, CFG.base_adam_lr, CFG.base_muon_lr)
-    graphed(optimizer, settings(option))
+    cfg = settings(option)
+    model = quick_model(TEACHER, option, cfg, training=True)
+    optimizer = Optimizer(model, cfg.base_adam_lr, cfg.base_muon_lr)
+    graphed(optimizer, cfg)
     idx = torch.randint(VOCAB, (B, T + 1), device=option["device"])
 
     def step():

@@ -26,6 +26,7 @@ import variants  # noqa: E402
 from bugs import rounded, write_json  # noqa: E402
 from controls import CONTROLS  # noqa: E402
 from engine.arguments import Program, parse_args  # noqa: E402
+from engine.ask import stored_config  # noqa: E402
 from engine.settings import EVALUATION, names_of, settings_of, shaped_by  # noqa: E402
 from engine.tasks import make_task  # noqa: E402
 from engine.terminal import UsageError  # noqa: E402
@@ -221,7 +222,7 @@ def collect(name: str, seed: int, threads: int) -> None:
     cell, out = CELLS[name], folder(name, seed)
     results = json.loads((out / "results.json").read_text())
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    cfg, made = cell.config()(**results["config"]), dict(zip(cell.trains, cell.stages()))
+    cfg, made = stored_config(cell.config(), results["config"]), dict(zip(cell.trains, cell.stages()))
     of = {model: [row for row in rows if row["stage"] == stage] for model, stage in made.items()}
     seconds = [s for key, s in results["seconds"].items() if key.split()[-1] in made.values()]
     if not seconds:  # the run diverged

@@ -205,8 +205,7 @@ def divergence(run: Measured) -> dict:
     return {"kl": round(total / tokens, 5)}
 
 
-MEASURES = {f.__name__: f for f in (operations, many_samples, distributions, signal, reflections,
-                                    divergence)}
+MEASURES = {f.__name__: f for f in (operations, many_samples, distributions, signal, reflections, divergence)}
 
 if __name__ == "__main__":
     tune_libraries()

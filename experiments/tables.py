@@ -259,14 +259,15 @@ def finding_9(k: Known) -> tuple[str, bool, Tables]:
 
 def finding_10(k: Known) -> tuple[str, bool, Tables]:
     found = k.values("default", "measures", "distributions")
-    kinds, models = ("hard", "larger numbers"), {"student": "student", "zero": "zero, its teacher"}
-    drops = {model: [[f[model]["test"] - f[model][kind] for f in found] for kind in kinds] for model in models}
-    more = {kind: figure([student - zero for student, zero in zip(*pair)])
-            for kind, *pair in zip(kinds, drops["student"], drops["zero"])}
-    least = min(kinds, key=lambda kind: more[kind].mean - more[kind].spread)
+    rows, more = [["student"], ["zero, its teacher"], ["student minus zero"]], {}
+    for kind in ("hard", "larger numbers"):
+        student, zero = ([f[model]["test"] - f[model][kind] for f in found] for model in ("student", "zero"))
+        more[kind] = figure([a - b for a, b in zip(student, zero)])
+        for row, drop in zip(rows, (figure(student), figure(zero), more[kind])):
+            row.append(drop)
+    least = min(more, key=lambda kind: more[kind].mean - more[kind].spread)
     return f"{more[least]} points ({least})", more[least].mean > more[least].spread, {"10": table(
-        ["drop", *kinds], [*([name, *map(figure, drops[model])] for model, name in models.items()),
-                           ["student minus zero", *more.values()]])}
+        ["drop", *more], rows)}
 
 
 PIPELINE = ("base", "zero", "dev1", "dev2", "dev3", "r1", "student", "student_sft")
@@ -324,24 +325,25 @@ def parts_of_r1(of: dict, without: dict) -> dict[str, tuple[str, bool]]:
 
 def finding_11(k: Known) -> tuple[str, bool, Tables]:
     of = {model: pipeline_values(k, model) for model in PIPELINE}
-    ablations = {"language 0": "language reward of weight 0", "language 1/4": "language reward of weight 0.25",
-                 "no cold start": "language reward of weight 1, from the base instead of dev1"}
+    ablations = {"language 0": "dev2, language reward of weight 0",
+                 "language 1/4": "dev2, language reward of weight 0.25",
+                 "no cold start": "dev2, language reward of weight 1, from the base instead of dev1"}
     without = {cell: pipeline_values(k, "dev2", cell) for cell in ablations}
 
     parts = parts_of_r1(of, without)
     n_hold = sum(holds for _, holds in parts.values())
     judged = [[part, measured, "holds" if holds else "does not hold"] for part, (measured, holds) in parts.items()]
 
-    names = ("dev2", *(f"dev2, {name}" for name in ablations.values()))
     rows = [[model, *(figure(of[model][what]) for what in SHOWN)] for model in PIPELINE]
-    rows += [[name, *(figure(values[what]) for what in SHOWN)] for name, values in zip(names[1:], without.values())]
+    rows += [[name, *(figure(values[what]) for what in SHOWN)] for name, values in
+             zip(ablations.values(), without.values())]
     tenths = [k.tenths(cell, "dev2", "consistent") for cell in ("R1", *ablations)]
     return f"{n_hold} of {len(parts)} parts", n_hold == len(parts), {
         "11": table(["part", "measured", "verdict"], judged),
         "11 models": table(["model", *SHOWN], rows),
         "11 tenths": table(["RL steps", *(f"{10 * i + 1} to {10 * (i + 1)}" for i in range(10))],
                            [[name, *(f"{100 * statistics.fmean(values):.0f}" for values in zip(*curves))]
-                            for name, curves in zip(names, tenths)])}
+                            for name, curves in zip(("dev2", *ablations.values()), tenths)])}
 
 
 def finding_12(k: Known) -> tuple[str, bool, Tables]:
