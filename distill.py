@@ -16,8 +16,8 @@ softmax(logits / tau) with a temperature tau. The loss is the average, over all 
     "sft"      -log Q(the token that was sampled)   supervised fine-tuning on the completions, R1's way
 
 A tau above 1 flattens P and Q, so that unlikely tokens count for more. It makes the gradient about tau^2 times smaller:
-the derivative of logits / tau is tau times smaller, and so is, about, the difference of P and Q. So the loss is
-multiplied by tau^2 (Hinton et al., 1503.02531, section 2).
+one factor tau comes from the derivative of logits / tau, and one from the difference of P and Q, which shrinks, too. So
+the loss is multiplied by tau^2 (Hinton et al., 1503.02531, section 2).
 
 The student learns from each completion in several epochs. RL cannot, because its ratio corrects only for a few small
 updates. Here the target is the teacher's distribution, which does not depend on who sampled the tokens.
@@ -50,7 +50,7 @@ class DistillConfig(Budget):
 
 def distill_loss(student_logits: Tensor, teacher_logits: Tensor, divergence: str,
                  temperature: float = 1.0) -> Tensor:
-    """"forward", "reverse" or "jsd" at each of M tokens, times temperature^2: logits (M, V) each -> (M,), in nats.
+    """The "forward", "reverse" or "jsd" divergence of M tokens, times temperature^2: logits (M, V) -> (M,), in nats.
 
     No gradient flows to the teacher. Raises ValueError for another divergence.
     """

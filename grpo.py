@@ -11,9 +11,9 @@ Terms, for readers who know PyTorch but not RL:
     rollout     the N = P * G completions of P prompts. It is split into minibatches; each of them gives one update
     pi_old      the policy that sampled the rollout. The first update is "on policy": pi_theta still is pi_old
     pi_ref      the reference, a frozen copy of the model that RL began with. A penalty on the Kullback-Leibler (KL)
-                divergence between policy and reference keeps the policy near the reference
+                divergence, which says how much two distributions differ, keeps the policy near the reference
 
-The loss is that of DeepSeekMath (arXiv 2402.03300), eq. 3, but for the weights w_i. For token t of completion i:
+The loss is eq. 3 of DeepSeekMath (arXiv 2402.03300), but the weights w_i are a setting. For token t of completion i:
 
     A_i      = (r_i - mean(r)) / (std(r) + 1e-4), over the rewards r of the group        group_advantages
     ratio    = pi_theta(o_{i,t} | q, o_{i,<t}) / pi_old(o_{i,t} | q, o_{i,<t})
@@ -21,15 +21,16 @@ The loss is that of DeepSeekMath (arXiv 2402.03300), eq. 3, but for the weights 
     KL_{i,t} = pi_ref/pi_theta - log(pi_ref/pi_theta) - 1, probabilities of o_{i,t} as in the ratio
     loss     = sum over all tokens of w_i (L_{i,t} + kl_coef KL_{i,t})                   grpo_loss
 
-The functions on the right give the reasons for the 1e-4, for min and clip, and for this form of the KL. clip_low,
-clip_high and kl_coef are settings. The weights w_i, such as 1 / (number of tokens), make the sum an average.
+All tokens of a completion have its advantage, because the reward is for the whole completion. The weights w_i, such as
+1 / (number of tokens), make the sum an average. clip_low, clip_high and kl_coef are settings. The functions on the
+right give the reasons for the 1e-4, for min and clip, and for this form of the KL.
 
-DeepSeek-R1 (2501.12948v2, eq. 1 to 3) has one ratio for a completion, the product of those of its tokens. PPO (proximal
-policy optimisation), from which GRPO comes, estimates advantages with a second network, the critic.
+R1's paper (2501.12948v2, eq. 1 to 3) has one ratio for a completion: the product of its tokens' ratios. PPO (proximal
+policy optimisation), from which GRPO comes, estimates advantages with a second network, the critic. GRPO needs none.
 
-Watch the reward, not the loss. On policy, and without the small KL term, the loss is minus a weighted mean of the
-advantages. Those of a group add up to 0, so the loss is near 0, for a good policy and for a bad one. Its gradient is
-not 0: each token contributes -w_i A_i grad log pi_theta. docs/knobs.md says more, and when to change a setting.
+Watch the reward: the loss does not say how good the policy is. On policy, and without the small KL term, the loss is
+minus the mean advantage over all tokens. The advantages of a group add up to 0. So the loss is 0 if all lengths are
+equal, and below 0 if the better completions are longer. But each token's gradient is -w_i A_i grad log pi_theta.
 """
 import math
 from collections import defaultdict
@@ -47,7 +48,7 @@ from model import GPT, token_logprobs
 class Budget:
     """The settings that GRPO and distillation share."""
     rl_max_new_tokens: int = 80   # longest completion, in tokens, in all stages
-    micro_batch: int = 0          # most tokens in a forward pass; 0: no limit (a run chooses one for its device)
+    micro_batch: int = 0          # most tokens in a forward pass; 0: no limit (train.py: what suits the device)
 
 
 @dataclass
@@ -91,7 +92,7 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     adv = rewards - rewards.mean(dim=1, keepdim=True)
     if scale == "std":
         adv = adv / (rewards.std(dim=1, keepdim=True) + 1e-4)
-    # subtle: if all rewards are equal, rounding can make adv 1e-8 instead of 0, and dividing by 1e-4 enlarges it.
+    # subtle: rounding can make adv 1e-4 where all rewards are equal. It must be 0: make_minibatch skips these rows.
     return adv.masked_fill(no_signal(rewards), 0.0)
 
 
@@ -133,8 +134,8 @@ def grpo_loss(logp: Tensor, logp_old: Tensor, logp_ref: Tensor | None, adv: Tens
 
     KL_{i,t} is x - log(x) - 1 for x = pi_ref/pi_theta (the estimator k3 of the literature). Its mean over samples of
     pi_theta is KL(pi_theta || pi_ref), because the mean of x is 1, and that of -log(x) is the KL. No KL_{i,t} is
-    negative. Autograd treats the samples as fixed, although they depend on theta. So the gradient is, on average, that
-    of KL(pi_ref || pi_theta) (proof: arXiv 2506.09477). It pulls the policy back as well.
+    negative. Its gradient is another one, because autograd does not differentiate the sampling. On average it is that
+    of KL(pi_ref || pi_theta) (proof: arXiv 2506.09477), which also pulls the policy towards the reference.
     """
     assert logp_ref is not None or not kl_coef, "a KL penalty needs the reference's logp"
     ratio = (logp - logp_old).exp()
@@ -202,7 +203,7 @@ def grpo_step(policy: GPT, reference: GPT | None, optimizer, problems: list, rew
               generator: Generator | None = None, lr_scale: float = 1.0,
               loss_fn=token_loss) -> tuple["Metrics", Rollout]:
     """One step of GRPO on P problems -> (metrics, the rollout). cfg is a GRPOConfig, or has its fields. The learning
-    rate is multiplied by lr_scale. sample_rollout explains reward_fn and task, grpo_update the other arguments."""
+    rate is multiplied by lr_scale. sample_rollout explains reward_fn and task, grpo_update explains the rest."""
     # a) sample G completions of each prompt, and score them
     rollout = sample_rollout(policy, problems, reward_fn, task, cfg.rl_samples, cfg.rl_max_new_tokens, generator)
     # b) compare each completion with its group
@@ -241,8 +242,8 @@ def grpo_update(policy: GPT, reference: GPT | None, optimizer, rollout: Rollout,
 
     The optimizer is a small wrapper around torch's (docs/own.md has one of five lines). Its step(lr_scale, share,
     has_gradient) clips the gradient, updates the weights, clears the gradient, and returns the norm of the gradient
-    before clipping. If has_gradient is False, it changes nothing. If there are several processes, share is the weight
-    of this process in the mean of their gradients. The reference may be None if kl_coef is 0. loss_fn: see token_loss.
+    before clipping. share and has_gradient are for several processes: the weight of this process in the mean of their
+    gradients, and whether it has one. If none has one, nothing changes. reference may be None if kl_coef is 0.
     """
     assert reference is not None or not cfg.kl_coef, "a KL penalty (kl_coef above 0) needs a reference"
     metrics = rollout_metrics(rollout)
@@ -254,8 +255,8 @@ def grpo_update(policy: GPT, reference: GPT | None, optimizer, rollout: Rollout,
     device = policy.embedding.weight.device
     split = random_minibatches(len(adv), cfg.rl_minibatches, generator)
     minibatches = [make_minibatch(rollout, rows, adv, cfg, device) for rows in split]
-    # 2) log-probabilities under pi_old and pi_ref. The sampler rounds them differently, and so does the code that
-    #    torch.compile makes under no_grad(). With either, the first ratio would not be 1. So we call detach()
+    # 2) log-probabilities under pi_old and pi_ref, computed as in step 3, so that the first ratio is exactly 1. (Those
+    #    of the sampler, and those of a compiled model under no_grad(), are rounded differently. Hence detach())
     for batches, _ in minibatches[1:]:  # the first minibatch gets its logp_old in step 3
         for batch in batches:
             batch.logp_old = token_logprobs(policy, batch.idx, batch.mask).detach()
@@ -293,8 +294,8 @@ def make_minibatch(rollout: Rollout, rows: Tensor, adv: Tensor, cfg, device: tor
     they are the majority. DeepSeekMath trains on all completions. To do so here, replace the line `live = ...` below by
     `live = rows`; the accuracy was the same (experiments/findings.md, 12).
 
-    share is the number of tokens of the minibatch if normalize is "token", else its number of rows (see grpo_update).
-    The skipped completions count, too.
+    share is the weight of this minibatch in a mean: its number of tokens if normalize is "token", else its number of
+    rows. The skipped completions count, as in token_weights.
     """
     lengths = rollout.lengths()[rows]
     weight = torch.zeros(len(adv))
@@ -317,9 +318,8 @@ def random_minibatches(n: int, n_minibatches: int, generator: Generator | None) 
 
 
 def micro_batches(rollout: Rollout, rows: list[int], max_tokens: int, device: torch.device) -> list[Batch]:
-    """Split rows of a rollout into batches of similar lengths, of at most max_tokens tokens with padding (0: no limit).
-    There are as few batches as possible. All have the same number of rows, only the last may have fewer. Their
-    gradients add up to that of all rows, in less memory."""
+    """Split rows, sorted by length, into the fewest batches of equal size with at most max_tokens tokens each,
+    padding included (0: no limit). Their gradients add up to that of all rows, in less memory."""
     limit = max_tokens or float("inf")
     # The model reads all tokens but the last, and a run pads them to a multiple of 8 (engine/speed/fast.py).
     length = [8 * math.ceil((len(p) + len(c) - 1) / 8) for p, c in zip(rollout.prompts, rollout.completions)]
@@ -368,7 +368,7 @@ def rollout_metrics(rollout: Rollout) -> Metrics:
 
     length, length_wrong   mean tokens of all and of wrong completions, with the stop token
     truncated              share of completions that were cut off
-    entropy                in nats per token, estimated by the mean of -log p over the sampled tokens
+    entropy                in nats per token (natural logarithm): the mean of -log p over the sampled tokens
     tokens                 number of sampled tokens, for the speed in the log
     """
     metrics, N, lengths = Metrics(), len(rollout.texts), rollout.lengths()

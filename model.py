@@ -7,9 +7,9 @@
 As in Llama, positions are rotary and there are no biases. The last line is called SwiGLU. The embedding is also the
 output matrix. Shapes: B batch, T tokens, V vocabulary, H heads, D head size, C width (n_embd).
 
-Reinforcement learning (grpo.py) divides the probability that a token has now by the probability with which it was
-sampled. So `generate` must sample from the distribution that `token_logprobs` computes, without top-k or top-p. (In
-bfloat16 they differ a little, because they multiply matrices of different sizes. grpo.py logs the difference.)
+GRPO needs the ratio of a token's probability under the current model to its probability when it was sampled. So
+`generate` must sample from the distribution that `token_logprobs` computes, without top-k or top-p. (In bfloat16 the
+two differ a little, because they multiply matrices of different sizes. grpo.py logs the difference as sampler_gap.)
 """
 from dataclasses import dataclass
 
@@ -145,7 +145,7 @@ class GPT(nn.Module):
         """Logits of the next token at every position: idx (B, T) -> (B, T, V).
 
         With a mask (B, T) of bool, it returns only the logits at the M positions where the mask is True, row after row,
-        (M, V). No loss needs the logits of prompts and padding.
+        (M, V). So no logits are computed for prompts and padding.
         """
         hidden = self.hidden(idx)
         return self.logits(hidden if mask is None else select(hidden, mask))

@@ -1,13 +1,13 @@
-"""The two rule-based rewards of DeepSeek-R1-Zero (arXiv 2501.12948v2, section 2.2), and the parser behind them.
+"""The two rule-based rewards of DeepSeek-R1-Zero (arXiv 2501.12948v2, section 2.2), and the parser of completions.
 
 A completion is the text that the language model writes after a prompt. It earns
 
     accuracy  1 if its answer is correct, else 0
     format    1 if it is <think>...</think><answer>...</answer> and nothing else, else 0
 
-The thought is the text between <think> and </think>, the answer the text between <answer> and </answer>. Accuracy,
-too, needs a closed, non-empty thought before the answer. problem.check(answer) -> bool decides whether the answer is
-correct. RL maximises the sum of the two rewards.
+The thought is the text between <think> and </think>. The answer is the text between <answer> and </answer>. The task
+is to think first, so accuracy also needs a closed, non-empty thought before the answer. problem.check(answer) -> bool
+says whether the answer is correct (data/arithmetic.py). RL maximises the sum of the two rewards.
 
 Both rewards are rules. R1-Zero has no neural network that scores answers, because RL would learn to exploit mistakes of
 this network (reward hacking). RL exploits the gaps of a rule, too, so these rules are strict. A repeated tag, an answer

@@ -93,7 +93,7 @@ def train_student_base(run: Run) -> None:
 def pretrain(run: Run, model: GPT, n_tokens: int, n_rows: int) -> None:
     """Next-token prediction on n_tokens tokens of the corpus, n_rows rows of block_size tokens in each update."""
     cfg = run.cfg
-    n_steps = n_tokens // (n_rows * cfg.block_size)  # with --init or --base, n_tokens is 0
+    n_steps = n_tokens // (n_rows * cfg.block_size)  # 0 with --init or --base
     corpus = run.corpus(n_steps, n_rows)
     model = run.fast(model, training=n_steps > 0)
     optimizer = Optimizer(model, cfg.base_adam_lr, cfg.base_muon_lr)
@@ -133,15 +133,15 @@ def run_grpo(run: Run, cfg: Config, policy: GPT, n_steps: int, make_problem, rew
     cfg is run.cfg, or a copy with changes in r1.py. make_problem(rng) returns a random problem."""
     reference = run.frozen(policy) if cfg.kl_coef else None
     policy = run.fast(policy, training=True, sampling=True)
-    # AdamW alone, because RL gradients are noisy. It divides a mean gradient by the gradients' mean size (over 1,000
-    # updates with beta2=0.999), so noise makes its steps small. All steps of Muon have the same size.
+    # AdamW alone, because RL gradients are noisy. It divides the mean gradient by the gradients' mean size (over about
+    # 1,000 updates with beta2=0.999). So it takes small steps where noise is large. Muon's steps have one size.
     optimizer = Optimizer(policy, cfg.rl_lr, beta2=0.999)
     state = {"model": policy, "optimizer": optimizer}  # what resume.pt saves
     if cfg.ref_every:
-        state["reference"] = reference
+        state["reference"] = reference  # it is no longer the base
     watch = Watch(make_problem, reward_fn)  # samples.jsonl: the answers to the same four problems over the steps
-    # hold=0: the learning rate falls from the first step on, because RL learns most at the start. (By default, it is
-    # constant for 40 % of the steps.)
+    # hold=0: the learning rate falls from the first step on, because RL learns most at the start. (In the other stages
+    # it is constant for the first 40 % of the steps.)
     for step in run.steps(n_steps, hold=0.0, watch=watch, **state):
         problems = step.problems(cfg.rl_prompts, make_problem)
         metrics, rollout = grpo_step(policy, reference, optimizer, problems, reward_fn, run.task, cfg,
@@ -157,7 +157,7 @@ def reward_function(run: Run):
     cfg = run.cfg
 
     def reward_fn(completion: str, problem) -> dict[str, float]:
-        scores = run.task.reward(completion, problem)
+        scores = run.task.reward(completion, problem)  # of the built-in tasks: rewards.rule_rewards
         reward = cfg.accuracy_weight * scores["accuracy"] + cfg.format_weight * scores.get("format", 0.0)
         return {"reward": reward, **scores}
     return reward_fn
@@ -175,7 +175,7 @@ def train_student(run: Run, zero: GPT, student_base: GPT) -> None:
 
 def run_distillation(run: Run, cfg: Config, teacher: GPT, student: GPT, n_steps: int, make_problem,
                      reward_fn) -> None:
-    """Each step samples completions of the teacher, and the student learns the teacher's probabilities: see distill.py.
+    """In each step the teacher writes completions, and the student learns the teacher's probabilities: see distill.py.
     cfg and make_problem are as in run_grpo."""
     teacher = run.fast(teacher, training=cfg.divergence != "sft", sampling=not cfg.on_policy)
     student = run.fast(student, training=True, sampling=cfg.on_policy)

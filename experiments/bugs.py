@@ -19,6 +19,7 @@ import json
 import math
 import random
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -41,7 +42,7 @@ from engine.ask import stored_config  # noqa: E402
 from engine.evaluation import evaluate  # noqa: E402
 from engine.files import load_checkpoint, write_file  # noqa: E402
 from engine.loop import Run, Step, lr_schedule  # noqa: E402
-from engine.machine import tune_libraries  # noqa: E402
+from engine.machine import machine, tune_libraries  # noqa: E402
 from engine.optimizer import Optimizer  # noqa: E402
 from engine.tasks import make_task  # noqa: E402
 from engine.terminal import UsageError  # noqa: E402
@@ -262,7 +263,8 @@ def make_run(out: Path, seed: int, steps: int, settings: dict) -> tuple[Curve, G
 
 
 def train_with(name: str, out: Path, seed: int, steps: int) -> dict:
-    """RL with a bug, or a control -> {"settings": .., "rows": {field: its value in each step}, "pass@1": .., ..}.
+    """RL with a bug, or a control -> {"commit": .., "machine": .., "settings": .., "rows": {field: its value in each
+    step}, "pass@1": .., ..}.
 
     "pass@1", "pass@1_se", "format" and "length" are of the last policy without the bug: figures of evaluate().
     """
@@ -276,9 +278,15 @@ def train_with(name: str, out: Path, seed: int, steps: int) -> dict:
     found = evaluate(policy, problems, run.task, max_new_tokens=run.cfg.rl_max_new_tokens,
                      generator=torch.Generator().manual_seed(0))
     print(f"{name}, seed {seed}: pass@1 on {HELD_OUT} test problems {found['pass@1']:.3f}", flush=True)
-    return {"settings": settings,
+    return {"commit": commit(), "machine": machine(run.cfg), "settings": settings,
             "rows": {field: [rounded(row[field]) for row in run.rows] for field in run.rows[0] if field != "tokens"},
             **{key: rounded(found[key]) for key in ("pass@1", "pass@1_se", "format", "length")}}
+
+
+def commit() -> str:
+    """The commit of this code, for the files with results. It ends in -dirty if the code is not as committed."""
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def rounded(value: float | None) -> float | str | None:

@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 import r1  # noqa: E402
 import variants  # noqa: E402
-from bugs import rounded, write_json  # noqa: E402
+from bugs import commit, rounded, write_json  # noqa: E402
 from controls import CONTROLS  # noqa: E402
 from engine.arguments import Program, parse_args  # noqa: E402
 from engine.ask import stored_config  # noqa: E402
@@ -166,8 +166,7 @@ def train(name: str, seed: int, threads: int) -> None:
     cell, out = CELLS[name], folder(name, seed)
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "commit").exists():
-        version = ["git", "describe", "--always", "--dirty"]
-        (out / "commit").write_text(subprocess.run(version, cwd=ROOT, capture_output=True, text=True).stdout)
+        (out / "commit").write_text(commit())
     flags = [*cell.all_flags(), f"--seed={seed}", f"--threads={threads}", f"--out={out}"]
     if cell.start:
         parent = folder(cell.start, seed)
@@ -228,7 +227,7 @@ def collect(name: str, seed: int, threads: int) -> None:
     if not seconds:  # the run diverged
         seconds = [row["seconds"] for row in rows[-1:]]
     found = {
-        "cell": name, "seed": seed, "commit": (out / "commit").read_text().strip(),
+        "cell": name, "seed": seed, "commit": (out / "commit").read_text(),
         "machine": {key: getattr(cfg, key) for key in ("device", "dtype", "compile", "threads")},
         "settings": settings(cell), "start": cell.start, "controls": cell.controls, "seconds": round(sum(seconds)),
         "models": {model: results["models"][stage] for model, stage in made.items() if stage in results["models"]},

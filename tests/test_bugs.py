@@ -92,6 +92,7 @@ def test_every_bug_has_its_curve():
     for key, curve in curves.items():
         assert curve["settings"] == RUNS[key.rpartition("-")[0]][1], key
         assert {len(values) for values in curve["rows"].values()} == {bugs.STEPS}, key
+        assert curve["commit"] and "float32" in curve["machine"], key
 
 
 def test_the_page_shows_what_was_measured():
