@@ -28,8 +28,8 @@ right give the reasons for the 1e-4, for min and clip, and for this form of the 
 R1's paper (2501.12948v2, eq. 1 to 3) has one ratio for a completion: the product of its tokens' ratios. PPO (proximal
 policy optimisation), from which GRPO comes, estimates advantages with a second network, the critic. GRPO needs none.
 
-Watch the reward: the loss does not say how good the policy is. On policy, and without the small KL term, the loss is
-minus the mean advantage over all tokens. The advantages of a group add up to 0. So the loss is 0 if all lengths are
+Watch the reward: the loss does not say how good the policy is. On policy, and without the small KL term, the loss of a
+rollout is minus the mean advantage over all tokens. Those of a group add up to 0. So the loss is 0 if all lengths are
 equal, and below 0 if the better completions are longer. But each token's gradient is -w_i A_i grad log pi_theta.
 """
 import math
@@ -92,7 +92,7 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     adv = rewards - rewards.mean(dim=1, keepdim=True)
     if scale == "std":
         adv = adv / (rewards.std(dim=1, keepdim=True) + 1e-4)
-    # subtle: rounding can make adv 1e-4 where all rewards are equal. It must be 0: make_minibatch skips these rows.
+    # subtle: rounding can make adv 0.001 where all rewards are equal. It must be 0: make_minibatch skips these rows.
     return adv.masked_fill(no_signal(rewards), 0.0)
 
 
@@ -240,10 +240,10 @@ def grpo_update(policy: GPT, reference: GPT | None, optimizer, rollout: Rollout,
                 generator: Generator | None = None, lr_scale: float = 1.0, loss_fn=token_loss) -> "Metrics":
     """Update the policy, once for each minibatch of the rollout, given the advantages (N,) -> metrics.
 
-    The optimizer is a small wrapper around torch's (docs/own.md has one of five lines). Its step(lr_scale, share,
+    The optimizer is a small wrapper around torch's (docs/own.md has one of six lines). Its step(lr_scale, share,
     has_gradient) clips the gradient, updates the weights, clears the gradient, and returns the norm of the gradient
-    before clipping. share and has_gradient are for several processes: the weight of this process in the mean of their
-    gradients, and whether it has one. If none has one, nothing changes. reference may be None if kl_coef is 0.
+    before clipping. share is the weight of this process in the mean of all processes' gradients. If has_gradient is
+    False in all of them, as all advantages are 0, nothing changes. reference may be None if kl_coef is 0.
     """
     assert reference is not None or not cfg.kl_coef, "a KL penalty (kl_coef above 0) needs a reference"
     metrics = rollout_metrics(rollout)
@@ -318,8 +318,8 @@ def random_minibatches(n: int, n_minibatches: int, generator: Generator | None) 
 
 
 def micro_batches(rollout: Rollout, rows: list[int], max_tokens: int, device: torch.device) -> list[Batch]:
-    """Split rows, sorted by length, into the fewest batches of equal size with at most max_tokens tokens each,
-    padding included (0: no limit). Their gradients add up to that of all rows, in less memory."""
+    """Split rows, sorted by length, into the fewest batches of equal size with at most max_tokens tokens each, padding
+    included (0: no limit). The last may be smaller. Their gradients add up to that of all rows, in less memory."""
     limit = max_tokens or float("inf")
     # The model reads all tokens but the last, and a run pads them to a multiple of 8 (engine/speed/fast.py).
     length = [8 * math.ceil((len(p) + len(c) - 1) / 8) for p, c in zip(rollout.prompts, rollout.completions)]

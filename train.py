@@ -68,7 +68,7 @@ class Config(Machine, Files, Task, Text, Questions, Pretraining, Base, GRPOConfi
 # This file holds the stages. A stage is a function with a loop, `for step in run.steps(...)`. The lines inside the loop
 # are the algorithm. What a stage uses of engine/:
 #
-#     run.new_model(..)   a GPT with random weights; with --init, the pretrained model
+#     run.new_model(..)   a GPT with random weights; with --init or --base, that model
 #     run.corpus(..)      the corpus: batch(step) -> token ids (B, T+1), and heldout, rows that are never trained on
 #     run.fast(model)     the same model with a faster generate (sampling=True) and faster passes (training=True)
 #     run.frozen(model)   a copy that is not trained
@@ -93,7 +93,7 @@ def train_student_base(run: Run) -> None:
 def pretrain(run: Run, model: GPT, n_tokens: int, n_rows: int) -> None:
     """Next-token prediction on n_tokens tokens of the corpus, n_rows rows of block_size tokens in each update."""
     cfg = run.cfg
-    n_steps = n_tokens // (n_rows * cfg.block_size)  # 0 with --init or --base
+    n_steps = n_tokens // (n_rows * cfg.block_size)  # --init and --base set n_tokens to 0
     corpus = run.corpus(n_steps, n_rows)
     model = run.fast(model, training=n_steps > 0)
     optimizer = Optimizer(model, cfg.base_adam_lr, cfg.base_muon_lr)
@@ -140,8 +140,8 @@ def run_grpo(run: Run, cfg: Config, policy: GPT, n_steps: int, make_problem, rew
     if cfg.ref_every:
         state["reference"] = reference  # it is no longer the base
     watch = Watch(make_problem, reward_fn)  # samples.jsonl: the answers to the same four problems over the steps
-    # hold=0: the learning rate falls from the first step on, because RL learns most at the start. (In the other stages
-    # it is constant for the first 40 % of the steps.)
+    # hold=0: after a short warm-up the learning rate falls at once, because RL learns most at the start. (In the other
+    # stages it is constant until 40 % of the steps.)
     for step in run.steps(n_steps, hold=0.0, watch=watch, **state):
         problems = step.problems(cfg.rl_prompts, make_problem)
         metrics, rollout = grpo_step(policy, reference, optimizer, problems, reward_fn, run.task, cfg,

@@ -10,7 +10,7 @@ from engine.terminal import UsageError
 
 
 class Program(NamedTuple):
-    """What train.py, r1.py and experiments/controls.py hand to main."""
+    """What a command can train, its settings and its help."""
     stages: dict           # name -> engine.loop.Stage
     config: type           # its Config
     description: str       # the text of --help

@@ -98,7 +98,8 @@ class Run:
     # What a stage uses
 
     def new_model(self, n_layer: int, n_head: int, n_embd: int, student: bool = False) -> GPT:
-        """A model with random weights. With --init it is the pretrained model, or the student's (starting_model)."""
+        """A model with random weights. With --base it is that checkpoint, with --init the pretrained model, or the
+        student's (starting_model)."""
         cfg, dtype = self.cfg, getattr(torch, self.cfg.dtype)
         torch.manual_seed(cfg.seed)
         if cfg.base and not student:

@@ -3,9 +3,9 @@
     torchrun --standalone --nproc_per_node=2 train.py
 
 A rank is one process; ranks are numbered from 0, and world_size is how many there are. Each rank samples answers to its
-own problems with its own seed, and rollouts are never gathered. The ranks exchange only sums: the gradients
-(Optimizer.step), the metrics of a step, and the counts of an evaluation. Rank 0 writes the files. Without torchrun,
-there is one rank, and nothing is exchanged. The names are those of torch.distributed.
+own problems with its own seed, and rollouts are never gathered. After the start the ranks exchange only sums: the
+gradients (Optimizer.step), the metrics of a step, and the counts of an evaluation. Rank 0 writes the files. Without
+torchrun, there is one rank, and nothing is exchanged. The names are those of torch.distributed.
 """
 import os
 import sys

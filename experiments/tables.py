@@ -421,7 +421,7 @@ def variants_table(k: Known, regime: str) -> list[str]:
             words = f"diverged in {len(ends)} of {len(rows)} runs, after {', '.join(map(str, ends))} steps"
             lines.append([f"`{name}`", words, *[""] * (len(head) - 2)])
             continue
-        ninety = sorted(steps_to(r["heldout_accuracy"], 0.9) for r in rows)
+        ninety = [steps_to(r["heldout_accuracy"], 0.9) for r in rows]
         clipped = [largest(r, "clip_fraction_low", "clip_fraction_high") for r in rows]
         gain = k.gain((f"{regime} ours", "zero", "test"), (cell, "zero", "test"))
         lines.append([
