@@ -111,7 +111,7 @@ def test_distillation_alone(alone):
 
 def test_the_task_of_the_docs_has_sums_alone():
     """The program with a task of its own in docs/own.md must run as it is."""
-    section = (ROOT / "docs" / "own.md").read_text().split("This one is `python\ntrain.py` on sums alone.")[1]
+    section = (ROOT / "docs" / "own.md").read_text().split("`python train.py` on sums alone.")[1]
     code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
     ask = "import random\ntask = make_task(Config())\nprint(task.make_problem(random.Random(0), n_ops=(3, 3)).question)"
     question, = python(f"{code.partition('if __name__')[0]}\n{ask}")
