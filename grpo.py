@@ -63,9 +63,9 @@ class GRPOConfig(Budget):
     format_weight: float = 1.0    # R1 weighs both equally
     scale: Literal["std", "none"] = "std"  # the divisor of an advantage: see group_advantages
     normalize: Literal["sequence", "token", "constant"] = "token"  # the average: see token_weights
-    clip_low: float = 0.2         # the ratio is clipped at 1 - clip_low
+    clip_low: float = 0.2         # the ratio is clipped at 1 - clip_low; 0.2 as in PPO
     clip_high: float = 0.2        # the ratio is clipped at 1 + clip_high
-    kl_coef: float = 0.001        # weight of the KL penalty; with 0 there is no reference
+    kl_coef: float = 0.001        # weight of the KL penalty, as in R1; with 0 there is no reference
     ref_every: int = 0            # every so many steps, the policy is copied into the reference; 0: never
 
 

@@ -62,10 +62,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """One layer: attention, then the SwiGLU. Each adds its output to the residual stream x.
+    """One layer: attention, then the SwiGLU. Each adds its output to x, the residual stream. Sampling with a cache of
+    keys and values (engine/speed/sampler.py) calls the two halves, `qkv` and `after_attention`, by themselves.
 
-    The residual stream, the parameters and their gradients are float32. The matrix products and attention are computed
-    in the compute dtype, which may be bfloat16.
+    x, the parameters and their gradients are float32. Matrix products and attention have the compute dtype, which may
+    be bfloat16.
     """
 
     def __init__(self, c: GPTConfig):
@@ -110,7 +111,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The language model: `GPT(config)(idx)` maps token ids (B, T) to logits (B, T, V). `dtype` is the compute dtype
     (see Block), and the logits have it, too."""
-    block_class = Block  # published models have other blocks (engine/pretrained/families.py)
+    block_class = Block  # published models have others (engine/pretrained/families.py)
 
     def __init__(self, config: GPTConfig, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -129,12 +130,12 @@ class GPT(nn.Module):
         self.register_buffer("sin", angle.sin(), persistent=False)
 
     def rotary_frequencies(self) -> Tensor:
-        """The angle per position, in radians, for each pair of head dimensions, (D/2,)."""
+        """The angle per position, in radians, for each pair of head dimensions, (D/2,). Llama 3 has others."""
         D = self.config.head_size
         return 10_000.0 ** (-torch.arange(0, D, 2) / D)
 
     def output_weight(self) -> Tensor:
-        """The output matrix, (V, C). It is the embedding."""
+        """The output matrix, (V, C): the embedding. Some published models have another."""
         return self.embedding.weight
 
     def n_params(self) -> int:
@@ -178,8 +179,7 @@ class GPT(nn.Module):
         have `samples` entries for each prompt, and those of one prompt are adjacent.
 
         Sampling stops at the first token of stop_ids, which is part of the completion, or after max_new_tokens.
-        Temperature 0 takes the likeliest token, and returns its log-probability at temperature 1. Raises ValueError for
-        an empty prompt, or one that leaves no room in block_size.
+        Temperature 0 takes the likeliest token, and returns its log-probability at temperature 1. Errors: check_room.
 
         This plain version is for readers and for tests. For each new token, the model reads the whole text again. A run
         (run.fast in train.py) replaces it by engine/speed/sampler.py, which draws from the same distribution.
@@ -212,7 +212,7 @@ class GPT(nn.Module):
             # 3) append it. (Rows that have ended go on, and are cut below)
             idx[row, start + t] = token
             logp[:, t] = probs[row, token].log()
-            length += torch.where(ended, 0, 1)  # not ended yet at the stop token, so it counts
+            length += torch.where(ended, 0, 1)  # the stop token counts: its row has not ended before it
             ended |= torch.isin(token, torch.tensor(stop_ids, device=device))
             if ended.all():
                 break
