@@ -190,7 +190,7 @@ BUGS = {
     "batch_baseline": Bug(
         ((grpo, "group_advantages", batch_advantages),),
         "tests/test_grpo.py::test_advantages_are_trls", "grad_norm",
-        "The gradient does not fall as groups lose their signal", also="no_signal"),
+        "The gradient falls less as groups lose their signal", also="no_signal"),
     "zero_by_zero": Bug(
         ((grpo, "group_advantages", advantages_without_epsilon),),
         "tests/test_grpo.py::test_equal_rewards_are_no_advantage", "loss",
