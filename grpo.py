@@ -29,8 +29,8 @@ R1's paper (2501.12948v2, eq. 1 to 3) has one ratio for a completion: the produc
 policy optimisation), from which GRPO comes, estimates advantages with a second network, the critic. GRPO needs none.
 
 Watch the reward: the loss does not say how good the policy is. On policy, and without the small KL term, the loss of a
-rollout is minus the mean advantage over all tokens. Those of a group add up to 0. So the loss is 0 if all lengths are
-equal, and below 0 if the better completions are longer. But each token's gradient is -w_i A_i grad log pi_theta.
+rollout is minus the mean advantage over all tokens. A group's advantages add up to 0, so the loss is 0 if all lengths
+are equal, and below 0 if the better completions are longer. But each token's gradient is -w_i A_i grad log pi_theta.
 """
 import math
 from collections import defaultdict
@@ -242,8 +242,8 @@ def grpo_update(policy: GPT, reference: GPT | None, optimizer, rollout: Rollout,
 
     The optimizer is a small wrapper around torch's (docs/own.md has one of six lines). Its step(lr_scale, share,
     has_gradient) clips the gradient, updates the weights, clears the gradient, and returns the norm of the gradient
-    before clipping. share is the weight of this process in the mean of all processes' gradients. If has_gradient is
-    False in all of them, as all advantages are 0, nothing changes. reference may be None if kl_coef is 0.
+    before clipping. share is the weight of this process in the mean of all processes' gradients. If no process has one,
+    as all advantages are 0, nothing changes. reference may be None if kl_coef is 0. loss_fn: see token_loss.
     """
     assert reference is not None or not cfg.kl_coef, "a KL penalty (kl_coef above 0) needs a reference"
     metrics = rollout_metrics(rollout)
