@@ -103,8 +103,9 @@ def distill_step(student: GPT, teacher: GPT, optimizer, problems: list, reward_f
                 loss = batch_loss(student, teacher, batch, hidden, cfg)  # (M,)
                 (loss.sum() / n_tokens).backward()
                 metrics.add("loss", loss.detach().sum(), len(loss))
-            grad_norm = optimizer.step(lr_scale, share=n_tokens)
-            metrics.add("grad_norm", grad_norm, 1)
+            grad_norm = optimizer.step(lr_scale, share=n_tokens, has_gradient=n_tokens > 0)
+            if n_tokens:
+                metrics.add("grad_norm", grad_norm, 1)
     return metrics
 
 

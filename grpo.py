@@ -240,10 +240,10 @@ def grpo_update(policy: GPT, reference: GPT | None, optimizer, rollout: Rollout,
                 generator: Generator | None = None, lr_scale: float = 1.0, loss_fn=token_loss) -> "Metrics":
     """Update the policy, once for each minibatch of the rollout, given the advantages (N,) -> metrics.
 
-    The optimizer is a small wrapper around torch's (docs/own.md has one of six lines). Its step(lr_scale, share) clips
-    the gradient, updates the weights, clears the gradient, and returns the norm of the gradient before clipping. If
-    there are several processes, share is the weight of this one in the mean of their gradients. If there is no gradient
-    (all advantages are 0), nothing changes. reference may be None if kl_coef is 0. loss_fn: see token_loss.
+    The optimizer is a small wrapper around torch's (docs/own.md has one of six lines). Its step(lr_scale, share,
+    has_gradient) clips the gradient, updates the weights, clears the gradient, and returns the norm of the gradient
+    before clipping. share is the weight of this process in the mean of all processes' gradients. If no process has one,
+    as all advantages are 0, nothing changes. reference may be None if kl_coef is 0. loss_fn: see token_loss.
     """
     assert reference is not None or not cfg.kl_coef, "a KL penalty (kl_coef above 0) needs a reference"
     metrics = rollout_metrics(rollout)
@@ -279,7 +279,7 @@ def grpo_update(policy: GPT, reference: GPT | None, optimizer, rollout: Rollout,
             gap = (batch.logp_old - batch.sampler_logp).abs()  # rounding alone, if all is well
             metrics.add("sampler_gap", gap.sum(), len(logp))
         metrics.add("loss", minibatch_loss * share, share)  # a mean over minibatches, weighted by share
-        grad_norm = optimizer.step(lr_scale, share)
+        grad_norm = optimizer.step(lr_scale, share, has_gradient=len(batches) > 0)
         metrics.add("grad_norm", grad_norm, 1)
     return metrics
 

@@ -59,7 +59,7 @@ class Optimizer:
         self.lrs = [part.param_groups[0]["lr"] for part in self.parts]
         self.parameters = others + matrices
 
-    def step(self, lr_scale: float = 1.0, share: float = 1.0, clip: float = 1.0) -> Tensor:
+    def step(self, lr_scale: float = 1.0, share: float = 1.0, has_gradient: bool = True, clip: float = 1.0) -> Tensor:
         """One update with the learning rates times lr_scale -> the norm of the gradient before it is clipped to `clip`.
 
         With several ranks, each rank's gradient is that of the mean loss over its own shard of a minibatch, and `share`
@@ -68,8 +68,8 @@ class Optimizer:
         If no rank has a gradient, nothing changes. (An optimizer step would move the weights by momentum alone.)
         """
         if world_size() > 1:
-            self.mean_over_ranks(share)
-        if all(p.grad is None for p in self.parameters):
+            has_gradient = self.mean_over_ranks(share, has_gradient)
+        if not has_gradient:
             return torch.zeros((), device=self.parameters[0].device)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip)
         for part, lr in zip(self.parts, self.lrs):
@@ -79,16 +79,16 @@ class Optimizer:
             part.zero_grad(set_to_none=True)
         return norm
 
-    def mean_over_ranks(self, share: float) -> None:
-        """Replace each rank's gradients by their weighted mean over all ranks, if any rank has gradients."""
-        has_gradient = any(p.grad is not None for p in self.parameters)
+    def mean_over_ranks(self, share: float, has_gradient: bool) -> bool:
+        """Replace each rank's gradients by their weighted mean over all ranks -> whether any rank has gradients."""
         total, n_with = all_reduce(torch.tensor([float(share), float(has_gradient)])).tolist()
         if not n_with:
-            return
+            return False
         mine = [torch.zeros_like(p) if p.grad is None else p.grad * (share / total) for p in self.parameters]
         mean = all_reduce(torch.cat([grad.flatten() for grad in mine]))
         for p, grad in zip(self.parameters, mean.split([p.numel() for p in self.parameters])):
             p.grad = grad.view_as(p)
+        return True
 
     def state_dict(self) -> list[dict]:
         """The state that a checkpoint stores."""

@@ -118,8 +118,10 @@ def first_answer(completion: str) -> str | None:
     return None if found is None else found[1].strip()
 
 
-def step_keeping_gradients(self, lr_scale=1.0, share=1.0, clip=1.0) -> Tensor:
+def step_keeping_gradients(self, lr_scale=1.0, share=1.0, has_gradient=True, clip=1.0) -> Tensor:
     """Optimizer.step of one process, without zero_grad: each gradient is added to all earlier ones."""
+    if not has_gradient:
+        return torch.zeros(())
     norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip)
     for part, lr in zip(self.parts, self.lrs):
         for group in part.param_groups:

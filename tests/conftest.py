@@ -71,8 +71,8 @@ class Descent:
         self.parameters, self.distance, self.gradients = list(model.parameters()), distance, []
 
     @torch.no_grad()
-    def step(self, lr_scale=1.0, share=1.0):
-        if all(p.grad is None for p in self.parameters):
+    def step(self, lr_scale=1.0, share=1.0, has_gradient=True):
+        if not has_gradient:
             return torch.zeros(())
         self.gradients.append(torch.cat([p.grad.flatten() for p in self.parameters]))
         norm = self.gradients[-1].norm()

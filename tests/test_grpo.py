@@ -678,8 +678,8 @@ class Still:
     def __init__(self, model):
         self.model, self.told = model, []
 
-    def step(self, lr_scale, share):
-        has_gradient = any(p.grad is not None for p in self.model.parameters())
+    def step(self, lr_scale, share, has_gradient):
+        assert has_gradient == any(p.grad is not None for p in self.model.parameters())
         self.told.append((lr_scale, share, has_gradient))
         self.model.zero_grad()
         return torch.ones(())
