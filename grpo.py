@@ -255,8 +255,8 @@ def grpo_update(policy: GPT, reference: GPT | None, optimizer, rollout: Rollout,
     device = policy.embedding.weight.device
     split = random_minibatches(len(adv), cfg.rl_minibatches, generator)
     minibatches = [make_minibatch(rollout, rows, adv, cfg, device) for rows in split]
-    # 2) log-probabilities under pi_old and pi_ref, computed as in step 3, so that the first ratio is exactly 1. (Those
-    #    of the sampler, and those of a compiled model under no_grad(), are rounded differently. Hence detach())
+    # 2) log-probabilities under pi_old and pi_ref, by the code of step 3, so that the first ratio is exactly 1. The
+    #    sampler rounds differently. So does a compiled model under no_grad(), so we call detach() instead
     for batches, _ in minibatches[1:]:  # the first minibatch gets its logp_old in step 3
         for batch in batches:
             batch.logp_old = token_logprobs(policy, batch.idx, batch.mask).detach()

@@ -134,7 +134,7 @@ def run_grpo(run: Run, cfg: Config, policy: GPT, n_steps: int, make_problem, rew
     reference = run.frozen(policy) if cfg.kl_coef else None
     policy = run.fast(policy, training=True, sampling=True)
     # AdamW alone, because RL gradients are noisy. It divides the mean gradient by the gradients' mean size (over about
-    # 1,000 updates with beta2=0.999). So it takes small steps where noise is large. Muon's steps have one size.
+    # 1,000 updates with beta2=0.999). So it takes small steps where noise is large. Muon's do not shrink.
     optimizer = Optimizer(policy, cfg.rl_lr, beta2=0.999)
     state = {"model": policy, "optimizer": optimizer}  # what resume.pt saves
     if cfg.ref_every:

@@ -13,7 +13,7 @@ with probability SLIP, and the next step then starts from the wrong value. In th
 correct step follow a wrong one. Pretraining imitates all styles, and correct and wrong answers alike.
 
 Training and test problems are disjoint: a hash of the expression decides its side. No test expression is ever the
-`User:` line of a document or of a prompt in RL. (A textbook page may have its single steps, such as 8*7=56.)
+`User:` line of a document or of a prompt in RL. (A textbook page may have single steps of it, such as 8*7=56.)
 
     python experiments/styles.py    prints each style with its share, how often it is correct, and an example
 """

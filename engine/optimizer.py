@@ -65,7 +65,8 @@ class Optimizer:
         With several ranks, each rank's gradient is that of the mean loss over its own shard of a minibatch, and `share`
         is the number of rows or tokens in this shard. The gradient of the whole minibatch is the mean of the ranks'
         gradients, weighted by `share`. Every rank calls this for every minibatch, also without a gradient of its own.
-        If no rank has a gradient, nothing changes. (An optimizer step would move the weights by momentum alone.)
+        If no rank has a gradient, nothing changes. (An optimizer step would move the weights by momentum alone.) p.grad
+        does not say whether there is one: CUDA graphs set it to zeros when a forward pass begins (GraphedTraining).
         """
         if world_size() > 1:
             has_gradient = self.mean_over_ranks(share, has_gradient)

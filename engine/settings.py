@@ -1,9 +1,9 @@
 """Settings: the engine's own groups, the presets, and which settings shape which stage.
 
 A group is a dataclass, and a setting is one of its fields. A group stands in the file that reads it: GRPOConfig in
-grpo.py, DistillConfig in distill.py, the sizes of the models in train.py, those of R1's
-further stages in r1.py, the rest here. The comment behind a field is
-its help text. A program's Config inherits the groups. Its table of stages names the groups that shape each stage.
+grpo.py, DistillConfig in distill.py, the sizes of the models in train.py, those of R1's further stages in r1.py, the
+rest here. The comment behind a field is its help text. A program's Config inherits the groups. Its table of stages
+names the groups that shape each stage.
 
 A checkpoint is refused if a setting that shaped it, or a stage that it starts from, has changed. Machine, Files and
 micro_batch shape no weights: a run from a GPU can go on on a laptop. EVALUATION shapes the figures in results.json.

@@ -423,9 +423,9 @@ def variants_table(k: Known, regime: str) -> list[str]:
             continue
         ninety = [steps_to(r["heldout_accuracy"], 0.9) for r in rows]
         clipped = [largest(r, "clip_fraction_low", "clip_fraction_high") for r in rows]
-        gain = k.gain((f"{regime} ours", "zero", "test"), (cell, "zero", "test"))
+        ahead = k.gain((f"{regime} ours", "zero", "test"), (cell, "zero", "test"))
         lines.append([
-            f"`{name}`", k.score(cell), "" if name == "ours" else gain,
+            f"`{name}`", k.score(cell), "" if name == "ours" else ahead,
             k.score(cell, kind="hard"), k.score(cell, what="format"),
             ", ".join("never" if step == math.inf else str(step) for step in ninety),
             f"{k.score(cell, what='length').mean:.1f}",

@@ -112,7 +112,8 @@ def frozen(model: GPT, cfg) -> GPT:
     """A copy of the model that is never trained, such as GRPO's reference.
 
     The copy of a pretrained model stores the matrices of its layers in the compute dtype, to which each use would cast
-    them: the same results in less memory. (The copy of a model made here stays float32, to run the code compiled for the model.)
+    them: the same results in less memory. (The copy of a model made here stays float32, to run the code that was
+    compiled for the model.)
     """
     quick = {name: vars(model).pop(name) for name in QUICK_METHODS if name in vars(model)}
     copied = copy.deepcopy(model)
